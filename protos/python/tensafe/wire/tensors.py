@@ -1,0 +1,68 @@
+"""Tensors on the wire: little-endian, row-major buffers with a type and a shape."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensafe.v1 import types_pb2 as types
+
+Array = NDArray[Any]
+
+_DTYPES: dict[int, np.dtype[Any]] = {
+    types.DATA_TYPE_INT32: np.dtype("<i4"),
+    types.DATA_TYPE_INT64: np.dtype("<i8"),
+    types.DATA_TYPE_FLOAT32: np.dtype("<f4"),
+    types.DATA_TYPE_FLOAT64: np.dtype("<f8"),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class TensorError(ValueError):
+    """A tensor whose type, shape and bytes do not agree."""
+
+
+def encode(array: Array) -> types.Tensor:
+    """Packs an int32, int64, float32 or float64 array.
+
+    Raises:
+        TensorError: for another element type.
+    """
+    dtype = array.dtype.newbyteorder("<")
+    if dtype not in _NAMES:
+        raise TensorError(f"no wire type for {array.dtype}; use int32, int64, float32 or float64")
+    data = np.ascontiguousarray(array, dtype=dtype).tobytes()
+    return types.Tensor(dtype=_NAMES[dtype], shape=array.shape, data=data)  # type: ignore[arg-type]
+
+
+def decode(tensor: types.Tensor) -> Array:
+    """Unpacks a tensor without copying; the array is read-only.
+
+    bfloat16, which NumPy lacks, is widened to float32.
+
+    Raises:
+        TensorError: if the bytes are not itemsize × product(shape) long, or the type is unknown.
+    """
+    shape = tuple(tensor.shape)
+    if tensor.dtype == types.DATA_TYPE_BFLOAT16:
+        _check_length(tensor, shape, 2)
+        upper = np.frombuffer(tensor.data, dtype="<u2").astype("<u4") << 16
+        return upper.view("<f4").reshape(shape)
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise TensorError("dtype is not set; use one of the DataType values")
+    _check_length(tensor, shape, dtype.itemsize)
+    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+
+
+def _check_length(tensor: types.Tensor, shape: tuple[int, ...], itemsize: int) -> None:
+    if any(extent < 0 for extent in shape):
+        raise TensorError(f"shape {list(shape)} has a negative extent")
+    expected = itemsize * prod(shape)
+    if len(tensor.data) != expected:
+        raise TensorError(
+            f"shape {list(shape)} needs {expected} bytes of data, got {len(tensor.data)}"
+        )
