@@ -114,7 +114,8 @@ class TenSafeFault(Exception):  # noqa: N818 - it names what happened, on the se
         super().__init__(message)
         if field is not None:
             violations = [(field, message), *violations]
-            metadata["field"] = field
+        if violations:
+            metadata["field"] = violations[0][0]
         self.detail = ErrorDetail(
             code=REASON_CODES[reason],
             reason=reason,

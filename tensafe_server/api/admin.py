@@ -1,0 +1,78 @@
+"""AdminService."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from tensafe.v1 import admin_pb2 as pb
+from tensafe.v1 import admin_pb2_grpc as rpc
+from tensafe_server.events.translate import timestamp
+from tensafe_server.ids import new_id
+from tensafe_server.operations.validation import refused
+from tensafe_server.store.base import KeyRow, Store, TenantRow
+from tensafe_server.store.requests import first_request, new_request
+from tensafe_server.tenants.identity import Identity
+
+_SCOPE = "admin"
+
+
+class AdminServicer(rpc.AdminServiceServicer):
+    def __init__(self, store: Store, identity: Identity) -> None:
+        self._store = store
+        self._identity = identity
+        self._creating = asyncio.Lock()
+
+    async def CreateTenant(
+        self, request: pb.CreateTenantRequest, context: Any
+    ) -> pb.CreateTenantResponse:
+        async with self._creating:
+            known = await first_request(self._store, _SCOPE, request)
+            if known is not None:
+                row = self._identity.tenant(known.subject)
+            else:
+                record = new_request(_SCOPE, request, new_id("ten"))
+                row = await self._identity.create_tenant(request.name, record)
+        return pb.CreateTenantResponse(tenant=_tenant(row))
+
+    async def ListTenants(
+        self, request: pb.ListTenantsRequest, context: Any
+    ) -> pb.ListTenantsResponse:
+        return pb.ListTenantsResponse(tenants=[_tenant(row) for row in self._identity.tenants()])
+
+    async def CreateKey(self, request: pb.CreateKeyRequest, context: Any) -> pb.CreateKeyResponse:
+        for_tenant = request.kind == pb.KEY_KIND_TENANT
+        if for_tenant != bool(request.tenant):
+            raise refused([("tenant", "is required for a tenant key and must be empty for others")])
+        tenant_id = self._identity.tenant(request.tenant).id if for_tenant else None
+        async with self._creating:
+            known = await first_request(self._store, _SCOPE, request)
+            if known is not None:
+                await self._identity.revoke_key(known.subject)
+            record = new_request(_SCOPE, request, new_id("key"))
+            row, secret = await self._identity.create_key(
+                request.kind, tenant_id, request.name, record
+            )
+        return pb.CreateKeyResponse(key=_key(row), secret=secret)
+
+    async def ListKeys(self, request: pb.ListKeysRequest, context: Any) -> pb.ListKeysResponse:
+        tenant_id = self._identity.tenant(request.tenant).id if request.tenant else None
+        return pb.ListKeysResponse(keys=[_key(row) for row in self._identity.keys(tenant_id)])
+
+    async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:
+        return pb.RevokeKeyResponse(key=_key(await self._identity.revoke_key(request.key_id)))
+
+
+def _tenant(row: TenantRow) -> pb.Tenant:
+    return pb.Tenant(id=row.id, name=row.name, created_at=timestamp(row.created_ns))
+
+
+def _key(row: KeyRow) -> pb.Key:
+    return pb.Key(
+        id=row.id,
+        kind=row.kind,  # type: ignore[arg-type]
+        tenant_id=row.tenant_id or "",
+        name=row.name,
+        created_at=timestamp(row.created_ns),
+        revoked_at=timestamp(row.revoked_ns) if row.revoked_ns is not None else None,
+    )

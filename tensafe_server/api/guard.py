@@ -1,0 +1,192 @@
+"""The gate in front of every RPC: who calls, is the request well-formed, how errors leave.
+
+One interceptor does all three, so that no servicer can forget one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from tensafe.v1 import admin_pb2 as admin
+from tensafe.wire.status import TenSafeFault, to_status
+from tensafe_server.operations.validation import check_rules
+from tensafe_server.tenants.identity import KIND_NAMES, Identity, Principal
+
+log = logging.getLogger(__name__)
+
+_OPEN_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+_KINDS = {
+    "AdminService": admin.KEY_KIND_ADMIN,
+    "WorkerService": admin.KEY_KIND_WORKER,
+}
+
+_caller: ContextVar[Principal] = ContextVar("caller")
+
+
+def caller() -> Principal:
+    """Who makes the call that is being served."""
+    return _caller.get()
+
+
+class _Malformed:
+    """Stands in for a request that could not be parsed."""
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Authenticates, checks declared rules, and maps exceptions to statuses.
+
+    An exception without a reason becomes INTERNAL with an error id that the log has too; its text
+    stays here.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None or method.startswith(_OPEN_PREFIXES):
+            return handler
+        try:
+            principal = self._authenticate(handler_call_details)
+        except TenSafeFault as fault:
+            return _refusing(handler, fault)
+        return _guarded(handler, principal, method)
+
+    def _authenticate(self, details: grpc.HandlerCallDetails) -> Principal:
+        header = next(
+            (value for key, value in details.invocation_metadata if key == "authorization"), ""
+        )
+        scheme, _, secret = str(header).partition(" ")
+        principal = (
+            self._identity.authenticate(secret.strip()) if scheme.lower() == "bearer" else None
+        )
+        if principal is None:
+            problem = "the API key is unknown or revoked" if header else "no API key was sent"
+            raise TenSafeFault(
+                "UNAUTHENTICATED",
+                f"{problem}; send `authorization: Bearer ts_…` (TENSAFE_API_KEY, or a profile of "
+                "`tensafe up`)",
+            )
+        service = details.method.split("/")[1].rpartition(".")[2]
+        needed = int(_KINDS.get(service, admin.KEY_KIND_TENANT))
+        if principal.kind != needed:
+            raise TenSafeFault(
+                "PERMISSION_DENIED",
+                f"{service} needs a {KIND_NAMES[needed]} key, this one is a "
+                f"{KIND_NAMES[principal.kind]} key",
+                service=service,
+            )
+        return principal
+
+
+def _guarded(handler: Any, principal: Principal, method: str) -> Any:
+    serve = _streaming if handler.response_streaming else _unary
+    inner = (
+        handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+    )
+    return _handler(handler, serve(inner, principal, method), _tolerant(handler))
+
+
+def _unary(inner: Any, principal: Principal, method: str) -> Any:
+    async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        _caller.set(principal)
+        try:
+            _check(request)
+            return await inner(request, context)
+        except Exception as error:
+            await _abort(context, error, method)
+
+    return serve
+
+
+def _streaming(inner: Any, principal: Principal, method: str) -> Any:
+    async def serve(
+        request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        _caller.set(principal)
+        responses: Any = None
+        try:
+            _check(request)
+            responses = inner(request, context)
+            async for response in responses:
+                yield response
+        except Exception as error:
+            await _abort(context, error, method)
+        finally:
+            if responses is not None:
+                await responses.aclose()
+
+    return serve
+
+
+def _check(request: Any) -> None:
+    if isinstance(request, _Malformed):
+        raise TenSafeFault(
+            "INVALID_ARGUMENT", "the request is not a message of this method; update the stubs"
+        )
+    if isinstance(request, Message):
+        check_rules(request)
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
+) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, TenSafeFault):
+        error_id = secrets.token_hex(6)
+        log.error("%s failed, error id %s", method, error_id, exc_info=error)
+        error = TenSafeFault(
+            "INTERNAL",
+            f"the server failed, error id {error_id}; its log says why. Retrying is safe",
+            error_id=error_id,
+        )
+    status = rpc_status.to_status(to_status(error.detail))
+    await context.abort_with_status(status)
+
+
+def _refusing(handler: Any, fault: TenSafeFault) -> Any:
+    async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _abort(context, fault, "")
+
+    async def streaming(
+        request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        await _abort(context, fault, "")
+        yield
+
+    serve = streaming if handler.response_streaming else unary
+    return _handler(handler, serve, _tolerant(handler))
+
+
+def _tolerant(handler: Any) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError:
+            return _Malformed()
+
+    return parse
+
+
+def _handler(handler: Any, serve: Any, parse: Callable[[bytes], Any]) -> Any:
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(serve, parse, handler.response_serializer)

@@ -1,0 +1,31 @@
+"""Page tokens: opaque to callers, a position to us."""
+
+from __future__ import annotations
+
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.store.base import Page
+
+_DEFAULT_SIZE = 100
+
+
+def page(size: int, token: str) -> Page:
+    """The page that a request asks for.
+
+    Raises:
+        TenSafeFault: INVALID_PAGE_TOKEN.
+    """
+    if not token:
+        return Page(size or _DEFAULT_SIZE)
+    kind, _, position = token.partition(".")
+    if kind != "p1" or not position.isdecimal() or len(position) > 18:
+        raise TenSafeFault(
+            "INVALID_PAGE_TOKEN",
+            "page_token is not one that this server made; begin without one",
+            field="page_token",
+        )
+    return Page(size or _DEFAULT_SIZE, int(position))
+
+
+def token(page: Page, found: int, last_position: int) -> str:
+    """The token of the page after one with `found` rows; empty at the end."""
+    return f"p1.{last_position}" if found == page.size else ""

@@ -1,0 +1,96 @@
+"""WorkerService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1 import worker_pb2_grpc as rpc
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.api.files import ArtifactUpload, artifact_chunks
+from tensafe_server.blobs.base import BlobStore
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.reception import Reception
+from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.validation import check_rules, refused
+from tensafe_server.store.base import Store
+
+
+class WorkerServicer(rpc.WorkerServiceServicer):
+    def __init__(
+        self, store: Store, blobs: BlobStore, models: ModelRegistry, reception: Reception
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._models = models
+        self._reception = reception
+
+    async def PublishModel(
+        self, request: pb.PublishModelRequest, context: Any
+    ) -> pb.PublishModelResponse:
+        files = {file.name: file.data for file in request.tokenizer_files}
+        await self._models.publish(request.model, files)
+        return pb.PublishModelResponse()
+
+    async def Connect(
+        self, requests: AsyncIterator[pb.ConnectRequest], context: Any
+    ) -> AsyncIterator[pb.ConnectResponse]:
+        first = await anext(requests, None)
+        if first is None or not first.HasField("register"):
+            raise refused([("register", "must be the stream's first message")])
+        check_rules(first)
+        link = await self._reception.arrive(first.register)
+        reader = asyncio.create_task(self._read(link, requests))
+        try:
+            while messages := await link.next_messages():
+                for message in messages:
+                    yield message
+            if reader.done():
+                reader.result()
+        finally:
+            reader.cancel()
+            self._reception.leave(link)
+
+    async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.ConnectRequest]) -> None:
+        try:
+            async for request in requests:
+                if request.HasField("report"):
+                    await self._reception.report(link, request.report)
+                elif request.HasField("goodbye"):
+                    link.draining = True
+                else:
+                    raise refused([("message", "must be a report or a goodbye")])
+        finally:
+            link.close()
+
+    async def UploadArtifact(
+        self, requests: AsyncIterator[pb.UploadArtifactRequest], context: Any
+    ) -> pb.UploadArtifactResponse:
+        first = await anext(requests, None)
+        if first is None or not first.artifact_id:
+            raise refused([("artifact_id", "must be the stream's first message")])
+        upload = ArtifactUpload(self._blobs, first.artifact_id)
+        try:
+            async for request in requests:
+                check_rules(request)
+                await upload.take(request.chunk)
+        finally:
+            upload.abort()
+        files = upload.files()
+        self._reception.stored(first.artifact_id, files)
+        return pb.UploadArtifactResponse(files=files)
+
+    async def FetchArtifact(
+        self, request: pb.FetchArtifactRequest, context: Any
+    ) -> AsyncIterator[pb.FetchArtifactResponse]:
+        artifact = await self._store.artifact(None, request.artifact_id)
+        if artifact is None:
+            raise TenSafeFault(
+                "ARTIFACT_NOT_FOUND",
+                f"no artifact {request.artifact_id!r}",
+                artifact_id=request.artifact_id,
+            )
+        async for chunk in artifact_chunks(self._blobs, artifact.id, artifact.files):
+            yield pb.FetchArtifactResponse(chunk=chunk)

@@ -1,0 +1,227 @@
+"""Composes the coordinator; the only place that knows all of its parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tensafe.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    artifacts_pb2,
+    artifacts_pb2_grpc,
+    metrics_pb2,
+    metrics_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    operations_pb2,
+    operations_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+from tensafe.wire.channel import server_options
+from tensafe_server.api.admin import AdminServicer
+from tensafe_server.api.artifacts import ArtifactsServicer
+from tensafe_server.api.guard import Guard
+from tensafe_server.api.metrics import MetricsServicer
+from tensafe_server.api.models import ModelsServicer
+from tensafe_server.api.operations import OperationsServicer
+from tensafe_server.api.training import TrainingServicer
+from tensafe_server.api.worker import WorkerServicer
+from tensafe_server.blobs.local import LocalBlobStore
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.events.hub import EventHub
+from tensafe_server.fleet.cancel import Cancellation
+from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.reception import Reception
+from tensafe_server.fleet.restore import Restorer
+from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.gaps import GapWatch
+from tensafe_server.operations.intake import Intake, Limits
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.outcomes import Outcomes
+from tensafe_server.operations.recovery import recover
+from tensafe_server.operations.runs import RunBook
+from tensafe_server.store.sqlite import SqliteStore
+from tensafe_server.tenants.identity import Identity
+
+log = logging.getLogger(__name__)
+
+_SERVICES = [
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (admin_pb2, "AdminService"),
+        (artifacts_pb2, "ArtifactsService"),
+        (metrics_pb2, "MetricsService"),
+        (models_pb2, "ModelsService"),
+        (operations_pb2, "OperationsService"),
+        (training_pb2, "TrainingService"),
+        (worker_pb2, "WorkerService"),
+    )
+]
+
+
+class AddressInUseError(RuntimeError):
+    """The address to listen on is taken or not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a coordinator.
+
+    Attributes:
+        data: directory of the store and the blobs; made if missing.
+        listen: HOST:PORT; port 0 takes a free one.
+        limits: how much may wait.
+        gap_timeout_s: how long operations wait for a missing seq.
+        grace_s: how long calls may go on after `stop`.
+    """
+
+    data: Path
+    listen: str = "127.0.0.1:50051"
+    limits: Limits = field(default_factory=Limits)
+    gap_timeout_s: float = 60.0
+    grace_s: float = 2.0
+
+
+class Coordinator:
+    """A running coordinator.
+
+    Attributes:
+        identity: its tenants and keys.
+        dispatcher: its workers.
+        port: where it listens.
+        failed: resolves with the error that makes it impossible to go on.
+    """
+
+    def __init__(self, settings: Settings, store: SqliteStore) -> None:
+        self._settings = settings
+        self._store = store
+        blobs = LocalBlobStore(settings.data / "blobs")
+        payloads = Payloads(blobs)
+        self.identity = Identity(store)
+        self._models = ModelRegistry(store, blobs)
+        self._ledger = Ledger()
+        self._payloads = payloads
+        self._hub = EventHub(store, payloads)
+        outcomes = Outcomes(store, self._ledger, self._hub, payloads)
+        restorer = Restorer(store, payloads)
+        self.dispatcher = Dispatcher(store, self._ledger, restorer)
+        gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
+        cancellation = Cancellation(outcomes, self.dispatcher)
+        reader = OperationReader(store, self._ledger, payloads)
+        intake = Intake(store, self._ledger, self._models, payloads, self._hub, settings.limits)
+        reception = Reception(self._ledger, self._models, outcomes, self.dispatcher, restorer)
+        runs = RunBook(store, self._ledger, self._models)
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ledger.on_ready = self.dispatcher.kick
+        self._ledger.on_gap = gaps.update
+        outcomes.on_lost_store = self._fail
+
+        self.port = 0
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[Guard(self.identity)], options=server_options()
+        )
+        server = self._server
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(
+            TrainingServicer(
+                runs,
+                self._ledger,
+                intake,
+                reader,
+                gaps,
+                cancellation,
+                self.dispatcher,
+                self._hub,
+            ),
+            server,
+        )
+        operations_pb2_grpc.add_OperationsServiceServicer_to_server(
+            OperationsServicer(store, self._ledger, reader, cancellation, self._hub), server
+        )
+        metrics_pb2_grpc.add_MetricsServiceServicer_to_server(
+            MetricsServicer(self._ledger, self._hub), server
+        )
+        artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server(
+            ArtifactsServicer(store, self._ledger, blobs), server
+        )
+        models_pb2_grpc.add_ModelsServiceServicer_to_server(
+            ModelsServicer(self._models, blobs), server
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminServicer(store, self.identity), server
+        )
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+            WorkerServicer(store, blobs, self._models, reception), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+        )
+
+    @classmethod
+    async def start(cls, settings: Settings) -> Coordinator:
+        """Opens the store, recovers what is unfinished, and serves.
+
+        Raises:
+            SchemaTooNewError: if a newer version wrote the store.
+            AddressInUseError: if it cannot listen.
+        """
+        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store = await SqliteStore.open(settings.data / "tensafe.db")
+        try:
+            coordinator = cls(settings, store)
+            await coordinator._load()
+            await coordinator._listen()
+        except BaseException:
+            await store.close()
+            raise
+        return coordinator
+
+    async def _load(self) -> None:
+        await self.identity.load()
+        await self._models.load()
+        await self._hub.load()
+        pending = await recover(self._store, self._payloads, self._models, self._ledger)
+        log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
+
+    async def _listen(self) -> None:
+        listen = self._settings.listen
+        try:
+            self.port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"cannot listen on {listen}: the address is in use or not this machine's"
+            ) from error
+        await self._server.start()
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Sends no more work out, and says so to load balancers; calls are still answered."""
+        await self._health.enter_graceful_shutdown()
+        for link in self.dispatcher.links:
+            link.draining = True
+
+    async def stop(self) -> None:
+        """Ends: watchers are told to come back, and everything accepted is on disk."""
+        await self.drain()
+        self._hub.close()
+        for link in self.dispatcher.links:
+            link.close()
+        await self._server.stop(self._settings.grace_s)
+        await self._store.close()
+
+    def _fail(self, error: BaseException) -> None:
+        if not self.failed.done():
+            self.failed.set_exception(error)

@@ -1,0 +1,1 @@
+"""Big values, as files or objects: artifacts, tokenizers, large payloads."""

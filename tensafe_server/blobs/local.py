@@ -1,0 +1,85 @@
+"""Blobs as files below one directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from tensafe_server.blobs.base import KEY_PATTERN, BlobNotFoundError
+
+_KEY = re.compile(KEY_PATTERN)
+
+
+class LocalBlobStore:
+    """Files written beside their place, synced, and renamed into it: a crash leaves the old blob
+    or the new one, never a part of one."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def writer(self, key: str) -> LocalBlobWriter:
+        return LocalBlobWriter(self._path(key))
+
+    def put(self, key: str, data: bytes) -> None:
+        writer = self.writer(key)
+        try:
+            writer.write(data)
+            writer.commit()
+        finally:
+            writer.abort()
+
+    def get(self, key: str) -> bytes:
+        with self._open(key) as file:
+            return file.read()
+
+    def read(self, key: str, offset: int, chunk_bytes: int) -> Iterator[bytes]:
+        with self._open(key) as file:
+            file.seek(offset)
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def _open(self, key: str) -> IO[bytes]:
+        try:
+            return open(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except FileNotFoundError:
+            raise BlobNotFoundError(key) from None
+
+    def _path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"not a blob key: {key!r}")
+        return self._root / key
+
+
+class LocalBlobWriter:
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        self._file: IO[bytes] = open(self._partial, "xb")  # noqa: SIM115 - closed by commit or abort
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+
+    def commit(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def abort(self) -> None:
+        if not self._file.closed:
+            self._file.close()
+        self._partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What happened, in one order: cursors, fan-out to watchers, catching up from the store."""

@@ -1,0 +1,203 @@
+"""Fan-out of events to watchers.
+
+The store is the buffer: a subscription holds only a bounded number of newest events, and one that
+falls further behind reads from the store again. So a slow watcher costs a constant amount of memory
+and holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+
+from tensafe.v1 import operations_pb2 as pb
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.events.translate import operation_message
+from tensafe_server.store.base import EventScope, Store
+
+_BUFFER_EVENTS = 2048
+_PAGE_EVENTS = 256
+_PAGE_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened, as watchers get it."""
+
+    cursor: int
+    tenant_id: str
+    run_id: str
+    session_id: str
+    message: pb.WatchEvent
+
+    @property
+    def is_metrics(self) -> bool:
+        return self.message.WhichOneof("event") == "metrics"
+
+
+class Subscription:
+    """One watcher's view: events of its scope that were published since it was made."""
+
+    def __init__(self, scope: EventScope, cursor: int) -> None:
+        self.scope = scope
+        self.cursor = cursor
+        self.events: deque[Event] = deque()
+        self.behind = False
+        self.closed = False
+        self.wake = asyncio.Event()
+
+    def offer(self, event: Event) -> None:
+        if not _matches(self.scope, event):
+            return
+        if len(self.events) >= _BUFFER_EVENTS:
+            self.events.clear()
+            self.behind = True
+        if not self.behind:
+            self.events.append(event)
+        self.wake.set()
+
+
+class EventHub:
+    """Numbers events and gives them to watchers."""
+
+    def __init__(self, store: Store, payloads: Payloads) -> None:
+        self._store = store
+        self._payloads = payloads
+        self._next = 1
+        self._published = 0
+        self._subscriptions: dict[str, set[Subscription]] = {}
+
+    async def load(self) -> None:
+        self._published = await self._store.last_cursor()
+        self._next = self._published + 1
+
+    def next_cursor(self) -> int:
+        """The number of the next event. Events must be committed and published in this order."""
+        cursor = self._next
+        self._next += 1
+        return cursor
+
+    def publish(self, events: Iterable[Event]) -> None:
+        """Gives committed events to those who watch."""
+        for event in events:
+            self._published = event.cursor
+            for subscription in self._subscriptions.get(event.tenant_id, ()):
+                subscription.offer(event)
+
+    def close(self) -> None:
+        """Ends all streams; watchers resume elsewhere or later from their cursors."""
+        for group in self._subscriptions.values():
+            for subscription in group:
+                subscription.closed = True
+                subscription.wake.set()
+
+    def close_run(self, run_id: str) -> None:
+        """Ends the streams that follow only this run."""
+        for group in self._subscriptions.values():
+            for subscription in group:
+                if subscription.scope.run_id == run_id:
+                    subscription.closed = True
+                    subscription.wake.set()
+
+    async def stream(
+        self, scope: EventScope, cursor: int | None, *, follow: bool = True
+    ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
+        """Events after `cursor` (None: from now on) in pages, each with the cursor after it.
+
+        The first page comes at once, maybe empty. Without `follow` the stream ends at the event
+        that was newest when it began.
+
+        Raises:
+            TenSafeFault: CURSOR_OUT_OF_RANGE for a cursor from the future.
+        """
+        if cursor is not None and cursor > self._published:
+            raise TenSafeFault(
+                "CURSOR_OUT_OF_RANGE",
+                f"cursor {cursor} is beyond the newest event, {self._published}; "
+                "begin at 0 or at a cursor that this server sent",
+                field="cursor",
+                newest=self._published,
+            )
+        subscription = Subscription(scope, self._published if cursor is None else cursor)
+        group = self._subscriptions.setdefault(scope.tenant_id, set())
+        group.add(subscription)
+        try:
+            subscription.behind = cursor is not None
+            yield [], subscription.cursor
+            async for page in self._pages(subscription, follow):
+                yield page
+        finally:
+            group.discard(subscription)
+            if not group:
+                self._subscriptions.pop(scope.tenant_id, None)
+
+    async def _pages(
+        self, subscription: Subscription, follow: bool
+    ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
+        while True:
+            while subscription.behind:
+                subscription.events.clear()
+                subscription.behind = False
+                async for page in self._stored(subscription):
+                    yield page
+            if not follow:
+                return
+            while subscription.events:
+                events: list[pb.WatchEvent] = []
+                size = 0
+                while subscription.events and len(events) < _PAGE_EVENTS and size < _PAGE_BYTES:
+                    event = subscription.events.popleft()
+                    if event.cursor > subscription.cursor:
+                        subscription.cursor = event.cursor
+                        events.append(event.message)
+                        size += event.message.ByteSize()
+                if events:
+                    yield events, subscription.cursor
+            if subscription.behind:
+                continue
+            if subscription.closed:
+                return
+            subscription.wake.clear()
+            await subscription.wake.wait()
+
+    async def _stored(
+        self, subscription: Subscription
+    ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
+        up_to = self._published
+        scope = subscription.scope
+        while subscription.cursor < up_to:
+            found: list[tuple[int, pb.WatchEvent]] = []
+            limited = False
+            if scope.include_operations:
+                rows = await self._store.finished_operations(
+                    scope, subscription.cursor, up_to, _PAGE_EVENTS
+                )
+                limited |= len(rows) == _PAGE_EVENTS
+                for row in rows:
+                    operation = await operation_message(row, self._payloads)
+                    found.append((row.cursor or 0, pb.WatchEvent(operation=operation)))
+            if scope.include_metrics:
+                metrics = await self._store.step_metrics(
+                    scope, subscription.cursor, up_to, _PAGE_EVENTS
+                )
+                limited |= len(metrics) == _PAGE_EVENTS
+                found += [(item.cursor, pb.WatchEvent(metrics=item)) for item in metrics]
+            found.sort(key=lambda pair: pair[0])
+            # Beyond this page's end one of the two kinds may have more that we did not read.
+            found = found[:_PAGE_EVENTS]
+            subscription.cursor = found[-1][0] if limited and found else up_to
+            if found:
+                yield [event for _, event in found], subscription.cursor
+
+
+def _matches(scope: EventScope, event: Event) -> bool:
+    if scope.run_id is not None and event.run_id != scope.run_id:
+        return False
+    if event.is_metrics:
+        return scope.include_metrics
+    if not scope.include_operations:
+        return False
+    return scope.session_id is None or event.session_id == scope.session_id

@@ -1,0 +1,44 @@
+"""Rows of the operation log as messages."""
+
+from __future__ import annotations
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
+
+from tensafe.v1 import operations_pb2 as pb
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.store.base import OperationRow
+
+
+async def operation_message(
+    row: OperationRow, payloads: Payloads, *, with_result: bool = True
+) -> pb.Operation:
+    """An operation as callers see it."""
+    message = bare_operation(row)
+    if with_result and (row.result is not None or row.result_ref is not None):
+        message.result.ParseFromString(await payloads.load(row.result, row.result_ref))
+    return message
+
+
+def bare_operation(row: OperationRow) -> pb.Operation:
+    """An operation without its result."""
+    message = pb.Operation(
+        id=row.id,
+        run_id=row.run_id or "",
+        seq=row.seq or 0,
+        kind=row.kind,  # type: ignore[arg-type]
+        state=row.state,  # type: ignore[arg-type]
+        created_at=timestamp(row.created_ns),
+        queue_ms=row.queue_ms or 0.0,
+        compute_ms=row.compute_ms or 0.0,
+    )
+    if row.error is not None:
+        message.error.CopyFrom(Status.FromString(row.error))
+    if row.finished_ns is not None:
+        message.finished_at.CopyFrom(timestamp(row.finished_ns))
+    return message
+
+
+def timestamp(nanoseconds: int) -> Timestamp:
+    """Nanoseconds since 1970 as a Timestamp."""
+    return Timestamp(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)

@@ -1,0 +1,185 @@
+"""Sends work to workers whenever something changes: new operations, free credits, new workers.
+
+There is one wake-up path, `kick`, and it costs one pass of the planner however many kicks arrive in
+one turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from itertools import islice
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.restore import Restorer
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.voids import is_void_gradient, void_spec
+from tensafe_server.planning.planner import FairShares, QueueView, plan
+from tensafe_server.store.base import Store
+
+log = logging.getLogger(__name__)
+_LOOK_AHEAD = 1024
+
+
+class Dispatcher:
+    """Gives operations to workers."""
+
+    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._restorer = restorer
+        self._links: dict[str, WorkerLink] = {}
+        self._shares = FairShares()
+        self._kicked = False
+        self._arrival = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def links(self) -> list[WorkerLink]:
+        return list(self._links.values())
+
+    def kick(self) -> None:
+        """Plans at the end of this turn of the event loop."""
+        if not self._kicked:
+            self._kicked = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def add(self, link: WorkerLink) -> None:
+        self._links[link.id] = link
+        self._arrival.set()
+        self.kick()
+
+    async def wait_for(self, workers: int) -> None:
+        """Returns when so many workers are connected."""
+        while len(self._links) < workers:
+            self._arrival.clear()
+            await self._arrival.wait()
+
+    def remove(self, link: WorkerLink) -> None:
+        """Takes back what a lost worker had: its runs go on elsewhere, or when it is back."""
+        if self._links.pop(link.id, None) is None:
+            return
+        held = self._ledger.recall(link.id)
+        log.info("worker %s (%s) left; it held %d runs", link.id, link.name, len(held))
+        self.kick()
+
+    def release(self, run: RunState) -> None:
+        """Tells the worker of a deleted run to forget it."""
+        link = self._links.get(run.worker_id or "")
+        if link is not None:
+            link.runs.discard(run.id)
+            link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
+        run.worker_id = None
+
+    def link_of(self, operation: PendingOperation) -> WorkerLink | None:
+        return self._links.get(operation.worker_id or "")
+
+    def _dispatch(self) -> None:
+        self._kicked = False
+        if not self._links:
+            return
+        workers = [link.view() for link in self._links.values()]
+        if not any(worker.credits for worker in workers):
+            return
+        queues, runs, lane = self._queue_views()
+        if not queues:
+            return
+        assignments, self._shares = plan(queues, workers, self._shares)
+        plans: dict[str, pb.Plan] = defaultdict(pb.Plan)
+        for assignment in assignments:
+            link = self._links[assignment.worker_id]
+            run = runs.get(assignment.key)
+            if run is None:
+                self._take_lane(lane[assignment.key], link, plans[link.id])
+            elif run.worker_id is None:
+                self._place(run, link, plans[link.id])
+            elif not run.restoring:
+                self._take_next(run, link, plans[link.id])
+        for worker_id, message in plans.items():
+            if message.runs or message.operations:
+                self._links[worker_id].send_plan(message)
+
+    def _queue_views(
+        self,
+    ) -> tuple[list[QueueView], dict[str, RunState], dict[str, PendingOperation]]:
+        runs = {run.id: run for run in self._ledger.ready_runs() if not run.restoring}
+        views = []
+        for run in runs.values():
+            costs = [p.row.cost for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            views.append(QueueView(run.id, run.tenant_id, run.model, costs, run.worker_id))
+        lane = {p.row.id: p for p in islice(self._ledger.lane, _LOOK_AHEAD) if not p.void}
+        for operation in lane.values():
+            row = operation.row
+            views.append(QueueView(row.id, row.tenant_id, operation.model, [row.cost]))
+        return views, runs, lane
+
+    def _place(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
+        """Gives a run that no worker holds to one; its first operation follows."""
+        run.worker_id = link.id
+        link.runs.add(run.id)
+        run.epoch += 1
+        self._store.set_run_epoch(run.id, run.epoch)
+        assignment = pb.RunAssignment(
+            run_id=run.id,
+            epoch=run.epoch,
+            config=run.config,
+            artifact_id=run.base_artifact_id or "",
+        )
+        if not self._restorer.needed(run):
+            message.runs.append(assignment)
+            self._take_next(run, link, message)
+            return
+        run.restoring = True
+        task = asyncio.get_running_loop().create_task(self._restore(run, link, assignment))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _restore(self, run: RunState, link: WorkerLink, assignment: pb.RunAssignment) -> None:
+        message = await self._restorer.plan(run, assignment)
+        if run.worker_id == link.id and run.epoch == assignment.epoch:
+            log.info("replaying %d operations of %s", len(message.operations), run.id)
+            link.send_plan(message)
+            run.restoring = False
+            self.kick()
+
+    def _take_next(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
+        while run.queue and run.queue[0].void:
+            void = run.queue.popleft()
+            if is_void_gradient(void.row):
+                message.operations.append(
+                    pb.PlannedOperation(
+                        operation_id=void.row.id,
+                        epoch=run.epoch,
+                        spec=void_spec(void.row),
+                        void=True,
+                    )
+                )
+        if not run.queue:
+            return
+        operation = run.queue.popleft()
+        run.in_flight.append(operation)
+        self._hand_over(operation, link, message, run.epoch)
+
+    def _take_lane(self, operation: PendingOperation, link: WorkerLink, message: pb.Plan) -> None:
+        self._ledger.lane.remove(operation)
+        self._ledger.lane_in_flight[operation.row.id] = operation
+        self._hand_over(operation, link, message, 0)
+
+    def _hand_over(
+        self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, epoch: int
+    ) -> None:
+        row = operation.row
+        operation.worker_id = link.id
+        link.outstanding.add(row.id)
+        message.operations.append(
+            pb.PlannedOperation(
+                operation_id=row.id,
+                epoch=epoch,
+                spec=operation.spec,
+                artifact_id=row.artifact_id or "",
+                model_ref=operation.model if epoch == 0 else "",
+            )
+        )

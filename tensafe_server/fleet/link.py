@@ -1,0 +1,70 @@
+"""One connected worker: what it can run, what it has, and its outgoing messages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe_server.planning.planner import WorkerView
+
+_MESSAGE_BYTES = 16 * 2**20
+
+
+class WorkerLink:
+    """A worker's stream, seen from the dispatcher.
+
+    Attributes:
+        runs: ids of the runs whose state it holds.
+        outstanding: ids of operations that the worker has and that have not ended.
+        draining: it takes no new work.
+    """
+
+    def __init__(self, worker_id: str, register: pb.Register) -> None:
+        self.id = worker_id
+        self.name = register.name
+        self.backend = register.backend
+        self.device = register.device
+        self.models = frozenset(register.models)
+        self.credits = register.credits
+        self.fingerprint = dict(register.fingerprint)
+        self.outstanding: set[str] = set()
+        self.runs: set[str] = set()
+        self.draining = False
+        self.closed = False
+        self._outbox: deque[pb.ConnectResponse] = deque()
+        self._wake = asyncio.Event()
+
+    def view(self) -> WorkerView:
+        """What the planner sees."""
+        free = 0 if self.draining else self.credits - len(self.outstanding)
+        return WorkerView(self.id, self.models, max(0, free), len(self.runs))
+
+    def send(self, message: pb.ConnectResponse) -> None:
+        self._outbox.append(message)
+        self._wake.set()
+
+    def send_plan(self, plan: pb.Plan) -> None:
+        """Sends work, cut into messages that the transport carries."""
+        part = pb.Plan(runs=plan.runs)
+        size = 0
+        for operation in plan.operations:
+            if size and size + len(operation.spec) > _MESSAGE_BYTES:
+                self.send(pb.ConnectResponse(plan=part))
+                part, size = pb.Plan(), 0
+            part.operations.append(operation)
+            size += len(operation.spec)
+        self.send(pb.ConnectResponse(plan=part))
+
+    def close(self) -> None:
+        self.closed = True
+        self._wake.set()
+
+    async def next_messages(self) -> list[pb.ConnectResponse]:
+        """Waits for outgoing messages; an empty list means that the link was closed."""
+        while not self._outbox and not self.closed:
+            self._wake.clear()
+            await self._wake.wait()
+        messages = list(self._outbox)
+        self._outbox.clear()
+        return messages

@@ -1,0 +1,133 @@
+"""Receives workers: registration, what they still hold, and their reports."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import ArtifactFile
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.restore import Restorer
+from tensafe_server.ids import new_id
+from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
+from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, cancelled
+
+log = logging.getLogger(__name__)
+
+
+class Reception:
+    """What happens on a worker's stream."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        models: ModelRegistry,
+        outcomes: Outcomes,
+        dispatcher: Dispatcher,
+        restorer: Restorer,
+    ) -> None:
+        self._ledger = ledger
+        self._models = models
+        self._outcomes = outcomes
+        self._dispatcher = dispatcher
+        self._restorer = restorer
+        self._uploads: dict[str, list[ArtifactFile]] = {}
+
+    async def arrive(self, register: pb.Register) -> WorkerLink:
+        """Greets a worker and gives back the runs that it still holds rightly.
+
+        Raises:
+            TenSafeFault: MODEL_NOT_FOUND for a model that was not published.
+        """
+        for name in register.models:
+            self._models.find(name)
+        link = WorkerLink(new_id("wkr"), register)
+        link.send(pb.ConnectResponse(welcome=pb.Welcome(worker_id=link.id)))
+        for held in register.held_runs:
+            await self._take_back(link, held)
+        self._dispatcher.add(link)
+        log.info(
+            "worker %s (%s) serves %s on %s", link.id, link.name, sorted(link.models), link.device
+        )
+        return link
+
+    def leave(self, link: WorkerLink) -> None:
+        link.close()
+        self._dispatcher.remove(link)
+
+    async def report(self, link: WorkerLink, report: pb.Report) -> None:
+        """Takes a report in. Outcomes under a stale assignment are passed over."""
+        for started in report.started:
+            operation = self._current(link, started.operation_id, started.epoch)
+            if operation is not None:
+                operation.row.state = RUNNING
+                operation.notify_started()
+        endings: list[Ending] = []
+        for done in report.done:
+            operation = self._current(link, done.operation_id, done.epoch)
+            if operation is None:
+                log.info(
+                    "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
+                )
+                continue
+            link.outstanding.discard(done.operation_id)
+            endings.append(self._ending(operation, done))
+        if endings:
+            await self._outcomes.settle(endings)
+            self._dispatcher.kick()
+
+    def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
+        """Notes an artifact's files until its operation is reported done."""
+        self._uploads[artifact_id] = list(files)
+
+    def _ending(self, operation: PendingOperation, done: pb.OperationDone) -> Ending:
+        if done.cancelled:
+            return cancelled(operation)
+        ending = Ending(operation, executed=True, compute_ms=done.compute_ms)
+        if done.HasField("result"):
+            ending.result = done.result
+            ending.step_metrics = done.step_metrics
+            ending.artifact_files = self._uploads.pop(operation.row.artifact_id or "", [])
+        elif done.HasField("error"):
+            ending.error = as_error(done.error)
+        else:
+            ending.error = TenSafeFault(
+                "INTERNAL", f"worker {operation.worker_id} reported no outcome"
+            ).detail
+        return ending
+
+    def _current(self, link: WorkerLink, operation_id: str, epoch: int) -> PendingOperation | None:
+        operation = self._ledger.pending(operation_id)
+        if operation is None or operation.worker_id != link.id:
+            return None
+        run = self._ledger.runs.get(operation.row.run_id or "")
+        expected = run.epoch if run is not None and operation.row.seq is not None else 0
+        return operation if epoch == expected else None
+
+    async def _take_back(self, link: WorkerLink, held: pb.HeldRun) -> None:
+        run = self._ledger.runs.get(held.run_id)
+        if run is None or not self._holds_rightly(run, held):
+            link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
+            return
+        voids = await self._restorer.voids(run)
+        if run.worker_id is None and run.epoch == held.epoch:
+            run.worker_id = link.id
+            link.runs.add(run.id)
+            if voids.operations:
+                link.send_plan(voids)
+
+    def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
+        first = run.queue[0].row.seq if run.queue else None
+        settled = (first or run.next_seq) - 1
+        return (
+            not run.deleted
+            and run.worker_id is None
+            and not run.in_flight
+            and held.epoch == run.epoch
+            and run.executed_seq <= held.last_seq <= settled
+        )

@@ -1,0 +1,125 @@
+"""Everything on one machine: a coordinator, its workers, a key and a profile to use them with."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from tensafe.v1 import admin_pb2 as admin
+from tensafe_client.profiles import read_profiles, save_profile
+from tensafe_server.app import Coordinator, Settings
+from tensafe_server.fleet.launcher import LocalLauncher, WorkerSpec
+from tensafe_server.tenants.identity import Identity
+
+log = logging.getLogger(__name__)
+
+_LOCAL_TENANT = "local"
+_WORKER_GRACE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """What `tensafe up` starts.
+
+    Attributes:
+        worker_arguments: for each worker to start its arguments, but for name and connection.
+        profile: name of the profile to write; None for none.
+    """
+
+    coordinator: Settings
+    worker_arguments: Sequence[Sequence[str]]
+    profile: str | None
+
+
+async def serve(
+    settings: Settings, announce: Callable[[str], None], tell_secret: Callable[[str], None]
+) -> None:
+    """Runs a coordinator alone until SIGTERM or SIGINT.
+
+    `tell_secret` is called with a new admin key if the store has no admin or worker key yet.
+    """
+    coordinator = await Coordinator.start(settings)
+    try:
+        if not coordinator.identity.keys(None):
+            _, secret = await coordinator.identity.create_key(
+                admin.KEY_KIND_ADMIN, None, "first admin key"
+            )
+            tell_secret(secret)
+        announce(_address(settings, coordinator))
+        await _until_stopped(coordinator.failed)
+    finally:
+        await coordinator.stop()
+
+
+async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]) -> None:
+    """Runs a coordinator with its workers until SIGTERM or SIGINT.
+
+    `announce` is called with the address once every worker serves.
+
+    Raises:
+        WorkerStartError: if a worker ends before it has served.
+    """
+    coordinator = await Coordinator.start(settings.coordinator)
+    launcher = LocalLauncher()
+    try:
+        address = _address(settings.coordinator, coordinator)
+        _, key = await coordinator.identity.create_key(admin.KEY_KIND_WORKER, None, "local workers")
+        for number, arguments in enumerate(settings.worker_arguments):
+            name = f"worker-{number}"
+            connect = ["--connect", f"127.0.0.1:{coordinator.port}", "--name", name]
+            launcher.start(WorkerSpec(name, [*connect, *arguments], key))
+        arrived = coordinator.dispatcher.wait_for(len(settings.worker_arguments))
+        if await _until_stopped(arrived, launcher.failed, coordinator.failed):
+            return
+        launcher.served.update(link.name for link in coordinator.dispatcher.links)
+        if settings.profile is not None:
+            await _write_profiles(coordinator.identity, address, settings.profile)
+        announce(address)
+        await _until_stopped(launcher.failed, coordinator.failed)
+    finally:
+        await coordinator.drain()
+        await launcher.stop(_WORKER_GRACE_S)
+        await coordinator.stop()
+
+
+async def _write_profiles(identity: Identity, address: str, profile: str) -> None:
+    tenants = {tenant.name: tenant for tenant in identity.tenants()}
+    tenant = tenants.get(_LOCAL_TENANT) or await identity.create_tenant(_LOCAL_TENANT)
+    for name, kind, owner in (
+        (profile, admin.KEY_KIND_TENANT, tenant.id),
+        (f"{profile}-admin", admin.KEY_KIND_ADMIN, None),
+    ):
+        known = read_profiles().profiles.get(name)
+        secret = known.api_key if known is not None else None
+        principal = identity.authenticate(secret) if secret else None
+        if principal is None or principal.kind != kind:
+            _, secret = await identity.create_key(kind, owner, f"profile {name}")
+        save_profile(name, address, secret, make_default=name == profile)
+
+
+def _address(settings: Settings, coordinator: Coordinator) -> str:
+    host = settings.listen.rpartition(":")[0]
+    return f"grpc://{host}:{coordinator.port}"
+
+
+async def _until_stopped(*ends: Awaitable[None]) -> bool:
+    """Waits for a signal or for one of `ends`; returns whether it was a signal."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    waiting = asyncio.ensure_future(stopped.wait())
+    futures = [asyncio.ensure_future(end) for end in ends]
+    try:
+        done, _ = await asyncio.wait([waiting, *futures], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        with contextlib.suppress(asyncio.CancelledError):
+            waiting.cancel()
+    for future in futures:
+        if future in done:
+            future.result()
+    return stopped.is_set()

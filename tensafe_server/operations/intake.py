@@ -1,0 +1,319 @@
+"""Taking operations in: identity, idempotency, checks, limits, durability, order.
+
+The part between looking a (run, seq) up and putting it into the run does not wait for anything, so
+two calls with the same seq cannot both be first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.rpc.status_pb2 import Status
+
+from tensafe.v1 import training_pb2 as training
+from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.wire.channel import MAX_MESSAGE_BYTES
+from tensafe.wire.status import TenSafeFault, to_status
+from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
+from tensafe_server.events.hub import EventHub
+from tensafe_server.ids import new_id
+from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations import checks
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
+from tensafe_server.operations.outcomes import ended_event
+from tensafe_server.operations.validation import check_rules
+from tensafe_server.store.base import OperationRow, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait at a time.
+
+    Attributes:
+        tenant_operations: unfinished operations of one tenant.
+        tenant_bytes: bytes of their specs.
+        early_seqs: how far an operation may be ahead of the first missing seq.
+    """
+
+    tenant_operations: int = 20_000
+    tenant_bytes: int = 512 * 2**20
+    early_seqs: int = 4096
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one submitted spec."""
+
+    operation_id: str = ""
+    error: Status | None = None
+
+
+@dataclass(slots=True)
+class _Candidate:
+    spec: training.OperationSpec
+    data: bytes
+    digest: bytes
+    artifact: Artifact | None = None
+    seen: bool = False
+    payload: tuple[bytes | None, str | None] = (None, None)
+
+
+class Intake:
+    """Accepts operations for tenants."""
+
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        models: ModelRegistry,
+        payloads: Payloads,
+        hub: EventHub,
+        limits: Limits,
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._hub = hub
+        self._models = models
+        self._payloads = payloads
+        self._limits = limits
+
+    async def submit(
+        self, tenant_id: str, specs: Sequence[training.OperationSpec], session_id: str
+    ) -> list[Outcome]:
+        """Takes operations in and answers for each; what it accepted is on disk when it returns."""
+        candidates = [await self._prepare(tenant_id, spec) for spec in specs]
+        outcomes: list[Outcome] = []
+        rows: list[OperationRow] = []
+        accepted: list[PendingOperation] = []
+        repeated: list[tuple[Outcome, _Candidate]] = []
+        for candidate in candidates:
+            outcome = Outcome()
+            outcomes.append(outcome)
+            try:
+                pending = self._accept(tenant_id, candidate, session_id, outcome)
+            except _SeenBeforeError:
+                repeated.append((outcome, candidate))
+                continue
+            except TenSafeFault as fault:
+                outcome.error = to_status(fault.detail)
+                continue
+            if pending is not None:
+                rows.append(pending.row)
+                accepted.append(pending)
+        if rows:
+            try:
+                await self._store.add_operations(rows)
+            except BaseException:
+                self._ledger.withdraw(accepted)
+                raise
+            self._ledger.admit(accepted)
+            self._hub.publish(ended_event(pending) for pending in accepted if pending.void)
+        for outcome, candidate in repeated:
+            await self._answer_repeated(tenant_id, candidate, outcome)
+        return outcomes
+
+    async def _prepare(self, tenant_id: str, spec: training.OperationSpec) -> _Candidate:
+        data = spec.SerializeToString(deterministic=True)
+        candidate = _Candidate(spec, data, hashlib.blake2b(data, digest_size=16).digest())
+        artifact_id = _artifact_read(spec)
+        if artifact_id:
+            candidate.artifact = await self._store.artifact(tenant_id, artifact_id)
+        elif spec.sample.weights.HasField("version"):
+            run = self._ledger.find_run(tenant_id, spec.run_id)
+            if run is not None:
+                candidate.artifact = await self._store.artifact_at(
+                    run.id, spec.sample.weights.version.step
+                )
+        if spec.HasField("request_id"):
+            row = await self._store.operation_by_request(tenant_id, spec.request_id)
+            candidate.seen = row is not None
+        if len(data) > INLINE_BYTES and len(data) <= MAX_MESSAGE_BYTES:
+            candidate.payload = await self._payloads.save(tenant_id, data)
+        else:
+            candidate.payload = (data, None)
+        return candidate
+
+    def _accept(
+        self, tenant_id: str, candidate: _Candidate, session_id: str, outcome: Outcome
+    ) -> PendingOperation | None:
+        """Makes the operation, refused or queued; None if it is a repetition in memory.
+
+        Raises:
+            TenSafeFault: it is refused and leaves no record.
+            _SeenBeforeError: the store has to be asked.
+        """
+        spec = candidate.spec
+        if not spec.WhichOneof("operation"):
+            check_rules(spec)
+        checks.check_identity(spec)
+        run = self._ledger.run(tenant_id, spec.run_id) if spec.HasField("run_id") else None
+        if self._known(tenant_id, run, candidate, outcome):
+            return None
+        if run is not None and run.deleted:
+            raise TenSafeFault(
+                "RUN_DELETED",
+                f"run {run.id} was deleted; create a new one",
+                run_id=run.id,
+            )
+        self._check_limits(tenant_id, run, spec, len(candidate.data))
+        row = OperationRow(
+            id=new_id("op"),
+            tenant_id=tenant_id,
+            run_id=spec.run_id if run is not None else None,
+            seq=spec.seq if spec.HasField("seq") else None,
+            request_id=spec.request_id if spec.HasField("request_id") else None,
+            session_id=session_id,
+            kind=checks.KINDS[spec.WhichOneof("operation") or ""],
+            state=QUEUED,
+            executed=False,
+            spec_hash=candidate.digest,
+            spec=candidate.payload[0],
+            spec_ref=candidate.payload[1],
+            artifact_id=_artifact_id(candidate),
+            cost=0.0,
+            created_ns=time.time_ns(),
+        )
+        pending = PendingOperation(row, candidate.data, model="")
+        outcome.operation_id = row.id
+        try:
+            pending.model, row.cost = self._check(candidate, run)
+        except TenSafeFault as fault:
+            outcome.error = to_status(fault.detail)
+            row.state = FAILED
+            row.error = outcome.error.SerializeToString()
+            row.finished_ns = row.created_ns
+            row.cursor = self._hub.next_cursor()
+            row.spec, row.spec_ref = None, None
+            pending.void = True
+            pending.spec = b""
+        self._ledger.reserve(pending, run)
+        return pending
+
+    def _check(self, candidate: _Candidate, run: RunState | None) -> tuple[str, float]:
+        spec = candidate.spec
+        if len(candidate.data) > MAX_MESSAGE_BYTES:
+            raise TenSafeFault(
+                "MESSAGE_TOO_LARGE",
+                f"the operation has {len(candidate.data)} bytes, the limit is {MAX_MESSAGE_BYTES}; "
+                "split the batch over several calls",
+                field="operation",
+            )
+        check_rules(spec)
+        if _artifact_read(spec) and candidate.artifact is None:
+            raise TenSafeFault(
+                "ARTIFACT_NOT_FOUND",
+                f"no artifact {_artifact_read(spec)!r}; `tensafe artifacts list` shows yours",
+                artifact_id=_artifact_read(spec),
+            )
+        if spec.sample.weights.HasField("version") and candidate.artifact is None:
+            raise TenSafeFault(
+                "VERSION_NOT_SAVED",
+                f"run {spec.run_id} has no saved weights of step "
+                f"{spec.sample.weights.version.step}; call save_state at that step",
+                run_id=spec.run_id,
+            )
+        if run is not None:
+            reference, field = run.model, "run_id"
+        elif candidate.artifact is not None:
+            reference, field = candidate.artifact.model_ref, "sample.weights.artifact_id"
+        else:
+            reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
+        model = self._models.find(reference, field)
+        return model.name, checks.check_content(spec, model)
+
+    def _known(
+        self, tenant_id: str, run: RunState | None, candidate: _Candidate, outcome: Outcome
+    ) -> bool:
+        spec = candidate.spec
+        if spec.HasField("request_id"):
+            pending = self._ledger.by_request(tenant_id, spec.request_id)
+            if pending is None and candidate.seen:
+                raise _SeenBeforeError
+        else:
+            assert run is not None
+            pending = run.by_seq.get(spec.seq)
+            if pending is None and (spec.seq < run.next_seq or spec.seq in run.early):
+                raise _SeenBeforeError
+        if pending is None:
+            return False
+        if pending.row.spec_hash != candidate.digest:
+            raise _conflict(spec)
+        raise _SeenBeforeError
+
+    async def _answer_repeated(
+        self, tenant_id: str, candidate: _Candidate, outcome: Outcome
+    ) -> None:
+        await self._store.flushed()
+        spec = candidate.spec
+        if spec.HasField("request_id"):
+            row = await self._store.operation_by_request(tenant_id, spec.request_id)
+        else:
+            row = await self._store.operation_by_seq(spec.run_id, spec.seq)
+        if row is None:
+            # Its first submission could not be written; that call was told so.
+            fault = TenSafeFault(
+                "QUEUE_FULL", "the first attempt was not stored; send it again", retry_delay_s=0.2
+            )
+            outcome.error = to_status(fault.detail)
+        elif row.spec_hash != candidate.digest:
+            outcome.error = to_status(_conflict(spec).detail)
+        else:
+            outcome.operation_id = row.id
+            if row.state == FAILED and not row.executed and row.error is not None:
+                outcome.error = Status.FromString(row.error)
+
+    def _check_limits(
+        self, tenant_id: str, run: RunState | None, spec: training.OperationSpec, size: int
+    ) -> None:
+        usage = self._ledger.usage(tenant_id)
+        limits = self._limits
+        full = (
+            usage.operations >= limits.tenant_operations
+            or usage.bytes + size > limits.tenant_bytes
+            or (run is not None and spec.seq >= run.next_seq + limits.early_seqs)
+        )
+        if full:
+            raise TenSafeFault(
+                "QUEUE_FULL",
+                f"{usage.operations} operations with {usage.bytes} bytes are waiting (limits: "
+                f"{limits.tenant_operations} and {limits.tenant_bytes}, and {limits.early_seqs} "
+                "ahead of a missing seq); wait for some to finish",
+                retry_delay_s=0.25,
+            )
+
+
+class _SeenBeforeError(Exception):
+    """The (run, seq) or request id was used before."""
+
+
+def _artifact_id(candidate: _Candidate) -> str | None:
+    if candidate.spec.HasField("save_state"):
+        return new_id("art")
+    return candidate.artifact.id if candidate.artifact is not None else None
+
+
+def _artifact_read(spec: training.OperationSpec) -> str:
+    if spec.HasField("load_state"):
+        return spec.load_state.artifact_id
+    return spec.sample.weights.artifact_id
+
+
+def _conflict(spec: training.OperationSpec) -> TenSafeFault:
+    if spec.HasField("request_id"):
+        return TenSafeFault(
+            "REQUEST_ID_CONFLICT",
+            f"request id {spec.request_id!r} was used for another operation; draw a new one",
+            field="request_id",
+        )
+    return TenSafeFault(
+        "SEQ_CONFLICT",
+        f"seq {spec.seq} of run {spec.run_id} was used for another operation; AttachRun tells the "
+        "next free one",
+        field="seq",
+        run_id=spec.run_id,
+        seq=spec.seq,
+    )

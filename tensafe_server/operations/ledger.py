@@ -1,0 +1,170 @@
+"""The book of what is unfinished: runs, their order, and operations that have not ended.
+
+It holds state and keeps its rules; it neither reads nor writes the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.model import PendingOperation, RunState
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one tenant has waiting."""
+
+    operations: int = 0
+    bytes: int = 0
+
+
+class Ledger:
+    """Runs and unfinished operations.
+
+    Attributes:
+        lane: operations without a place in a run's order that no worker has, oldest first.
+        on_ready: called when there is something new to dispatch.
+        on_gap: called with a run whose order has, or no longer has, a missing seq.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, RunState] = {}
+        self.lane: deque[PendingOperation] = deque()
+        self.lane_in_flight: dict[str, PendingOperation] = {}
+        self.on_ready: Callable[[], None] = lambda: None
+        self.on_gap: Callable[[RunState], None] = lambda run: None
+        self._pending: dict[str, PendingOperation] = {}
+        self._requests: dict[tuple[str, str], PendingOperation] = {}
+        self._ready: set[str] = set()
+        self._usage: dict[str, Usage] = {}
+
+    # Runs.
+
+    def find_run(self, tenant_id: str, run_id: str) -> RunState | None:
+        """A tenant's run; another tenant's is None, like one that does not exist."""
+        run = self.runs.get(run_id)
+        return run if run is not None and run.tenant_id == tenant_id else None
+
+    def run(self, tenant_id: str, run_id: str) -> RunState:
+        """Raises TenSafeFault RUN_NOT_FOUND."""
+        run = self.find_run(tenant_id, run_id)
+        if run is None:
+            raise TenSafeFault(
+                "RUN_NOT_FOUND",
+                f"no run {run_id!r}; `tensafe runs list` shows yours",
+                run_id=run_id,
+            )
+        return run
+
+    def ready_runs(self) -> list[RunState]:
+        """Runs with something to dispatch."""
+        self._ready = {run_id for run_id in self._ready if self.runs[run_id].queue}
+        return [self.runs[run_id] for run_id in sorted(self._ready)]
+
+    # Operations.
+
+    def pending(self, operation_id: str) -> PendingOperation | None:
+        return self._pending.get(operation_id)
+
+    def by_request(self, tenant_id: str, request_id: str) -> PendingOperation | None:
+        return self._requests.get((tenant_id, request_id))
+
+    def usage(self, tenant_id: str) -> Usage:
+        return self._usage.setdefault(tenant_id, Usage())
+
+    def reserve(self, operation: PendingOperation, run: RunState | None) -> None:
+        """Takes the operation's place, so that a second one with the same seq finds it."""
+        row = operation.row
+        self._pending[row.id] = operation
+        if run is not None and row.seq is not None:
+            run.by_seq[row.seq] = operation
+        if row.request_id is not None:
+            self._requests[row.tenant_id, row.request_id] = operation
+        usage = self.usage(row.tenant_id)
+        usage.operations += 1
+        usage.bytes += len(operation.spec)
+
+    def withdraw(self, operations: Iterable[PendingOperation]) -> None:
+        """Forgets operations that could not be stored: they were never accepted."""
+        for operation in operations:
+            self._forget(operation)
+
+    def admit(self, operations: Iterable[PendingOperation]) -> None:
+        """Puts stored operations into their order."""
+        touched: dict[str, RunState] = {}
+        for operation in operations:
+            row = operation.row
+            if row.seq is None:
+                if operation.void:
+                    self._forget(operation)
+                else:
+                    self.lane.append(operation)
+                continue
+            run = self.runs[row.run_id or ""]
+            touched[run.id] = run
+            if row.seq == run.next_seq:
+                run.queue.append(operation)
+                run.next_seq += 1
+            else:
+                run.early[row.seq] = operation
+            if operation.void:
+                self._forget(operation)
+        for run in touched.values():
+            while run.next_seq in run.early:
+                run.queue.append(run.early.pop(run.next_seq))
+                run.next_seq += 1
+            self._ready.add(run.id)
+            self.on_gap(run)
+        self.on_ready()
+
+    def retire(self, operation: PendingOperation) -> None:
+        """Takes a finished operation out. If no worker had it, its void stays in the order."""
+        row = operation.row
+        if row.run_id is not None and row.seq is not None:
+            run = self.runs[row.run_id]
+            if operation.worker_id is None:
+                operation.void = True
+            else:
+                run.in_flight.remove(operation)
+            if row.executed:
+                run.executed_seq = max(run.executed_seq, row.seq)
+        elif operation.worker_id is not None:
+            self.lane_in_flight.pop(row.id, None)
+        else:
+            self.lane.remove(operation)
+        self._forget(operation)
+        operation.notify_finished()
+
+    def recall(self, worker_id: str) -> list[RunState]:
+        """Takes back everything that a lost worker had; returns the runs it held."""
+        for operation in [p for p in self.lane_in_flight.values() if p.worker_id == worker_id]:
+            del self.lane_in_flight[operation.row.id]
+            if not operation.finishing:
+                operation.worker_id = None
+                self.lane.appendleft(operation)
+        held = [run for run in self.runs.values() if run.worker_id == worker_id]
+        for run in held:
+            run.worker_id = None
+            run.restoring = False
+            for operation in reversed(run.in_flight):
+                if not operation.finishing:
+                    operation.worker_id = None
+                    run.queue.appendleft(operation)
+            run.in_flight = deque(op for op in run.in_flight if op.finishing)
+            self._ready.add(run.id)
+        return held
+
+    def _forget(self, operation: PendingOperation) -> None:
+        row = operation.row
+        if self._pending.pop(row.id, None) is None:
+            return
+        if row.run_id is not None and row.seq is not None:
+            self.runs[row.run_id].by_seq.pop(row.seq, None)
+        if row.request_id is not None:
+            self._requests.pop((row.tenant_id, row.request_id), None)
+        usage = self.usage(row.tenant_id)
+        usage.operations -= 1
+        usage.bytes -= len(operation.spec)

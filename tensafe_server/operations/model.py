@@ -1,0 +1,137 @@
+"""Runs and unfinished operations, as the coordinator holds them in memory.
+
+The store is the truth after a restart; while the coordinator lives, these are, and every change
+that a caller may rely on is committed before it is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1 import training_pb2 as training
+from tensafe_server.store.base import OperationRow, RunRow
+
+QUEUED = ops.OPERATION_STATE_QUEUED
+RUNNING = ops.OPERATION_STATE_RUNNING
+SUCCEEDED = ops.OPERATION_STATE_SUCCEEDED
+FAILED = ops.OPERATION_STATE_FAILED
+CANCELLED = ops.OPERATION_STATE_CANCELLED
+
+
+@dataclass(slots=True, eq=False)
+class PendingOperation:
+    """An operation that has not finished, or a void one that still has its place in the order.
+
+    Attributes:
+        row: what the store has or will have.
+        spec: serialized OperationSpec.
+        model: name of the base model it runs on.
+        worker_id: where it was sent; None while it waits.
+        void: it ended before it ran; its place only tells the worker that the window has a hole.
+        finishing: its outcome is on the way to the disk; nothing may change it any more.
+    """
+
+    row: OperationRow
+    spec: bytes
+    model: str
+    worker_id: str | None = None
+    void: bool = False
+    finishing: bool = False
+    _waiters: list[asyncio.Future[None]] = field(default_factory=list)
+    _started: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def wait_finished(self) -> asyncio.Future[None]:
+        """Resolves when the outcome is on disk."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        return future
+
+    def wait_started(self) -> asyncio.Future[None]:
+        """Resolves when the operation runs or has finished."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._started.append(future)
+        return future
+
+    def notify_started(self) -> None:
+        _resolve(self._started)
+
+    def notify_finished(self) -> None:
+        _resolve(self._started)
+        _resolve(self._waiters)
+
+
+@dataclass(slots=True, eq=False)
+class RunState:
+    """A run: its order, and which worker holds its adapter.
+
+    Attributes:
+        next_seq: the lowest seq that has not been accepted yet.
+        early: operations that came before an earlier seq did.
+        queue: operations in order that no worker has.
+        in_flight: operations in order that the run's worker has.
+        by_seq: unfinished operations, to answer retries.
+        worker_id: the worker that holds the run's state; None if none does.
+        epoch: number of the newest assignment to a worker.
+        executed_seq: the last seq that a worker has executed and reported.
+        gap_timer, gap_seq: the clock that runs while a seq is missing, and that seq.
+        window_queue_ms: time that the operations since the last applied update waited, ms.
+        restoring: its state is being brought to a worker; nothing may be sent before it is there.
+    """
+
+    row: RunRow
+    config: training.RunConfig
+    step: int
+    epoch: int
+    base_artifact_id: str | None
+    base_seq: int
+    status: int
+    next_seq: int = 1
+    executed_seq: int = 0
+    worker_id: str | None = None
+    restoring: bool = False
+    early: dict[int, PendingOperation] = field(default_factory=dict)
+    queue: deque[PendingOperation] = field(default_factory=deque)
+    in_flight: deque[PendingOperation] = field(default_factory=deque)
+    by_seq: dict[int, PendingOperation] = field(default_factory=dict)
+    gap_timer: asyncio.TimerHandle | None = None
+    gap_seq: int = 0
+    window_queue_ms: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.row.id
+
+    @property
+    def tenant_id(self) -> str:
+        return self.row.tenant_id
+
+    @property
+    def model(self) -> str:
+        return self.row.model
+
+    @property
+    def deleted(self) -> bool:
+        return self.status == training.RUN_STATUS_DELETED
+
+
+def run_state(row: RunRow) -> RunState:
+    """A run as the store has it, with nothing queued."""
+    return RunState(
+        row=row,
+        config=training.RunConfig.FromString(row.config),
+        step=row.step,
+        epoch=row.epoch,
+        base_artifact_id=row.base_artifact_id,
+        base_seq=row.base_seq,
+        status=row.status,
+    )
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+    futures.clear()

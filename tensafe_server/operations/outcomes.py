@@ -1,0 +1,240 @@
+"""How operations end: the outcome is committed, then told to everyone who waits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from google.rpc.status_pb2 import Status
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1 import training_pb2 as training
+from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
+from tensafe.v1.metrics_pb2 import StepMetrics
+from tensafe.v1.types_pb2 import REDUCTION_SUM, Metric
+from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_status, to_status
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.events.hub import Event, EventHub
+from tensafe_server.events.translate import bare_operation, timestamp
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import (
+    CANCELLED,
+    FAILED,
+    SUCCEEDED,
+    PendingOperation,
+    RunState,
+)
+from tensafe_server.store.base import Finish, RunUpdate, Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ending:
+    """What came of one operation.
+
+    Attributes:
+        result: set if it succeeded.
+        error: set if it failed or was cancelled.
+        executed: whether a worker ran it.
+        step_metrics: of the update that it applied, without queue time.
+        artifact_files: what was stored, for SAVE_STATE.
+    """
+
+    operation: PendingOperation
+    result: ops.OperationResult | None = None
+    error: ErrorDetail | None = None
+    executed: bool = False
+    compute_ms: float = 0.0
+    step_metrics: Sequence[Metric] = ()
+    artifact_files: Sequence[ArtifactFile] = ()
+
+
+class Outcomes:
+    """Settles operations.
+
+    Attributes:
+        on_lost_store: called when an outcome could not be committed. What a caller must not lose
+            cannot be kept then, and the coordinator has to stop.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger, hub: EventHub, payloads: Payloads) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._hub = hub
+        self._payloads = payloads
+        self.on_lost_store: Callable[[BaseException], None] = lambda error: None
+
+    async def settle(self, endings: Sequence[Ending]) -> asyncio.Future[None]:
+        """Writes outcomes in this order; the returned future resolves when all have been told.
+
+        Call it again for the same run only after it returned, so that a run's outcomes reach the
+        disk in the run's order.
+        """
+        endings = [ending for ending in endings if not ending.operation.finishing]
+        for ending in endings:
+            ending.operation.finishing = True
+        saved = [await self._save(ending) for ending in endings]
+        told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not endings:
+            told.set_result(None)
+            return told
+        finish, events = self._book(endings, saved)
+
+        def tell(committed: asyncio.Future[None]) -> None:
+            error = committed.exception()
+            if error is not None:
+                log.critical("outcomes could not be stored", exc_info=error)
+                self.on_lost_store(error)
+                told.set_exception(error)
+                return
+            for ending in endings:
+                self._ledger.retire(ending.operation)
+            self._hub.publish(events)
+            self._ledger.on_ready()
+            told.set_result(None)
+
+        self._store.finish(finish).add_done_callback(tell)
+        return told
+
+    async def _save(self, ending: Ending) -> tuple[bytes | None, str | None]:
+        if ending.result is None:
+            return None, None
+        if ending.result.HasField("save_state"):
+            run = self._ledger.runs[ending.operation.row.run_id or ""]
+            _complete_artifact(ending, run)
+        data = ending.result.SerializeToString()
+        return await self._payloads.save(ending.operation.row.tenant_id, data)
+
+    def _book(
+        self, endings: Sequence[Ending], saved: Sequence[tuple[bytes | None, str | None]]
+    ) -> tuple[Finish, list[Event]]:
+        now = time.time_ns()
+        events: list[Event] = []
+        metrics: list[tuple[str, StepMetrics]] = []
+        artifacts: list[tuple[str, Artifact]] = []
+        runs: dict[str, RunState] = {}
+        for ending, (result, result_ref) in zip(endings, saved, strict=True):
+            row = ending.operation.row
+            row.result, row.result_ref = result, result_ref
+            row.executed = ending.executed
+            row.finished_ns = now
+            row.compute_ms = ending.compute_ms
+            row.queue_ms = max(0.0, (now - row.created_ns) / 1e6 - ending.compute_ms)
+            row.state = _state(ending)
+            if ending.error is not None:
+                row.error = to_status(ending.error).SerializeToString()
+            row.cursor = self._hub.next_cursor()
+            events.append(ended_event(ending.operation, ending.result))
+            run = self._ledger.runs.get(row.run_id or "")
+            if run is None:
+                continue
+            if _advance(run, ending):
+                runs[run.id] = run
+            if ending.result is not None and ending.result.HasField("save_state"):
+                artifacts.append((row.tenant_id, ending.result.save_state.artifact))
+            run.window_queue_ms += row.queue_ms
+            if ending.step_metrics:
+                item = self._step_metrics(run, ending, now)
+                metrics.append((row.tenant_id, item))
+                events.append(
+                    Event(item.cursor, row.tenant_id, run.id, "", ops.WatchEvent(metrics=item))
+                )
+        updates = [
+            RunUpdate(run.id, run.step, run.base_artifact_id, run.base_seq) for run in runs.values()
+        ]
+        rows = [ending.operation.row for ending in endings]
+        return Finish(rows, metrics, artifacts, updates), events
+
+    def _step_metrics(self, run: RunState, ending: Ending, now: int) -> StepMetrics:
+        queue = Metric(name="queue_ms", value=run.window_queue_ms, reduction=REDUCTION_SUM)
+        run.window_queue_ms = 0.0
+        return StepMetrics(
+            cursor=self._hub.next_cursor(),
+            run_id=run.id,
+            step=run.step,
+            time=timestamp(now),
+            values=[*ending.step_metrics, queue],
+        )
+
+
+def cancelled(operation: PendingOperation) -> Ending:
+    """The outcome of an operation that was cancelled before it ran."""
+    fault = TenSafeFault(
+        "OPERATION_CANCELLED",
+        f"operation {operation.row.id} was cancelled before it ran",
+        operation_id=operation.row.id,
+    )
+    return Ending(operation, error=fault.detail)
+
+
+def ended_event(operation: PendingOperation, result: ops.OperationResult | None = None) -> Event:
+    """A finished operation as watchers get it."""
+    row = operation.row
+    message = bare_operation(row)
+    if result is not None:
+        message.result.CopyFrom(result)
+    return Event(
+        row.cursor or 0,
+        row.tenant_id,
+        row.run_id or "",
+        row.session_id,
+        ops.WatchEvent(operation=message),
+    )
+
+
+def _state(ending: Ending) -> int:
+    if ending.result is not None:
+        return SUCCEEDED
+    if ending.error is not None and ending.error.reason == "OPERATION_CANCELLED":
+        return CANCELLED
+    return FAILED
+
+
+def _advance(run: RunState, ending: Ending) -> bool:
+    """Applies an outcome to its run; says whether the run's row changed."""
+    if ending.result is None:
+        return False
+    kind = ending.result.WhichOneof("result")
+    if kind == "optim_step":
+        run.step = ending.result.optim_step.step
+        return ending.result.optim_step.applied
+    if kind == "load_state":
+        run.step = ending.result.load_state.step
+        return True
+    if kind == "save_state" and ending.result.save_state.artifact.has_optimizer:
+        run.base_artifact_id = ending.result.save_state.artifact.id
+        run.base_seq = ending.operation.row.seq or 0
+        return True
+    return False
+
+
+def _complete_artifact(ending: Ending, run: RunState) -> None:
+    """Adds to the worker's description what the coordinator knows: identity, files, metadata."""
+    assert ending.result is not None
+    row = ending.operation.row
+    spec = training.OperationSpec.FromString(ending.operation.spec)
+    artifact = ending.result.save_state.artifact
+    files = sorted(ending.artifact_files, key=lambda file: file.name)
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)
+    artifact.id = row.artifact_id or ""
+    artifact.run_id = run.id
+    artifact.model_ref = run.config.model_ref
+    artifact.size_bytes = sum(file.size_bytes for file in files)
+    artifact.sha256 = hashlib.sha256(listing.encode()).hexdigest()
+    artifact.metadata.CopyFrom(spec.save_state.metadata)
+    artifact.created_at.CopyFrom(timestamp(time.time_ns()))
+    del artifact.files[:]
+    artifact.files.extend(files)
+
+
+def as_error(status: Status) -> ErrorDetail:
+    """A worker's error; what it does not name properly becomes INTERNAL."""
+    detail = from_status(status)
+    if detail.reason not in REASON_CODES:
+        return TenSafeFault("INTERNAL", "the worker failed without a known reason").detail
+    return detail

@@ -1,0 +1,88 @@
+"""Bringing runs and unfinished operations back from the store after a restart."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from tensafe.v1 import training_pb2 as training
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import PendingOperation, RunState, run_state
+from tensafe_server.store.base import OperationRow, RunProgress, Store
+
+_PAGE = 1024
+
+
+async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledger: Ledger) -> int:
+    """Fills the ledger from the store; returns the number of unfinished operations."""
+    for row in await store.runs():
+        ledger.runs[row.id] = run_state(row)
+    unfinished = await store.unfinished()
+    by_run: dict[str, list[OperationRow]] = {}
+    lane: list[PendingOperation] = []
+    for operation in unfinished:
+        if operation.run_id is not None and operation.seq is not None:
+            by_run.setdefault(operation.run_id, []).append(operation)
+        else:
+            lane.append(await _lane_operation(store, payloads, models, ledger, operation))
+    for run_id, progress in (await store.run_progress()).items():
+        await _recover_run(
+            store, payloads, ledger, ledger.runs[run_id], by_run.get(run_id, []), progress
+        )
+    for pending in lane:
+        ledger.reserve(pending, None)
+    ledger.admit(lane)
+    return len(unfinished)
+
+
+async def _recover_run(
+    store: Store,
+    payloads: Payloads,
+    ledger: Ledger,
+    run: RunState,
+    unfinished: list[OperationRow],
+    progress: RunProgress,
+) -> None:
+    run.executed_seq = progress.last_executed_seq
+    waiting = {row.seq or 0: row for row in unfinished}
+    first = min([progress.max_seq + 1, *waiting, *progress.gaps])
+    run.next_seq = first
+    after = first - 1
+    while after < progress.max_seq:  # what was refused or cancelled among those that wait
+        rows = await store.history(run.id, after, _PAGE)
+        waiting.update({row.seq or 0: row for row in rows})
+        if len(rows) < _PAGE:
+            break
+        after = rows[-1].seq or progress.max_seq
+    operations = []
+    for seq in sorted(waiting):
+        row = waiting[seq]
+        void = row.cursor is not None
+        spec = b"" if void else await payloads.load(row.spec, row.spec_ref)
+        pending = PendingOperation(row, spec, run.model, void=void)
+        ledger.reserve(pending, run)
+        operations.append(pending)
+    ledger.admit(operations)
+
+
+async def _lane_operation(
+    store: Store,
+    payloads: Payloads,
+    models: ModelRegistry,
+    ledger: Ledger,
+    row: OperationRow,
+) -> PendingOperation:
+    data = await payloads.load(row.spec, row.spec_ref)
+    spec = training.OperationSpec.FromString(data)
+    if row.run_id is not None:
+        reference = ledger.runs[row.run_id].model
+    elif row.artifact_id is not None:
+        artifact = await store.artifact(row.tenant_id, row.artifact_id)
+        reference = artifact.model_ref if artifact is not None else ""
+    else:
+        reference = spec.sample.weights.base_model
+    with suppress(TenSafeFault):  # until its worker registers the model, the operation waits
+        reference = models.find(reference).name
+    return PendingOperation(row, data, reference)

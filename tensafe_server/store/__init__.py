@@ -1,0 +1,1 @@
+"""Durable state: tenants, keys, runs, the operation log, metrics, artifacts' descriptions."""

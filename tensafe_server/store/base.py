@@ -1,0 +1,200 @@
+"""What the coordinator asks of its durable store.
+
+Every read of tenants' data names the tenant, and the store itself applies it: another tenant's row
+and a missing row are both None. Writes that a caller must see on disk before it answers return a
+future; writes are committed in the order of the calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.metrics_pb2 import StepMetrics
+from tensafe.v1.models_pb2 import Model
+
+
+class SchemaTooNewError(RuntimeError):
+    """The store was written by a newer version of TenSafe."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRow:
+    """A mutation's idempotency key, the hash of what was asked, and the id of what was made."""
+
+    scope: str
+    request_id: str
+    request_hash: bytes
+    subject: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRow:
+    id: str
+    name: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    id: str
+    secret_sha256: bytes
+    kind: int
+    tenant_id: str | None
+    name: str
+    created_ns: int
+    revoked_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    id: str
+    tenant_id: str
+    model: str
+    config: bytes
+    status: int
+    step: int
+    epoch: int
+    base_artifact_id: str | None
+    base_seq: int
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """Where a run's order stands: `gaps` are the seqs missing below `max_seq`."""
+
+    max_seq: int
+    gaps: Sequence[int]
+    last_executed_seq: int
+
+
+@dataclass(slots=True)
+class OperationRow:
+    """An accepted or refused operation; the last block is set when it has finished."""
+
+    id: str
+    tenant_id: str
+    run_id: str | None
+    seq: int | None
+    request_id: str | None
+    session_id: str
+    kind: int
+    state: int
+    executed: bool
+    spec_hash: bytes
+    spec: bytes | None
+    spec_ref: str | None
+    artifact_id: str | None
+    cost: float
+    created_ns: int
+
+    result: bytes | None = None
+    result_ref: str | None = None
+    error: bytes | None = None
+    finished_ns: int | None = None
+    queue_ms: float | None = None
+    compute_ms: float | None = None
+    cursor: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunUpdate:
+    """New values of a run's row after some of its operations finished."""
+
+    run_id: str
+    step: int
+    base_artifact_id: str | None
+    base_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Everything that one report of finished operations changes, committed together."""
+
+    operations: Sequence[OperationRow]
+    metrics: Sequence[tuple[str, StepMetrics]] = ()  # (tenant id, metrics)
+    artifacts: Sequence[tuple[str, Artifact]] = ()  # (tenant id, artifact)
+    runs: Sequence[RunUpdate] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EventScope:
+    """Which events a watcher sees."""
+
+    tenant_id: str
+    session_id: str | None = None
+    run_id: str | None = None
+    include_metrics: bool = False
+    include_operations: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of a listing, newest first: rows older than `before` (a row number), at most
+    `size`."""
+
+    size: int
+    before: int | None = None
+
+
+class Store(Protocol):
+    """Durable state. One process owns it."""
+
+    # Identity.
+    async def tenants(self) -> list[TenantRow]: ...
+    async def keys(self) -> list[KeyRow]: ...
+    async def add_tenant(self, row: TenantRow, request: RequestRow | None = None) -> None: ...
+    async def add_key(self, row: KeyRow, request: RequestRow | None = None) -> None: ...
+    async def revoke_key(self, key_id: str, revoked_ns: int) -> None: ...
+
+    # Idempotency of mutations: the first call of this key, if there was one. What a mutation adds
+    # is committed together with its key.
+    async def request(self, scope: str, request_id: str) -> RequestRow | None: ...
+
+    # Runs.
+    async def add_run(self, row: RunRow, request: RequestRow | None = None) -> None: ...
+    async def runs(self) -> list[RunRow]: ...
+    async def run_progress(self) -> dict[str, RunProgress]: ...
+    async def set_run_status(self, run_id: str, status: int) -> None: ...
+    def set_run_epoch(self, run_id: str, epoch: int) -> asyncio.Future[None]: ...
+
+    # The operation log.
+    def add_operations(self, rows: Sequence[OperationRow]) -> asyncio.Future[None]: ...
+    def finish(self, finish: Finish) -> asyncio.Future[None]: ...
+    async def flushed(self) -> None: ...
+    async def operation(self, tenant_id: str, operation_id: str) -> OperationRow | None: ...
+    async def operation_by_seq(self, run_id: str, seq: int) -> OperationRow | None: ...
+    async def operation_by_request(
+        self, tenant_id: str, request_id: str
+    ) -> OperationRow | None: ...
+    async def operations(
+        self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
+    ) -> list[tuple[int, OperationRow]]: ...
+    async def unfinished(self) -> list[OperationRow]: ...
+    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+
+    # Events.
+    async def last_cursor(self) -> int: ...
+    async def finished_operations(
+        self, scope: EventScope, after: int, up_to: int, limit: int
+    ) -> list[OperationRow]: ...
+    async def step_metrics(
+        self, scope: EventScope, after: int, up_to: int, limit: int
+    ) -> list[StepMetrics]: ...
+
+    # Artifacts.
+    async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None: ...
+    async def artifact_at(self, run_id: str, step: int) -> Artifact | None: ...
+    async def artifacts(
+        self, tenant_id: str, run_id: str | None, page: Page
+    ) -> list[tuple[int, Artifact]]: ...
+
+    # Models.
+    async def models(self) -> list[Model]: ...
+    async def put_model(self, model: Model) -> None: ...
+
+    async def close(self) -> None: ...

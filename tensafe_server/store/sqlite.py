@@ -1,0 +1,390 @@
+"""The embedded store: SQLite in WAL mode, one group-committing writer, one reader connection."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.metrics_pb2 import StepMetrics
+from tensafe.v1.models_pb2 import Model
+from tensafe_server.store.base import (
+    EventScope,
+    Finish,
+    KeyRow,
+    OperationRow,
+    Page,
+    RequestRow,
+    RunProgress,
+    RunRow,
+    SchemaTooNewError,
+    TenantRow,
+)
+from tensafe_server.store.writer import GroupCommitWriter
+
+SCHEMA_VERSION = 1
+_SCHEMA = Path(__file__).with_name("schema.sql")
+_T = TypeVar("_T")
+_R = TypeVar("_R", TenantRow, KeyRow, RunRow, OperationRow, RequestRow)
+
+
+def _columns(row: type) -> str:
+    return ", ".join(field.name for field in fields(row))
+
+
+_OPERATION = _columns(OperationRow)
+_INSERT_OPERATION = (
+    f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
+    f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
+)
+_FINISH_OPERATION = """
+    UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
+      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ? WHERE id = ?"""
+_MISSING_SEQS = """
+    WITH RECURSIVE expected (seq) AS (
+      SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
+    ) SELECT seq FROM expected WHERE NOT EXISTS (
+      SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
+
+
+class SqliteStore:
+    """A `Store` in one SQLite file.
+
+    `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
+    """
+
+    def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
+        writing = _connect(path)
+        _prepare(writing)
+        self._writer = GroupCommitWriter(writing, loop)
+        self._write_connection = writing
+        self._reading = _connect(path)
+        self._readers = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
+        self._loop = loop
+
+    @classmethod
+    async def open(cls, path: Path) -> SqliteStore:
+        """Opens or creates the store.
+
+        Raises:
+            SchemaTooNewError: if a newer version of TenSafe wrote it.
+        """
+        return cls(path, asyncio.get_running_loop())
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._writer.close)
+        self._readers.shutdown()
+        self._write_connection.close()
+        self._reading.close()
+
+    # Identity.
+
+    async def tenants(self) -> list[TenantRow]:
+        return await self._rows(TenantRow, "tenants ORDER BY name")
+
+    async def keys(self) -> list[KeyRow]:
+        return await self._rows(KeyRow, "keys ORDER BY created_ns")
+
+    async def add_tenant(self, row: TenantRow, request: RequestRow | None = None) -> None:
+        await self._add("INSERT INTO tenants VALUES (?, ?, ?)", row, request)
+
+    async def add_key(self, row: KeyRow, request: RequestRow | None = None) -> None:
+        await self._add("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", row, request)
+
+    async def revoke_key(self, key_id: str, revoked_ns: int) -> None:
+        await self._execute(
+            "UPDATE keys SET revoked_ns = ? WHERE id = ? AND revoked_ns IS NULL",
+            (revoked_ns, key_id),
+        )
+
+    # Idempotency.
+
+    async def request(self, scope: str, request_id: str) -> RequestRow | None:
+        return await self._one(
+            RequestRow, "requests WHERE scope = ? AND request_id = ?", (scope, request_id)
+        )
+
+    # Runs.
+
+    async def add_run(self, row: RunRow, request: RequestRow | None = None) -> None:
+        await self._add("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row, request)
+
+    async def runs(self) -> list[RunRow]:
+        return await self._rows(RunRow, "runs ORDER BY created_ns")
+
+    async def run_progress(self) -> dict[str, RunProgress]:
+        def read(connection: sqlite3.Connection) -> dict[str, RunProgress]:
+            progress = {}
+            for run_id, count, newest, executed in connection.execute(
+                "SELECT run_id, COUNT(*), MAX(seq), MAX(CASE WHEN executed THEN seq ELSE 0 END)"
+                " FROM operations WHERE seq IS NOT NULL GROUP BY run_id"
+            ).fetchall():
+                gaps: list[int] = []
+                if count != newest:
+                    gaps = [seq for (seq,) in connection.execute(_MISSING_SEQS, (run_id, newest))]
+                progress[run_id] = RunProgress(newest, gaps, executed)
+            return progress
+
+        return await self._read(read)
+
+    async def set_run_status(self, run_id: str, status: int) -> None:
+        await self._execute("UPDATE runs SET status = ? WHERE id = ?", (status, run_id))
+
+    def set_run_epoch(self, run_id: str, epoch: int) -> asyncio.Future[None]:
+        return self._write("UPDATE runs SET epoch = ? WHERE id = ?", [(epoch, run_id)])
+
+    # The operation log.
+
+    def add_operations(self, rows: Sequence[OperationRow]) -> asyncio.Future[None]:
+        return self._write(_INSERT_OPERATION, [_values(row) for row in rows])
+
+    def finish(self, finish: Finish) -> asyncio.Future[None]:
+        operations = [
+            (
+                row.state,
+                row.executed,
+                row.artifact_id,
+                row.result,
+                row.result_ref,
+                row.error,
+                row.finished_ns,
+                row.queue_ms,
+                row.compute_ms,
+                row.cursor,
+                row.id,
+            )
+            for row in finish.operations
+        ]
+        metrics = [
+            (item.cursor, tenant, item.run_id, item.SerializeToString())
+            for tenant, item in finish.metrics
+        ]
+        artifacts = [
+            (
+                item.id,
+                tenant,
+                item.run_id,
+                item.step,
+                item.SerializeToString(),
+                item.created_at.ToNanoseconds(),
+            )
+            for tenant, item in finish.artifacts
+        ]
+        runs = [(row.step, row.base_artifact_id, row.base_seq, row.run_id) for row in finish.runs]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany(_FINISH_OPERATION, operations)
+            if metrics:
+                connection.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", metrics)
+            if artifacts:
+                connection.executemany("INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?)", artifacts)
+            if runs:
+                connection.executemany(
+                    "UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ? WHERE id = ?",
+                    runs,
+                )
+
+        return self._writer.submit(write)
+
+    async def flushed(self) -> None:
+        """Returns when everything written so far is on disk."""
+        await self._writer.submit(lambda _: None)
+
+    async def operation(self, tenant_id: str, operation_id: str) -> OperationRow | None:
+        return await self._one(
+            OperationRow, "operations WHERE tenant_id = ? AND id = ?", (tenant_id, operation_id)
+        )
+
+    async def operation_by_seq(self, run_id: str, seq: int) -> OperationRow | None:
+        return await self._one(
+            OperationRow, "operations WHERE run_id = ? AND seq = ?", (run_id, seq)
+        )
+
+    async def operation_by_request(self, tenant_id: str, request_id: str) -> OperationRow | None:
+        return await self._one(
+            OperationRow,
+            "operations WHERE tenant_id = ? AND request_id = ?",
+            (tenant_id, request_id),
+        )
+
+    async def operations(
+        self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
+    ) -> list[tuple[int, OperationRow]]:
+        where, values = _where(tenant_id=tenant_id, run_id=run_id)
+        if states:
+            where += f" AND state IN ({', '.join('?' * len(states))})"
+            values += states
+        return await self._page(OperationRow, "operations", where, values, page)
+
+    async def unfinished(self) -> list[OperationRow]:
+        return await self._rows(OperationRow, "operations WHERE state IN (1, 2) ORDER BY rowid")
+
+    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]:
+        """Finished operations of a run in order, from the seq after `after_seq`."""
+        return await self._rows(
+            OperationRow,
+            "operations WHERE run_id = ? AND seq > ? AND cursor IS NOT NULL ORDER BY seq LIMIT ?",
+            (run_id, after_seq, limit),
+        )
+
+    # Events.
+
+    async def last_cursor(self) -> int:
+        rows = await self._select(
+            "SELECT MAX(COALESCE((SELECT MAX(cursor) FROM operations), 0),"
+            " COALESCE((SELECT MAX(cursor) FROM metrics), 0))"
+        )
+        return int(rows[0][0])
+
+    async def finished_operations(
+        self, scope: EventScope, after: int, up_to: int, limit: int
+    ) -> list[OperationRow]:
+        where, values = _where(
+            tenant_id=scope.tenant_id, run_id=scope.run_id, session_id=scope.session_id
+        )
+        return await self._rows(
+            OperationRow,
+            f"operations WHERE {where} AND cursor > ? AND cursor <= ? ORDER BY cursor LIMIT ?",
+            (*values, after, up_to, limit),
+        )
+
+    async def step_metrics(
+        self, scope: EventScope, after: int, up_to: int, limit: int
+    ) -> list[StepMetrics]:
+        where, values = _where(tenant_id=scope.tenant_id, run_id=scope.run_id)
+        rows = await self._select(
+            f"SELECT body FROM metrics WHERE {where} AND cursor > ? AND cursor <= ?"  # noqa: S608
+            " ORDER BY cursor LIMIT ?",
+            (*values, after, up_to, limit),
+        )
+        return [StepMetrics.FromString(body) for (body,) in rows]
+
+    # Artifacts.
+
+    async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None:
+        """Reads an artifact; `tenant_id` None is for workers, which serve every tenant."""
+        where, values = _where(id=artifact_id, tenant_id=tenant_id)
+        rows = await self._select(f"SELECT body FROM artifacts WHERE {where}", values)  # noqa: S608
+        return Artifact.FromString(rows[0][0]) if rows else None
+
+    async def artifact_at(self, run_id: str, step: int) -> Artifact | None:
+        rows = await self._select(
+            "SELECT body FROM artifacts WHERE run_id = ? AND step = ?"
+            " ORDER BY created_ns DESC LIMIT 1",
+            (run_id, step),
+        )
+        return Artifact.FromString(rows[0][0]) if rows else None
+
+    async def artifacts(
+        self, tenant_id: str, run_id: str | None, page: Page
+    ) -> list[tuple[int, Artifact]]:
+        where, values = _where(tenant_id=tenant_id, run_id=run_id)
+        rows = await self._select(
+            f"SELECT rowid, body FROM artifacts WHERE {where} AND rowid < ?"  # noqa: S608
+            " ORDER BY rowid DESC LIMIT ?",
+            (*values, _before(page), page.size),
+        )
+        return [(row, Artifact.FromString(body)) for row, body in rows]
+
+    # Models.
+
+    async def models(self) -> list[Model]:
+        rows = await self._select("SELECT body FROM models ORDER BY name")
+        return [Model.FromString(body) for (body,) in rows]
+
+    async def put_model(self, model: Model) -> None:
+        await self._execute(
+            "INSERT OR REPLACE INTO models VALUES (?, ?)", (model.name, model.SerializeToString())
+        )
+
+    # How it is done.
+
+    async def _add(self, sql: str, row: Any, request: RequestRow | None) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(sql, _values(row))
+            if request is not None:
+                connection.execute(
+                    "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request)
+                )
+
+        await self._writer.submit(write)
+
+    def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> asyncio.Future[None]:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany(sql, values)
+
+        return self._writer.submit(write)
+
+    async def _execute(self, sql: str, values: Sequence[Any]) -> None:
+        await self._write(sql, [values])
+
+    async def _read(self, read: Callable[[sqlite3.Connection], _T]) -> _T:
+        return await self._loop.run_in_executor(self._readers, read, self._reading)
+
+    async def _select(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        return await self._read(lambda connection: connection.execute(sql, values).fetchall())
+
+    async def _rows(self, row: type[_R], source: str, values: Sequence[Any] = ()) -> list[_R]:
+        rows = await self._select(f"SELECT {_columns(row)} FROM {source}", values)  # noqa: S608
+        return [row(*values) for values in rows]
+
+    async def _one(self, row: type[_R], source: str, values: Sequence[Any]) -> _R | None:
+        rows = await self._rows(row, source, values)
+        return rows[0] if rows else None
+
+    async def _page(
+        self, row: type[_R], table: str, where: str, values: Sequence[Any], page: Page
+    ) -> list[tuple[int, _R]]:
+        rows = await self._select(
+            f"SELECT rowid, {_columns(row)} FROM {table} WHERE {where} AND rowid < ?"  # noqa: S608
+            " ORDER BY rowid DESC LIMIT ?",
+            (*values, _before(page), page.size),
+        )
+        return [(first, row(*rest)) for first, *rest in rows]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA busy_timeout = 5000")
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone()
+    if known is None:
+        connection.executescript(
+            f"BEGIN; {_SCHEMA.read_text()}"  # noqa: S608 - our own file and number
+            f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'); COMMIT;"
+        )
+        return
+    (version,) = connection.execute(
+        "SELECT value FROM meta WHERE key = 'schema_version'"
+    ).fetchone()
+    if int(version) > SCHEMA_VERSION:
+        raise SchemaTooNewError(
+            f"the store has schema {version}, this version of TenSafe knows up to "
+            f"{SCHEMA_VERSION}; start the version that wrote it, or a newer one"
+        )
+
+
+def _values(row: Any) -> tuple[Any, ...]:
+    return tuple(getattr(row, field.name) for field in fields(row))
+
+
+def _where(**conditions: str | None) -> tuple[str, list[Any]]:
+    given = {name: value for name, value in conditions.items() if value is not None}
+    return " AND ".join(f"{name} = ?" for name in given), list(given.values())
+
+
+def _before(page: Page) -> int:
+    return page.before if page.before is not None else 2**62

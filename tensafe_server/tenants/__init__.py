@@ -1,0 +1,1 @@
+"""Who calls: tenants, keys, and what each kind of key may do."""
