@@ -6,14 +6,15 @@ worker, and the worker checks again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from typing import Any
 
 import numpy as np
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.models_pb2 import Model
-from tensafe.v1.types_pb2 import NamedTensor
+from tensafe.v1.types_pb2 import NamedTensor, Tensor
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import Array, TensorError, decode
 from tensafe_server.operations.validation import refused
@@ -26,8 +27,25 @@ KINDS = {
     "save_state": ops.OPERATION_KIND_SAVE_STATE,
     "load_state": ops.OPERATION_KIND_LOAD_STATE,
 }
-_LOSS_INPUTS = {"cross_entropy": {"target_tokens": True, "weights": False}}
+_INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
+_LOSS_INPUTS = {"cross_entropy": {"target_tokens": _INT32, "weights": _FLOAT32}}
 _MAX_METADATA_BYTES = 64 * 1024
+
+
+class _Paths:
+    """Where the parts of a batch stand in a spec: the names in errors."""
+
+    def __init__(self, kind: str) -> None:
+        batch = f"{kind}.batch.inline"
+        self.offsets = f"{batch}.offsets"
+        self.tokens = f"{batch}.input_tokens"
+        self.inputs = f"{batch}.loss_inputs"
+        self.targets = f"{batch}.target_tokens"
+        self.weights = f"{batch}.weights"
+        self.loss = f"{kind}.loss.name"
+
+
+_PATHS = {kind: _Paths(kind) for kind in ("forward", "forward_backward")}
 
 
 def is_numbered(spec: training.OperationSpec) -> bool:
@@ -76,7 +94,6 @@ def check_content(spec: training.OperationSpec, model: Model) -> float:
 def _check_batch(
     operation: training.Forward | training.ForwardBackward, kind: str, model: Model
 ) -> float:
-    path = f"{kind}.batch.inline"
     if operation.batch.WhichOneof("source") != "inline":
         raise TenSafeFault(
             "UNSUPPORTED_OPTION",
@@ -84,77 +101,73 @@ def _check_batch(
             field=f"{kind}.batch.blob_ref",
         )
     batch = operation.batch.inline
-    offsets = _checked(lambda: _offsets(batch), f"{path}.offsets")
-    tokens = _checked(lambda: _tokens(batch, int(offsets[-1])), f"{path}.input_tokens")
-    lengths = np.diff(offsets)
-    if model.context_length and int(lengths.max()) > model.context_length:
-        row = int(lengths.argmax())
-        raise TenSafeFault(
-            "CONTEXT_EXCEEDED",
-            f"datum {row} has {int(lengths[row])} tokens, the context of {model.name} is "
-            f"{model.context_length}; cut or split it",
-            field=f"{path}.offsets",
-            datum=row,
-            context_length=model.context_length,
-        )
-    _check_vocabulary(tokens, f"{path}.input_tokens", model)
-    _check_loss(operation, kind, batch, len(tokens), model)
-    return float(len(tokens))
+    path = _PATHS[kind]
+    field = path.offsets
+    try:
+        offsets = _offsets(batch.offsets)
+        total: int = offsets.item(-1)
+        _check_context(offsets, field, model)
+        field = path.tokens
+        tokens = _tokens(batch.input_tokens, total)
+    except TensorError as error:
+        raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
+    _check_vocabulary(tokens, field, model)
+    _check_loss(operation, batch, path, total, model)
+    return float(total)
 
 
 def _check_loss(
     operation: training.Forward | training.ForwardBackward,
-    kind: str,
     batch: training.Batch,
+    path: _Paths,
     total: int,
     model: Model,
 ) -> None:
-    name = operation.loss.name if operation.loss.HasField("name") else "cross_entropy"
-    inputs = _LOSS_INPUTS.get(name)
-    if inputs is None:
+    name = operation.loss.name or "cross_entropy"
+    known = _LOSS_INPUTS.get(name)
+    if known is None:
         raise TenSafeFault(
             "UNSUPPORTED_OPTION",
             f"no loss {name!r}; this server has {', '.join(sorted(_LOSS_INPUTS))}",
-            field=f"{kind}.loss.name",
+            field=path.loss,
         )
-    given = {}
+    given: dict[str, Array] = {}
     for index, item in enumerate(batch.loss_inputs):
-        field = f"{kind}.batch.inline.loss_inputs[{index}]"
-        if item.name not in inputs or item.name in given:
-            known = ", ".join(sorted(inputs))
+        dtype = known.get(item.name)
+        if dtype is None or item.name in given:
             problem = "given twice" if item.name in given else f"unknown to {name}"
             raise TenSafeFault(
                 "INVALID_BATCH",
-                f"loss input {item.name!r} is {problem}; it takes {known}",
-                field=field,
+                f"loss input {item.name!r} is {problem}; it takes {', '.join(sorted(known))}",
+                field=f"{path.inputs}[{index}]",
             )
-        given[item.name] = _per_token(item, field, total)
-    for required in (key for key, needed in inputs.items() if needed and key not in given):
+        given[item.name] = _per_token(item, dtype, f"{path.inputs}[{index}]", total)
+    targets = given.get("target_tokens")
+    if targets is None:
         raise TenSafeFault(
             "INVALID_BATCH",
-            f"{name} needs the loss input {required!r}",
-            field=f"{kind}.batch.inline.loss_inputs",
+            f"{name} needs the loss input 'target_tokens'",
+            field=path.inputs,
         )
-    _check_vocabulary(given["target_tokens"], f"{kind}.batch.inline.target_tokens", model)
-    if "weights" in given:
-        _check_weights(given["weights"], operation, kind)
+    _check_vocabulary(targets, path.targets, model)
+    weights = given.get("weights")
+    if weights is not None:
+        _check_weights(weights, operation.loss.reduction, path.weights)
 
 
-def _check_weights(
-    weights: Array, operation: training.Forward | training.ForwardBackward, kind: str
-) -> None:
-    field = f"{kind}.batch.inline.weights"
-    if not np.isfinite(weights).all():
+def _check_weights(weights: Array, reduction: int, field: str) -> None:
+    total: float = np.add.reduce(weights, dtype=np.float64).item()
+    if not math.isfinite(total):
         raise TenSafeFault("INVALID_BATCH", "weights must be finite", field=field)
-    if operation.loss.reduction == training.LOSS_REDUCTION_SUM:
+    if reduction == training.LOSS_REDUCTION_SUM:
         return
-    if weights.min(initial=0.0) < 0:
+    if np.minimum.reduce(weights) < 0:
         raise TenSafeFault(
             "INVALID_BATCH",
             "negative weights have no weighted mean; use the reduction `sum`",
             field=field,
         )
-    if weights.sum(dtype=np.float64) == 0:
+    if total == 0:
         raise TenSafeFault(
             "NOTHING_SCORED",
             "every weight is 0, so that there is no loss (labels all -100?); score at least one "
@@ -170,8 +183,11 @@ def _check_sample(sample: training.Sample, model: Model) -> float:
         length = 16
         if prompt.WhichOneof("content") == "tokens":
             field = f"sample.prompts[{index}].tokens"
-            tokens = _checked(lambda p=prompt: decode(p.tokens), field)  # type: ignore[misc]
-            if tokens.ndim != 1 or tokens.dtype != np.dtype("<i4") or not len(tokens):
+            try:
+                tokens = decode(prompt.tokens)
+            except TensorError as error:
+                raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
+            if tokens.ndim != 1 or tokens.dtype != _INT32 or not len(tokens):
                 raise TenSafeFault(
                     "INVALID_BATCH", "must be an int32 vector with at least one token", field=field
                 )
@@ -189,40 +205,52 @@ def _check_sample(sample: training.Sample, model: Model) -> float:
     return cost * count
 
 
-def _checked(read: Callable[[], Array], field: str) -> Array:
-    try:
-        return read()
-    except TensorError as error:
-        raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
-
-
-def _offsets(batch: training.Batch) -> Array:
-    offsets = decode(batch.offsets)
-    if offsets.dtype != np.dtype("<i8") or offsets.ndim != 1:
+def _offsets(tensor: Tensor) -> Array:
+    offsets = decode(tensor)
+    if offsets.dtype != _INT64 or offsets.ndim != 1:
         raise TensorError("must be an int64 vector")
     if len(offsets) < 2:
         raise TensorError("the batch is empty; send at least one datum")
-    if offsets[0] != 0 or (np.diff(offsets) <= 0).any():
+    if offsets.item(0) != 0 or np.minimum.reduce(offsets[1:] - offsets[:-1]) <= 0:
         raise TensorError("must begin at 0 and increase strictly: every datum has a token")
     return offsets
 
 
-def _tokens(batch: training.Batch, total: int) -> Array:
-    tokens = decode(batch.input_tokens)
-    if tokens.dtype != np.dtype("<i4") or tokens.ndim != 1:
+def _check_context(offsets: Array, field: str, model: Model) -> None:
+    limit = model.context_length
+    if not limit or offsets.item(-1) <= limit:
+        return
+    lengths = offsets[1:] - offsets[:-1]
+    datum = int(lengths.argmax())
+    if lengths[datum] > limit:
+        raise TenSafeFault(
+            "CONTEXT_EXCEEDED",
+            f"datum {datum} has {lengths[datum]} tokens, the context of {model.name} is {limit}; "
+            "cut or split it",
+            field=field,
+            datum=datum,
+            context_length=limit,
+        )
+
+
+def _tokens(tensor: Tensor, total: int) -> Array:
+    tokens = decode(tensor)
+    if tokens.dtype != _INT32 or tokens.ndim != 1:
         raise TensorError("must be an int32 vector")
     if len(tokens) != total:
         raise TensorError(f"has {len(tokens)} tokens, the offsets end at {total}")
     return tokens
 
 
-def _per_token(item: NamedTensor, field: str, total: int) -> Array:
-    values = _checked(lambda: decode(item.tensor), field)
-    expected = np.dtype("<f4") if item.name == "weights" else np.dtype("<i4")
-    if values.dtype != expected or values.shape != (total,) or item.HasField("offsets"):
+def _per_token(item: NamedTensor, dtype: np.dtype[Any], field: str, total: int) -> Array:
+    try:
+        values = decode(item.tensor)
+    except TensorError as error:
+        raise TenSafeFault("INVALID_BATCH", f"{item.name}: {error}", field=field) from error
+    if values.dtype != dtype or values.shape != (total,) or item.HasField("offsets"):
         raise TenSafeFault(
             "INVALID_BATCH",
-            f"{item.name} must be {expected.name} [{total}], one for each input token, without "
+            f"{item.name} must be {dtype.name} [{total}], one for each input token, without "
             f"offsets of its own; it is {values.dtype.name} {list(values.shape)}",
             field=field,
         )

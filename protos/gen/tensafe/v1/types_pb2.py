@@ -25,17 +25,13 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tensafe/v1/types.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\"f\n\x06Tensor\x12/\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.tensafe.v1.DataTypeB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x1d\n\x05shape\x18\x02 \x03(\x03\x42\x0e\xbaH\x0b\x92\x01\x08\x10\x04\"\x04\"\x02(\x00\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"w\n\x0bNamedTensor\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12*\n\x06tensor\x18\x02 \x01(\x0b\x32\x12.tensafe.v1.TensorB\x06\xbaH\x03\xc8\x01\x01\x12#\n\x07offsets\x18\x03 \x01(\x0b\x32\x12.tensafe.v1.Tensor\"_\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12(\n\treduction\x18\x03 \x01(\x0e\x32\x15.tensafe.v1.Reduction\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"\x92\x01\n\tFileChunk\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x05*\x87\x01\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x11\n\rREDUCTION_SUM\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_MIN\x10\x03\x12\x11\n\rREDUCTION_MAX\x10\x04\x12\x12\n\x0eREDUCTION_LAST\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tensafe/v1/types.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\"J\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.tensafe.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"w\n\x0bNamedTensor\x12\x17\n\x04name\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12*\n\x06tensor\x18\x02 \x01(\x0b\x32\x12.tensafe.v1.TensorB\x06\xbaH\x03\xc8\x01\x01\x12#\n\x07offsets\x18\x03 \x01(\x0b\x32\x12.tensafe.v1.Tensor\"_\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12(\n\treduction\x18\x03 \x01(\x0e\x32\x15.tensafe.v1.Reduction\x12\x0e\n\x06weight\x18\x04 \x01(\x01\"\x92\x01\n\tFileChunk\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x17\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06sha256\x18\x05 \x01(\t*\x95\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x04\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x05*\x87\x01\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x11\n\rREDUCTION_SUM\x10\x01\x12\x12\n\x0eREDUCTION_MEAN\x10\x02\x12\x11\n\rREDUCTION_MIN\x10\x03\x12\x11\n\rREDUCTION_MAX\x10\x04\x12\x12\n\x0eREDUCTION_LAST\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tensafe.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TENSOR'].fields_by_name['dtype']._loaded_options = None
-  _globals['_TENSOR'].fields_by_name['dtype']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
-  _globals['_TENSOR'].fields_by_name['shape']._loaded_options = None
-  _globals['_TENSOR'].fields_by_name['shape']._serialized_options = b'\272H\013\222\001\010\020\004\"\004\"\002(\000'
   _globals['_NAMEDTENSOR'].fields_by_name['name']._loaded_options = None
   _globals['_NAMEDTENSOR'].fields_by_name['name']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_NAMEDTENSOR'].fields_by_name['tensor']._loaded_options = None
@@ -44,16 +40,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILECHUNK'].fields_by_name['name']._serialized_options = b'\272H\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$'
   _globals['_FILECHUNK'].fields_by_name['data']._loaded_options = None
   _globals['_FILECHUNK'].fields_by_name['data']._serialized_options = b'\272H\006z\004\030\200\200@'
-  _globals['_DATATYPE']._serialized_start=539
-  _globals['_DATATYPE']._serialized_end=688
-  _globals['_REDUCTION']._serialized_start=691
-  _globals['_REDUCTION']._serialized_end=826
+  _globals['_DATATYPE']._serialized_start=511
+  _globals['_DATATYPE']._serialized_end=660
+  _globals['_REDUCTION']._serialized_start=663
+  _globals['_REDUCTION']._serialized_end=798
   _globals['_TENSOR']._serialized_start=67
-  _globals['_TENSOR']._serialized_end=169
-  _globals['_NAMEDTENSOR']._serialized_start=171
-  _globals['_NAMEDTENSOR']._serialized_end=290
-  _globals['_METRIC']._serialized_start=292
-  _globals['_METRIC']._serialized_end=387
-  _globals['_FILECHUNK']._serialized_start=390
-  _globals['_FILECHUNK']._serialized_end=536
+  _globals['_TENSOR']._serialized_end=141
+  _globals['_NAMEDTENSOR']._serialized_start=143
+  _globals['_NAMEDTENSOR']._serialized_end=262
+  _globals['_METRIC']._serialized_start=264
+  _globals['_METRIC']._serialized_end=359
+  _globals['_FILECHUNK']._serialized_start=362
+  _globals['_FILECHUNK']._serialized_end=508
 # @@protoc_insertion_point(module_scope)

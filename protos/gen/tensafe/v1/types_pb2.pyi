@@ -93,7 +93,9 @@ Global___Reduction: _TypeAlias = Reduction  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
-    """A dense, row-major array of numbers."""
+    """A dense, row-major array of numbers. Type, shape and length must agree; who
+    reads a tensor checks them together, so no rule of a single field stands here.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -106,7 +108,7 @@ class Tensor(_message.Message):
     """The elements; its length must be itemsize × product(shape) bytes."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Extent of each dimension, outermost first; empty for a scalar."""
+        """Extent of each dimension, outermost first, at most 4; empty for a scalar."""
 
     def __init__(
         self,

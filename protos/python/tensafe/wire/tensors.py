@@ -47,19 +47,22 @@ def decode(tensor: types.Tensor) -> Array:
         TensorError: if the bytes are not itemsize × product(shape) long, or the type is unknown.
     """
     shape = tuple(tensor.shape)
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is not None:
+        _check_length(tensor, shape, dtype.itemsize)
+        array = np.frombuffer(tensor.data, dtype)
+        return array if len(shape) == 1 else array.reshape(shape)
     if tensor.dtype == types.DATA_TYPE_BFLOAT16:
         _check_length(tensor, shape, 2)
         upper = np.frombuffer(tensor.data, dtype="<u2").astype("<u4") << 16
         return upper.view("<f4").reshape(shape)
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise TensorError("dtype is not set; use one of the DataType values")
-    _check_length(tensor, shape, dtype.itemsize)
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+    raise TensorError("dtype is not set; use one of the DataType values")
 
 
 def _check_length(tensor: types.Tensor, shape: tuple[int, ...], itemsize: int) -> None:
-    if any(extent < 0 for extent in shape):
+    if len(shape) > 4:
+        raise TensorError(f"shape {list(shape)} has more than 4 dimensions")
+    if shape and min(shape) < 0:
         raise TensorError(f"shape {list(shape)} has a negative extent")
     expected = itemsize * prod(shape)
     if len(tensor.data) != expected:

@@ -1,0 +1,170 @@
+"""The TenSafe SDK: fine-tune LoRA adapters on a service from your own training loop.
+
+from tensafe_client import ServiceClient
+
+client = ServiceClient()
+tc = client.create_training_client({"model_ref": "smollm2-135m"})
+for batch in dataloader:
+    loss = tc.forward_backward(batch)
+    step = tc.optim_step()
+    print(step.result().step, loss.result().loss)
+print(tc.sample("Once upon a time").samples[0].completion)
+"""
+
+from tensafe_client.admin import Admin
+from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
+from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+from tensafe_client.connection import ClientConfig
+from tensafe_client.data.datum import Datum
+from tensafe_client.data.loader import DataLoader
+from tensafe_client.errors import (
+    ArtifactMismatchError,
+    ArtifactNotFoundError,
+    AuthenticationError,
+    BatchError,
+    ChecksumMismatchError,
+    ClientClosedError,
+    ConfigError,
+    ConflictError,
+    ConnectionFailedError,
+    ContextExceededError,
+    EmptyWindowError,
+    InvalidArgumentError,
+    MaxStepsReachedError,
+    MessageTooLargeError,
+    MixedReductionError,
+    ModelNotFoundError,
+    NameTakenError,
+    NoChatTemplateError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    NotFoundError,
+    OperationCancelledError,
+    OperationNotFoundError,
+    OperationTimeoutError,
+    OutOfMemoryError,
+    OutOfRangeError,
+    PermissionDeniedError,
+    PreconditionError,
+    QueueFullError,
+    RequestTimeoutError,
+    ResourceExhaustedError,
+    RunDeletedError,
+    RunNotFoundError,
+    SequenceConflictError,
+    SequenceGapError,
+    ServerError,
+    TenSafeError,
+    TokenOutOfRangeError,
+    UnknownTargetModuleError,
+    UnsupportedOptionError,
+    VersionNotSavedError,
+    WindowPoisonedError,
+)
+from tensafe_client.futures import OperationFuture
+from tensafe_client.infos import (
+    ArtifactFile,
+    ArtifactInfo,
+    KeyInfo,
+    ModelInfo,
+    NewKey,
+    OperationInfo,
+    RunInfo,
+    TenantInfo,
+)
+from tensafe_client.profiles import Profile, read_profiles, save_profile
+from tensafe_client.results import (
+    ForwardBackwardResult,
+    ForwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    Sample,
+    SampleResult,
+    SaveStateResult,
+    StepMetrics,
+)
+from tensafe_client.schedules import Schedule, constant, cosine, linear
+from tensafe_client.service import ServiceClient
+from tensafe_client.training import TrainingClient
+
+__all__ = [
+    "Admin",
+    "ArtifactFile",
+    "ArtifactInfo",
+    "ArtifactMismatchError",
+    "ArtifactNotFoundError",
+    "AsyncAdmin",
+    "AsyncServiceClient",
+    "AsyncTrainingClient",
+    "AuthenticationError",
+    "BatchError",
+    "ChecksumMismatchError",
+    "ClientClosedError",
+    "ClientConfig",
+    "ConfigError",
+    "ConflictError",
+    "ConnectionFailedError",
+    "ContextExceededError",
+    "DPConfig",
+    "DataLoader",
+    "Datum",
+    "EmptyWindowError",
+    "ForwardBackwardResult",
+    "ForwardResult",
+    "InvalidArgumentError",
+    "KeyInfo",
+    "LoRAConfig",
+    "LoadStateResult",
+    "MaxStepsReachedError",
+    "MessageTooLargeError",
+    "MixedReductionError",
+    "ModelInfo",
+    "ModelNotFoundError",
+    "NameTakenError",
+    "NewKey",
+    "NoChatTemplateError",
+    "NonFiniteGradientError",
+    "NonFiniteLossError",
+    "NotFoundError",
+    "OperationCancelledError",
+    "OperationFuture",
+    "OperationInfo",
+    "OperationNotFoundError",
+    "OperationTimeoutError",
+    "OptimStepResult",
+    "OptimizerConfig",
+    "OutOfMemoryError",
+    "OutOfRangeError",
+    "PermissionDeniedError",
+    "PreconditionError",
+    "Profile",
+    "QueueFullError",
+    "RequestTimeoutError",
+    "ResourceExhaustedError",
+    "RunDeletedError",
+    "RunInfo",
+    "RunNotFoundError",
+    "Sample",
+    "SampleResult",
+    "SaveStateResult",
+    "Schedule",
+    "SequenceConflictError",
+    "SequenceGapError",
+    "ServerError",
+    "ServiceClient",
+    "StepMetrics",
+    "TenSafeError",
+    "TenantInfo",
+    "TokenOutOfRangeError",
+    "TrainingClient",
+    "TrainingConfig",
+    "UnknownTargetModuleError",
+    "UnsupportedOptionError",
+    "VersionNotSavedError",
+    "WindowPoisonedError",
+    "constant",
+    "cosine",
+    "linear",
+    "read_profiles",
+    "save_profile",
+]

@@ -1,0 +1,154 @@
+"""The client of a service, for asyncio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensafe_client.aio.admin import AsyncAdmin
+from tensafe_client.aio.training import AsyncTrainingClient
+from tensafe_client.config import TrainingConfig
+from tensafe_client.connection import ClientConfig
+from tensafe_client.futures import OperationFuture
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.results import SampleResult
+from tensafe_client.service import ServiceBase
+
+
+class AsyncServiceClient(ServiceBase):
+    """A connection to a TenSafe service; `tensafe_client.ServiceClient`, awaited.
+
+    It may be used from any event loop: its own I/O runs on the SDK's loop.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | Mapping[str, Any] | str | None = None,
+        *,
+        target: str | None = None,
+        api_key: str | None = None,
+        profile: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+        )
+        self._io = self._session.io
+        self.admin = AsyncAdmin(self._session)
+
+    async def create_training_client(
+        self, config: TrainingConfig | Mapping[str, Any]
+    ) -> AsyncTrainingClient:
+        """Creates a run."""
+        info, sequence = await self._io.bridge(self._api.create_run(config))
+        return AsyncTrainingClient(self._session, info, sequence)
+
+    async def training_client(self, run_id: str) -> AsyncTrainingClient:
+        """Attaches to a run, also one of another process."""
+        info, sequence = await self._io.bridge(self._api.attach_run(run_id))
+        return AsyncTrainingClient(self._session, info, sequence)
+
+    async def future(self, operation_id: str) -> OperationFuture[Any]:
+        """Rebuilds the handle on an operation, in any process; await it for the result."""
+        return await self._io.bridge(self._api.future(operation_id))
+
+    async def runs(
+        self, *, include_deleted: bool = False, limit: int | None = None
+    ) -> list[RunInfo]:
+        """Lists runs, newest first."""
+        return await self._io.bridge(self._api.runs(include_deleted, limit))
+
+    async def run(self, run_id: str) -> RunInfo:
+        """Reads a run."""
+        return await self._io.bridge(self._api.run(run_id))
+
+    async def delete_run(self, run_id: str) -> RunInfo:
+        """Deletes a run; its queued operations are cancelled, its artifacts stay."""
+        return await self._io.bridge(self._api.delete_run(run_id))
+
+    async def operations(
+        self, run_id: str | None = None, *, limit: int | None = None
+    ) -> list[OperationInfo]:
+        """Lists operations, newest first; of one run, or all of the tenant's."""
+        return await self._io.bridge(self._api.operations(run_id, limit))
+
+    async def operation(self, operation_id: str) -> OperationInfo:
+        """Reads an operation."""
+        return await self._io.bridge(self._api.operation(operation_id))
+
+    async def cancel(self, operation_id: str) -> bool:
+        """Cancels an operation; True only if it never ran."""
+        return await self._io.bridge(self._api.cancel(operation_id))
+
+    async def artifacts(
+        self, run_id: str | None = None, *, limit: int | None = None
+    ) -> list[ArtifactInfo]:
+        """Lists artifacts, newest first; of one run, or all of the tenant's."""
+        return await self._io.bridge(self._api.artifacts(run_id, limit))
+
+    async def artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Reads an artifact's description."""
+        return await self._io.bridge(self._api.artifact(artifact_id))
+
+    async def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
+        """Downloads an artifact's files; a download that broke off goes on where it stopped."""
+        return await self._io.bridge(self._downloads.artifact(artifact_id, Path(directory)))
+
+    async def models(self) -> list[ModelInfo]:
+        """Lists the models that the operator has registered."""
+        return await self._io.bridge(self._api.models())
+
+    async def model(self, model_ref: str) -> ModelInfo:
+        """Reads a model."""
+        return await self._io.bridge(self._api.model(model_ref))
+
+    async def tokenizer_files(self, model_ref: str) -> dict[str, bytes]:
+        """Fetches a model's tokenizer, name → content."""
+        return await self._io.bridge(self._downloads.tokenizer(model_ref))
+
+    def sample(
+        self,
+        prompts: Any,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = None,
+        num_samples: int | None = None,
+        *,
+        base_model: str | None = None,
+        artifact: str | None = None,
+    ) -> OperationFuture[SampleResult]:
+        """Generates text from a base model or an artifact; await the result."""
+        return self.sample_async(
+            prompts,
+            max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            stop,
+            num_samples,
+            base_model=base_model,
+            artifact=artifact,
+        )
+
+    async def close(self) -> None:
+        """Sends what still waits, then ends the connection; operations go on."""
+        await self._io.bridge(self._session.close())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()

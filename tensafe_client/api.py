@@ -1,0 +1,275 @@
+"""Calls that are not operations, as coroutines of the I/O loop: what both faces stand on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from tensafe.v1 import (
+    admin_pb2,
+    artifacts_pb2,
+    metrics_pb2,
+    models_pb2,
+    operations_pb2,
+    training_pb2,
+)
+from tensafe_client.backoff import Backoff, retryable
+from tensafe_client.config import TrainingConfig
+from tensafe_client.errors import (
+    ConnectionFailedError,
+    InvalidArgumentError,
+    RequestTimeoutError,
+    TenSafeError,
+    from_rpc_error,
+)
+from tensafe_client.futures import OperationFuture
+from tensafe_client.infos import (
+    ArtifactInfo,
+    KeyInfo,
+    ModelInfo,
+    NewKey,
+    OperationInfo,
+    RunInfo,
+    TenantInfo,
+)
+from tensafe_client.results import StepMetrics
+from tensafe_client.session import RunSequence, Session, new_request_id
+
+_PAGE = 500
+_WAIT_S = 60.0
+
+
+class Api:
+    """Runs, operations, metrics, artifacts and models of one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def create_run(
+        self, config: TrainingConfig | Mapping[str, Any]
+    ) -> tuple[RunInfo, RunSequence]:
+        """Creates a run."""
+        request = training_pb2.CreateRunRequest(
+            request_id=new_request_id(), config=TrainingConfig.of(config).to_proto()
+        )
+        stubs = await self._session.stubs()
+        response = await self._session.call(stubs.training.CreateRun, request)
+        return RunInfo.from_proto(response.run), self._session.sequence(response.run)
+
+    async def attach_run(self, run_id: str) -> tuple[RunInfo, RunSequence]:
+        """Asks for a run's next seq."""
+        stubs = await self._session.stubs()
+        request = training_pb2.AttachRunRequest(run_id=run_id)
+        response = await self._session.call(stubs.training.AttachRun, request)
+        return RunInfo.from_proto(response.run), self._session.sequence(response.run)
+
+    async def run(self, run_id: str) -> RunInfo:
+        """Reads a run."""
+        stubs = await self._session.stubs()
+        request = training_pb2.GetRunRequest(run_id=run_id)
+        response = await self._session.call(stubs.training.GetRun, request)
+        return RunInfo.from_proto(response.run)
+
+    async def runs(self, include_deleted: bool, limit: int | None) -> list[RunInfo]:
+        """Lists runs, newest first."""
+        stubs = await self._session.stubs()
+
+        def request(size: int, token: str) -> Any:
+            return training_pb2.ListRunsRequest(
+                page_size=size, page_token=token, include_deleted=include_deleted
+            )
+
+        found = await self._pages(stubs.training.ListRuns, request, "runs", limit)
+        return [RunInfo.from_proto(message) for message in found]
+
+    async def delete_run(self, run_id: str) -> RunInfo:
+        """Deletes a run."""
+        stubs = await self._session.stubs()
+        request = training_pb2.DeleteRunRequest(run_id=run_id, request_id=new_request_id())
+        response = await self._session.call(stubs.training.DeleteRun, request)
+        return RunInfo.from_proto(response.run)
+
+    async def operation(self, operation_id: str) -> OperationInfo:
+        """Reads an operation."""
+        return OperationInfo.from_proto(await self._get_operation(operation_id))
+
+    async def operations(self, run_id: str | None, limit: int | None) -> list[OperationInfo]:
+        """Lists operations, newest first."""
+        stubs = await self._session.stubs()
+
+        def request(size: int, token: str) -> Any:
+            return operations_pb2.ListOperationsRequest(
+                run_id=run_id or "", page_size=size, page_token=token
+            )
+
+        found = await self._pages(stubs.operations.ListOperations, request, "operations", limit)
+        return [OperationInfo.from_proto(message) for message in found]
+
+    async def cancel(self, operation_id: str) -> bool:
+        """Cancels an operation; True only if it never ran."""
+        stubs = await self._session.stubs()
+        request = operations_pb2.CancelOperationRequest(operation_id=operation_id)
+        response = await self._session.call(stubs.operations.CancelOperation, request)
+        cancelled: bool = response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED
+        return cancelled
+
+    async def future(self, operation_id: str) -> OperationFuture[Any]:
+        """Rebuilds a handle; an operation that goes on is waited for by renewed calls."""
+        operation = await self._get_operation(operation_id)
+        future = OperationFuture._rebuild(self._session, operation)
+        if not future.done():
+            self._session.follow(future)
+            self._session.spawn(self._wait_for(future, operation_id))
+        return future
+
+    async def metrics(
+        self, run_id: str, since: int, follow: bool
+    ) -> AsyncIterator[list[StepMetrics]]:
+        """Yields a run's metrics as the server pushes them; goes on after a break."""
+        stubs = await self._session.stubs()
+        backoff = Backoff()
+        ended = False
+        while not ended:
+            request = metrics_pb2.StreamMetricsRequest(run_id=run_id, since=since, follow=follow)
+            call = stubs.metrics.StreamMetrics(request, metadata=self._session.metadata)
+            try:
+                async for response in call:
+                    backoff.reset()
+                    since = response.cursor or since
+                    if response.metrics:
+                        yield [StepMetrics.from_proto(message) for message in response.metrics]
+                ended = True
+            except grpc.aio.AioRpcError as error:
+                if not retryable(error):
+                    raise from_rpc_error(error) from None
+            finally:
+                call.cancel()  # grpc.aio does not cancel a call that is merely dropped
+            if not ended:
+                await asyncio.sleep(backoff.next_s())
+
+    async def artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Reads an artifact's description."""
+        stubs = await self._session.stubs()
+        request = artifacts_pb2.GetArtifactRequest(artifact_id=artifact_id)
+        response = await self._session.call(stubs.artifacts.GetArtifact, request)
+        return ArtifactInfo.from_proto(response.artifact)
+
+    async def artifacts(self, run_id: str | None, limit: int | None) -> list[ArtifactInfo]:
+        """Lists artifacts, newest first."""
+        stubs = await self._session.stubs()
+
+        def request(size: int, token: str) -> Any:
+            return artifacts_pb2.ListArtifactsRequest(
+                run_id=run_id or "", page_size=size, page_token=token
+            )
+
+        found = await self._pages(stubs.artifacts.ListArtifacts, request, "artifacts", limit)
+        return [ArtifactInfo.from_proto(message) for message in found]
+
+    async def model(self, model_ref: str) -> ModelInfo:
+        """Reads a model."""
+        stubs = await self._session.stubs()
+        request = models_pb2.GetModelRequest(model_ref=model_ref)
+        response = await self._session.call(stubs.models.GetModel, request)
+        return ModelInfo.from_proto(response.model)
+
+    async def models(self) -> list[ModelInfo]:
+        """Lists the models."""
+        stubs = await self._session.stubs()
+        response = await self._session.call(stubs.models.ListModels, models_pb2.ListModelsRequest())
+        return [ModelInfo.from_proto(message) for message in response.models]
+
+    async def _get_operation(self, operation_id: str) -> operations_pb2.Operation:
+        stubs = await self._session.stubs()
+        request = operations_pb2.GetOperationRequest(operation_id=operation_id)
+        response = await self._session.call(stubs.operations.GetOperation, request)
+        operation: operations_pb2.Operation = response.operation
+        return operation
+
+    async def _wait_for(self, future: OperationFuture[Any], operation_id: str) -> None:
+        stubs = await self._session.stubs()
+        request = operations_pb2.WaitOperationRequest(
+            operation_id=operation_id, timeout=Duration(seconds=int(_WAIT_S))
+        )
+        limit_s = _WAIT_S + self._session.connection.timeout_s
+        backoff = Backoff()
+        while not future.done():
+            try:
+                response = await self._session.call(
+                    stubs.operations.WaitOperation, request, timeout_s=limit_s
+                )
+                backoff.reset()
+                future._finish(response.operation)
+            except (ConnectionFailedError, RequestTimeoutError):
+                await asyncio.sleep(backoff.next_s())  # an outage only makes the future wait
+            except TenSafeError as error:
+                future._fail(error)
+
+    async def _pages(
+        self, method: Any, request: Callable[[int, str], Any], field: str, limit: int | None
+    ) -> list[Any]:
+        if limit is not None and limit < 1:
+            raise InvalidArgumentError(f"limit must be 1 or more, got {limit}")
+        found: list[Any] = []
+        token = ""
+        while True:
+            size = _PAGE if limit is None else min(_PAGE, limit - len(found))
+            response = await self._session.call(method, request(size, token))
+            found += getattr(response, field)
+            token = response.next_page_token
+            if not token or (limit is not None and len(found) >= limit):
+                return found[:limit]
+
+
+class AdminApi:
+    """Tenants and keys of one session; needs an admin key."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def create_tenant(self, name: str) -> TenantInfo:
+        """Creates a tenant."""
+        stubs = await self._session.stubs()
+        request = admin_pb2.CreateTenantRequest(request_id=new_request_id(), name=name)
+        response = await self._session.call(stubs.admin.CreateTenant, request)
+        return TenantInfo.from_proto(response.tenant)
+
+    async def tenants(self) -> list[TenantInfo]:
+        """Lists the tenants."""
+        stubs = await self._session.stubs()
+        response = await self._session.call(stubs.admin.ListTenants, admin_pb2.ListTenantsRequest())
+        return [TenantInfo.from_proto(message) for message in response.tenants]
+
+    async def create_key(self, kind: str, tenant: str | None, name: str) -> NewKey:
+        """Creates a key."""
+        kinds = {
+            "tenant": admin_pb2.KEY_KIND_TENANT,
+            "admin": admin_pb2.KEY_KIND_ADMIN,
+            "worker": admin_pb2.KEY_KIND_WORKER,
+        }
+        if kind not in kinds:
+            raise InvalidArgumentError(f"no kind of key {kind!r}; use {', '.join(kinds)}")
+        stubs = await self._session.stubs()
+        request = admin_pb2.CreateKeyRequest(
+            request_id=new_request_id(), kind=kinds[kind], tenant=tenant or "", name=name
+        )
+        response = await self._session.call(stubs.admin.CreateKey, request)
+        return NewKey(KeyInfo.from_proto(response.key), response.secret)
+
+    async def keys(self, tenant: str | None) -> list[KeyInfo]:
+        """Lists keys."""
+        stubs = await self._session.stubs()
+        request = admin_pb2.ListKeysRequest(tenant=tenant or "")
+        response = await self._session.call(stubs.admin.ListKeys, request)
+        return [KeyInfo.from_proto(message) for message in response.keys]
+
+    async def revoke_key(self, key_id: str) -> KeyInfo:
+        """Revokes a key."""
+        stubs = await self._session.stubs()
+        request = admin_pb2.RevokeKeyRequest(key_id=key_id, request_id=new_request_id())
+        response = await self._session.call(stubs.admin.RevokeKey, request)
+        return KeyInfo.from_proto(response.key)

@@ -1,0 +1,135 @@
+"""`tensafe admin`: tenants and keys, for operators."""
+
+from __future__ import annotations
+
+import click
+
+from tensafe_client.cli.connecting import connect_admin
+from tensafe_client.cli.lazy import examples
+from tensafe_client.cli.output import json_option, print_json, print_table
+from tensafe_client.profiles import save_profile
+
+
+@click.group()
+def admin() -> None:
+    """Manage tenants and keys; needs an admin key.
+
+    `tensafe up` saves one as the profile NAME-admin, which these commands take by themselves.
+    """
+
+
+@admin.group()
+def tenants() -> None:
+    """Create and list tenants."""
+
+
+@examples("tensafe admin tenants create research")
+@tenants.command("create")
+@click.argument("name")
+@json_option
+@click.pass_context
+def create_tenant(ctx: click.Context, name: str, as_json: bool) -> None:
+    """Create the tenant NAME (letters, digits, `-`, `_`, `.`)."""
+    tenant = connect_admin(ctx).admin.create_tenant(name)
+    if as_json:
+        print_json(tenant)
+        return
+    click.echo(f"Created {tenant.name} ({tenant.id}).")
+    click.echo(f"Next: tensafe admin keys create {tenant.name}")
+
+
+@examples("tensafe admin tenants list")
+@tenants.command("list")
+@json_option
+@click.pass_context
+def list_tenants(ctx: click.Context, as_json: bool) -> None:
+    """List the tenants, by name."""
+    found = connect_admin(ctx).admin.tenants()
+    if as_json:
+        print_json(found)
+    else:
+        print_table(
+            ("TENANT", "NAME", "CREATED"),
+            [(tenant.id, tenant.name, tenant.created_at) for tenant in found],
+        )
+
+
+@admin.group()
+def keys() -> None:
+    """Create, list and revoke keys."""
+
+
+@examples(
+    "tensafe admin keys create research                          prints the secret, once",
+    "tensafe admin keys create research --save-profile research  keeps it as a profile",
+    "tensafe admin keys create --kind worker                     for TENSAFE_WORKER_KEY",
+)
+@keys.command("create")
+@click.argument("tenant", required=False)
+@click.option(
+    "--kind",
+    type=click.Choice(["tenant", "admin", "worker"]),
+    default="tenant",
+    show_default=True,
+    help="What the key may do.",
+)
+@click.option("--name", default="", help="Free text for people.")
+@click.option("--save-profile", "profile", metavar="NAME", help="Save it as this profile.")
+@json_option
+@click.pass_context
+def create_key(
+    ctx: click.Context,
+    tenant: str | None,
+    kind: str,
+    name: str,
+    profile: str | None,
+    as_json: bool,
+) -> None:
+    """Create a key; TENANT is a tenant's name or id, and only for keys of that kind.
+
+    The secret is shown now and never again: the service keeps only its hash.
+    """
+    if (kind == "tenant") != (tenant is not None):
+        rule = "a tenant key needs one" if tenant is None else f"a key of kind {kind} has none"
+        raise click.BadParameter(rule, param_hint="TENANT")
+    client = connect_admin(ctx)
+    new = client.admin.create_key(tenant, kind=kind, name=name)
+    if profile is not None:
+        path = save_profile(profile, f"grpc://{client.connection.host_port}", new.secret)
+        click.echo(f"Saved the profile {profile} in {path}.", err=True)
+    if as_json:
+        print_json({"key": new.key, "secret": new.secret})
+    elif profile is None:
+        click.echo(new.secret)
+        click.echo(f"({new.key.id}; this is the only time it is shown)", err=True)
+
+
+@examples("tensafe admin keys list research", "tensafe admin keys list     admin and worker keys")
+@keys.command("list")
+@click.argument("tenant", required=False)
+@json_option
+@click.pass_context
+def list_keys(ctx: click.Context, tenant: str | None, as_json: bool) -> None:
+    """List the keys of TENANT, without their secrets."""
+    found = connect_admin(ctx).admin.keys(tenant)
+    if as_json:
+        print_json(found)
+    else:
+        print_table(
+            ("KEY", "KIND", "NAME", "CREATED", "REVOKED"),
+            [(key.id, key.kind, key.name, key.created_at, key.revoked_at) for key in found],
+        )
+
+
+@examples("tensafe admin keys revoke KEY")
+@keys.command("revoke")
+@click.argument("key_id", metavar="KEY")
+@json_option
+@click.pass_context
+def revoke_key(ctx: click.Context, key_id: str, as_json: bool) -> None:
+    """Revoke KEY at once."""
+    key = connect_admin(ctx).admin.revoke_key(key_id)
+    if as_json:
+        print_json(key)
+    else:
+        click.echo(f"Revoked {key.id}.")

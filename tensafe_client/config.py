@@ -1,0 +1,283 @@
+"""Configuration of a run: what `create_training_client` takes.
+
+Every class remembers which fields were given. What was not given stays unset on the wire, so that
+the server fills in its default, and what was given is refused if it has no effect (`betas` with
+`sgd`). Use `replace` to change a field: `dataclasses.replace` counts every field as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+from tensafe.v1 import training_pb2 as pb
+from tensafe_client.checks import (
+    check_bool,
+    check_count,
+    check_fields,
+    check_number,
+    check_pair,
+    check_string,
+    check_strings,
+)
+from tensafe_client.errors import ConfigError
+
+
+class _Given:
+    """Remembers the names of the fields that the caller passed."""
+
+    _given: frozenset[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        given = frozenset(names[: len(args)]) | kwargs.keys()
+        object.__setattr__(self, "_given", given)
+        return self
+
+    def given(self, name: str) -> bool:
+        """Tells whether the caller passed this field."""
+        return name in self._given
+
+    def replace(self, **changes: Any) -> Self:
+        """Returns a copy with other values; fields that were not given stay so."""
+        kept = {name: getattr(self, name) for name in self._given}
+        return type(self)(**{**kept, **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:
+        """Builds the config from a dict; nested configs may be dicts too.
+
+        Raises:
+            ConfigError: for an unknown field, naming the closest valid one, or a wrong type.
+        """
+        if not isinstance(values, Mapping):
+            shown = path.rstrip(".") or cls.__name__
+            raise ConfigError(f"{shown} must be a dict or a {cls.__name__}, got {values!r}")
+        check_fields(cls.__name__, values, cls, path)
+        try:
+            return cls(**values)
+        except TypeError as error:  # a required field is missing
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+    def _check(self, name: str, check: Any, **options: Any) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, check(f"{type(self).__name__}.{name}", value, **options))
+
+    def _nest(self, name: str, config: type[_Given]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, Mapping):
+            object.__setattr__(self, name, config.from_dict(value, f"{name}."))
+        elif value is not None and not isinstance(value, config):
+            raise ConfigError(f"{name} must be a dict or a {config.__name__}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class LoRAConfig(_Given):
+    """LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank)·B·A.
+
+    Attributes:
+        rank: rank r of A and B.
+        alpha: scale; the adapter's product is multiplied by alpha / rank.
+        dropout: probability of zeroing an input of A in forward_backward.
+        target_modules: linear modules to adapt, by the last part of their name.
+        bias: bias handling; only "none" is taken, since the base model is shared.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj", "k_proj", "o_proj"]
+    )
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        self._check("rank", check_count)
+        self._check("alpha", check_number)
+        self._check("dropout", check_number)
+        self._check("target_modules", check_strings)
+        self._check("bias", check_string)
+        if not self.target_modules:
+            raise ConfigError("LoRAConfig.target_modules must name at least one module")
+
+    def to_proto(self) -> pb.LoraConfig:
+        """Packs the given fields."""
+        return pb.LoraConfig(
+            **{name: getattr(self, name) for name in self._given if getattr(self, name) is not None}
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.LoraConfig) -> LoRAConfig:
+        """Unpacks the set fields."""
+        values = _present(message, "rank", "alpha", "dropout", "bias")
+        if message.target_modules:
+            values["target_modules"] = list(message.target_modules)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Given):
+    """Optimizer of a run. An option that the named optimizer lacks is refused by the server.
+
+    Attributes:
+        name: "adamw", "adam" or "sgd".
+        learning_rate: step size; `optim_step` may override it per call.
+        weight_decay: decoupled (adamw) or L2 (adam, sgd).
+        betas: decay of the first and second moment; adamw and adam only.
+        eps: added to the denominator; adamw and adam only.
+        momentum: sgd only. None: 0.
+        grad_clip_norm: clips the applied gradient to this L2 norm. None: no clipping.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float | None = None
+    grad_clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check("name", check_string)
+        self._check("betas", check_pair)
+        for name in ("learning_rate", "weight_decay", "eps", "momentum", "grad_clip_norm"):
+            self._check(name, check_number)
+
+    def to_proto(self) -> pb.OptimizerConfig:
+        """Packs the given fields."""
+        message = pb.OptimizerConfig(
+            **{
+                name: getattr(self, name)
+                for name in self._given - {"betas"}
+                if getattr(self, name) is not None
+            }
+        )
+        if self.given("betas"):
+            message.beta1, message.beta2 = self.betas
+        return message
+
+    @classmethod
+    def from_proto(cls, message: pb.OptimizerConfig) -> OptimizerConfig:
+        """Unpacks the set fields."""
+        scalars = ("name", "learning_rate", "weight_decay", "eps", "momentum", "grad_clip_norm")
+        values = _present(message, *scalars)
+        if message.HasField("beta1") and message.HasField("beta2"):
+            values["betas"] = (message.beta1, message.beta2)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class DPConfig(_Given):
+    """Differential privacy of a run; a server that does not offer it refuses the run.
+
+    Attributes:
+        enabled: whether the run trains privately.
+        noise_multiplier: standard deviation of the noise over max_grad_norm.
+        max_grad_norm: clipping bound C of one example's gradient, L2 norm.
+        target_epsilon: ε that must not be passed.
+        target_delta: δ at which ε is stated.
+    """
+
+    enabled: bool = True
+    noise_multiplier: float | None = None
+    max_grad_norm: float | None = None
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check("enabled", check_bool)
+        for name in ("noise_multiplier", "max_grad_norm", "target_epsilon", "target_delta"):
+            self._check(name, check_number)
+
+    def to_proto(self) -> pb.DpConfig:
+        """Packs the given fields, and `enabled` always: proto3 has no presence for it."""
+        given = {name: getattr(self, name) for name in self._given}
+        return pb.DpConfig(
+            **{name: value for name, value in given.items() if value is not None}
+            | {"enabled": self.enabled}
+        )
+
+    @classmethod
+    def from_proto(cls, message: pb.DpConfig) -> DPConfig:
+        """Unpacks the set fields."""
+        names = ("noise_multiplier", "max_grad_norm", "target_epsilon", "target_delta")
+        return cls(enabled=message.enabled, **_present(message, *names))
+
+
+@dataclass(frozen=True)
+class TrainingConfig(_Given):
+    """Everything that defines a run.
+
+    Attributes:
+        model_ref: a registered model's name or reference (`client.models()`).
+        lora_config: the adapter. None: LoRA with its defaults.
+        optimizer: the optimizer.
+        dp_config: differential privacy. None: none.
+        batch_size: examples in one batch, as the data helpers make them.
+        gradient_accumulation_steps: N: `optim_step` applies on every N-th call.
+        max_steps: applied updates after which `optim_step` fails. None: no limit.
+        seed: fixes adapter initialisation, dropout and sampling. None: the server draws one.
+        name: free text for people.
+    """
+
+    model_ref: str
+    lora_config: LoRAConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    dp_config: DPConfig | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_steps: int | None = None
+    seed: int | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check("model_ref", check_string)
+        self._nest("lora_config", LoRAConfig)
+        self._nest("optimizer", OptimizerConfig)
+        self._nest("dp_config", DPConfig)
+        self._check("batch_size", check_count)
+        self._check("gradient_accumulation_steps", check_count)
+        self._check("max_steps", check_count, bits=64)
+        self._check("seed", check_count, bits=64)
+        self._check("name", check_string)
+        if self.optimizer is None:
+            raise ConfigError("TrainingConfig.optimizer must not be None; leave it out for AdamW")
+
+    @classmethod
+    def of(cls, config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
+        """Takes what `create_training_client` takes: a config or a dict."""
+        return config if isinstance(config, cls) else cls.from_dict(config)  # type: ignore[arg-type]
+
+    def to_proto(self) -> pb.RunConfig:
+        """Packs the given fields."""
+        message = pb.RunConfig(model_ref=self.model_ref)
+        if self.lora_config is not None:
+            message.lora.CopyFrom(self.lora_config.to_proto())
+        if self.given("optimizer"):
+            message.optimizer.CopyFrom(self.optimizer.to_proto())
+        if self.dp_config is not None:
+            message.dp.CopyFrom(self.dp_config.to_proto())
+        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name"):
+            if self.given(name) and getattr(self, name) is not None:
+                setattr(message, name, getattr(self, name))
+        return message
+
+    @classmethod
+    def from_proto(cls, message: pb.RunConfig) -> TrainingConfig:
+        """Unpacks the set fields."""
+        scalars = ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name")
+        values = _present(message, *scalars)
+        if message.HasField("lora"):
+            values["lora_config"] = LoRAConfig.from_proto(message.lora)
+        if message.HasField("optimizer"):
+            values["optimizer"] = OptimizerConfig.from_proto(message.optimizer)
+        if message.HasField("dp"):
+            values["dp_config"] = DPConfig.from_proto(message.dp)
+        return cls(model_ref=message.model_ref, **values)
+
+
+def _present(message: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}

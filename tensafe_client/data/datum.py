@@ -1,0 +1,126 @@
+"""One training example in the service's own form: nothing is shifted any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tensafe.wire.tensors import Array
+from tensafe_client.errors import BatchError
+
+IGNORE_INDEX = -100
+"""The label that Hugging Face data marks unscored positions with."""
+
+_INT32_MAX = 2**31 - 1
+
+
+class Datum:
+    """One sequence: at position t the model reads `tokens[t]` and predicts `target_tokens[t]`.
+
+    Args:
+        tokens: int [T], T ≥ 1: what the model reads.
+        target_tokens: int [T]: what it must predict at each position.
+        weights: float [T]: 0 where nothing is scored. None: all 1.
+
+    Raises:
+        BatchError: if the lengths differ, or a token is negative or no integer.
+    """
+
+    __slots__ = ("target_tokens", "tokens", "weights")
+
+    def __init__(self, tokens: Any, target_tokens: Any, weights: Any = None) -> None:
+        self.tokens = token_array("tokens", tokens)
+        self.target_tokens = token_array("target_tokens", target_tokens)
+        size = len(self.tokens)
+        if size == 0:
+            raise BatchError("a Datum needs at least one token")
+        if len(self.target_tokens) != size:
+            raise BatchError(
+                f"target_tokens has {len(self.target_tokens)} entries for {size} tokens",
+                violations=[("target_tokens", "must be as long as tokens")],
+            )
+        self.weights = np.ones(size, np.float32) if weights is None else _weights(weights, size)
+
+    @classmethod
+    def from_labels(cls, input_ids: Sequence[int] | Array, labels: Sequence[int] | Array) -> Datum:
+        """Shifts labels that are aligned with the inputs, as `transformers` does.
+
+        Args:
+            input_ids: int [T], T ≥ 2.
+            labels: int [T]: the input token where it is to be predicted, −100 elsewhere.
+        """
+        ids, marks = number_array("input_ids", input_ids), number_array("labels", labels)
+        if len(ids) != len(marks):
+            raise BatchError(f"labels has {len(marks)} entries for {len(ids)} input_ids")
+        if len(ids) < 2:
+            raise BatchError("a sequence needs at least two tokens: one to read, one to predict")
+        scored = marks[1:] != IGNORE_INDEX
+        return cls(ids[:-1], np.where(scored, marks[1:], ids[1:]), scored.astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"<Datum {len(self)} tokens, {int(np.count_nonzero(self.weights))} scored>"
+
+
+def number_array(field: str, values: Any) -> Array:
+    """Converts a list, NumPy array or torch tensor to int64 [T].
+
+    Raises:
+        BatchError: if it is not one-dimensional, or not of integers.
+    """
+    array = to_numpy(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise BatchError(
+            f"{field} must be a one-dimensional list of integers, got "
+            f"{array.ndim} dimensions of {array.dtype}",
+            violations=[(field, "must be integers")],
+        )
+    return array.astype(np.int64, copy=False)
+
+
+def token_array(field: str, values: Any) -> Array:
+    """Converts to int32 [T]; refuses what cannot be a token id."""
+    array = number_array(field, values)
+    check_tokens(field, array)
+    return array.astype(np.int32)
+
+
+def check_tokens(field: str, ids: Array) -> None:
+    """Raises BatchError if a value of an int64 array cannot be a token id of any model."""
+    # Seen as unsigned, a negative number is a huge one: one pass instead of two.
+    if ids.size and ids.view(np.uint64).max() > _INT32_MAX:
+        flat = ids.ravel()
+        place = int(np.flatnonzero((flat < 0) | (flat > _INT32_MAX))[0])
+        where = ", ".join(str(int(i)) for i in np.unravel_index(place, ids.shape))
+        raise BatchError(
+            f"{field}[{where}] is {int(flat[place])}, which is no token id",
+            violations=[(field, "token ids are 0 or more")],
+        )
+
+
+def to_numpy(values: Any) -> Array:
+    """Converts a list, NumPy array or torch tensor (without importing torch)."""
+    if isinstance(values, np.ndarray):
+        return values
+    if hasattr(values, "detach"):  # a torch tensor, on whatever device
+        values = values.detach().cpu().numpy()
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError) as error:  # ragged, or beyond int64
+        raise BatchError(f"not an array of integers: {error}") from error
+
+
+def _weights(values: Any, size: int) -> Array:
+    array = to_numpy(values)
+    if array.shape != (size,) or array.dtype.kind not in "iuf":
+        raise BatchError(
+            f"weights must be {size} numbers, one for each token, got shape {list(array.shape)}",
+            violations=[("weights", "must be as long as tokens")],
+        )
+    return array.astype(np.float32)

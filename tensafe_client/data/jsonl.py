@@ -1,0 +1,121 @@
+"""JSONL files in the ecosystem's conventions (those of TRL's SFT trainer).
+
+Each line is one JSON object with one of
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "completion": "…"}
+    {"prompt": [{"role": "user", …}], "completion": [{"role": "assistant", …}]}
+    {"text": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensafe_client.errors import BatchError
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: exactly one of the three forms.
+
+    Attributes:
+        messages: a conversation; the assistant's turns are learned.
+        prompt: text before `completion`, which alone is learned.
+        completion: text after `prompt`.
+        text: text that is learned whole.
+        prompt_messages: how many of `messages` are the prompt, so that assistant turns among them
+            are not learned; 0 if every assistant turn is.
+    """
+
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    prompt_messages: int = 0
+
+
+def read_jsonl(path: str | Path) -> list[Example]:
+    """Reads a file; empty lines are passed over.
+
+    Raises:
+        BatchError: naming the number of a bad line and what is wrong with it.
+        FileNotFoundError: if there is no such file.
+    """
+    examples = list(_read(Path(path)))
+    if not examples:
+        raise BatchError(f"{path} has no examples")
+    return examples
+
+
+def parse_example(record: Mapping[str, Any]) -> Example:
+    """Reads one object.
+
+    Raises:
+        BatchError: if it is none of the forms, or mixes them.
+    """
+    keys = {"messages", "prompt", "completion", "text"} & record.keys()
+    if keys == {"messages"}:
+        return Example(messages=_messages("messages", record["messages"], learned=True))
+    if keys == {"prompt", "completion"}:
+        return _prompt_completion(record["prompt"], record["completion"])
+    if keys == {"text"}:
+        return Example(text=_string("text", record["text"]))
+    found = ", ".join(sorted(map(str, record))) or "nothing"
+    raise BatchError(f"needs `messages`, `prompt` and `completion`, or `text`; it has {found}")
+
+
+def _read(path: Path) -> Iterator[Example]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise BatchError("is not a JSON object")
+                yield parse_example(record)
+            except (BatchError, ValueError) as error:
+                text = error.message if isinstance(error, BatchError) else f"is no JSON: {error}"
+                raise BatchError(f"{path}, line {number}: {text}") from error
+
+
+def _prompt_completion(prompt: Any, completion: Any) -> Example:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Example(prompt=prompt, completion=_string("completion", completion))
+    if isinstance(prompt, list) and isinstance(completion, list):
+        before = _messages("prompt", prompt, learned=False)
+        after = _messages("completion", completion, learned=True)
+        return Example(messages=before + after, prompt_messages=len(before))
+    raise BatchError("`prompt` and `completion` must both be strings, or both lists of messages")
+
+
+def _messages(field: str, value: Any, *, learned: bool) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise BatchError(f"`{field}` must be a list of messages, not empty")
+    messages = []
+    for index, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise BatchError(f"`{field}[{index}]` must be an object with `role` and `content`")
+        for key in ("role", "content"):
+            if not isinstance(item.get(key), str):
+                raise BatchError(f"`{field}[{index}].{key}` must be a string")
+        extra = item.keys() - {"role", "content"}
+        if extra:
+            raise BatchError(f"`{field}[{index}]` has {sorted(extra)}, which is not supported")
+        messages.append({"role": item["role"], "content": item["content"]})
+    if learned and all(message["role"] != "assistant" for message in messages):
+        raise BatchError(f"`{field}` has no message of the assistant, so nothing to learn")
+    return tuple(messages)
+
+
+def _string(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise BatchError(f"`{field}` must be a string, not empty")
+    return value

@@ -1,0 +1,257 @@
+"""Descriptions of runs, operations, artifacts, models, tenants and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from tensafe.v1 import (
+    admin_pb2,
+    artifacts_pb2,
+    models_pb2,
+    operations_pb2,
+    training_pb2,
+    types_pb2,
+)
+from tensafe_client.config import TrainingConfig
+from tensafe_client.errors import TenSafeError, from_status
+from tensafe_client.results import enum_name, to_datetime, to_dict
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run as the server sees it.
+
+    Attributes:
+        id: `run-…`.
+        config: its configuration with every default filled in.
+        status: "active" or "deleted".
+        step: applied optimizer updates.
+        next_seq: the seq of the next numbered operation.
+        created_at: when it was created.
+    """
+
+    id: str
+    status: str
+    step: int
+    next_seq: int
+    created_at: datetime
+    config: TrainingConfig
+
+    @classmethod
+    def from_proto(cls, message: training_pb2.Run) -> RunInfo:
+        """Unpacks a run."""
+        return cls(
+            id=message.id,
+            status=enum_name(training_pb2.RunStatus, message.status),
+            step=message.step,
+            next_seq=message.next_seq,
+            created_at=to_datetime(message.created_at),
+            config=TrainingConfig.from_proto(message.config),
+        )
+
+
+@dataclass(frozen=True)
+class OperationInfo:
+    """A queued operation.
+
+    Attributes:
+        id: `op-…`.
+        run_id: its run; empty for a sample from an artifact or a base model.
+        seq: its place in the run's order; 0 if it has none.
+        kind: "forward", "forward_backward", "optim_step", "sample", "save_state", "load_state".
+        state: "queued", "running", "succeeded", "failed" or "cancelled".
+        error: why it failed or was cancelled; None otherwise.
+        created_at: when it was accepted.
+        finished_at: when it ended; None before.
+        queue_ms: time between acceptance and the start on a worker.
+        compute_ms: time on the worker.
+    """
+
+    id: str
+    run_id: str
+    seq: int
+    kind: str
+    state: str
+    error: TenSafeError | None
+    created_at: datetime
+    finished_at: datetime | None
+    queue_ms: float
+    compute_ms: float
+
+    @classmethod
+    def from_proto(cls, message: operations_pb2.Operation) -> OperationInfo:
+        """Unpacks an operation, without its result."""
+        ended = message.HasField("finished_at")
+        return cls(
+            id=message.id,
+            run_id=message.run_id,
+            seq=message.seq,
+            kind=enum_name(operations_pb2.OperationKind, message.kind),
+            state=enum_name(operations_pb2.OperationState, message.state),
+            error=from_status(message.error) if message.HasField("error") else None,
+            created_at=to_datetime(message.created_at),
+            finished_at=to_datetime(message.finished_at) if ended else None,
+            queue_ms=message.queue_ms,
+            compute_ms=message.compute_ms,
+        )
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """One file of an artifact."""
+
+    name: str
+    size_bytes: int
+    sha256: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """A saved checkpoint.
+
+    Attributes:
+        id: `art-…`.
+        run_id: the run that was saved.
+        model_ref: its base model.
+        step: applied updates of the saved weights.
+        size_bytes: sum of its files' sizes.
+        sha256: over its files in name order, each as `<sha256>  <name>` and a newline.
+        has_optimizer: whether it holds what continuing needs.
+        metadata: the caller's own JSON object.
+        created_at: when it was saved.
+        files: its files, in name order.
+    """
+
+    id: str
+    run_id: str
+    model_ref: str
+    step: int
+    size_bytes: int
+    sha256: str
+    has_optimizer: bool
+    metadata: Mapping[str, Any]
+    created_at: datetime
+    files: tuple[ArtifactFile, ...]
+
+    @classmethod
+    def from_proto(cls, message: artifacts_pb2.Artifact) -> ArtifactInfo:
+        """Unpacks an artifact."""
+        return cls(
+            id=message.id,
+            run_id=message.run_id,
+            model_ref=message.model_ref,
+            step=message.step,
+            size_bytes=message.size_bytes,
+            sha256=message.sha256,
+            has_optimizer=message.has_optimizer,
+            metadata=to_dict(message.metadata),
+            created_at=to_datetime(message.created_at),
+            files=tuple(ArtifactFile(f.name, f.size_bytes, f.sha256) for f in message.files),
+        )
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A registered base model.
+
+    Attributes:
+        name: its registered name.
+        references: other references that mean the same model.
+        architecture: as in `transformers`, or "mock".
+        parameters: number of parameters; 0 for the mock.
+        vocabulary_size: token ids are below it; 0 if any is taken (mock).
+        context_length: longest sequence, tokens; 0 if any is taken (mock).
+        dtype: element type of the frozen weights.
+        linear_modules: what LoRA can adapt: name → number of modules.
+        has_chat_template: whether it has a chat template.
+        tokenizer_sha256: over the tokenizer's files; empty without tokenizer.
+        accepts_any_reference: the mock, which takes any model_ref and trains nothing.
+    """
+
+    name: str
+    references: tuple[str, ...]
+    architecture: str
+    parameters: int
+    vocabulary_size: int
+    context_length: int
+    dtype: str
+    linear_modules: Mapping[str, int]
+    has_chat_template: bool
+    tokenizer_sha256: str
+    accepts_any_reference: bool
+
+    @classmethod
+    def from_proto(cls, message: models_pb2.Model) -> ModelInfo:
+        """Unpacks a model."""
+        return cls(
+            name=message.name,
+            references=tuple(message.references),
+            architecture=message.architecture,
+            parameters=message.parameters,
+            vocabulary_size=message.vocabulary_size,
+            context_length=message.context_length,
+            dtype=enum_name(types_pb2.DataType, message.dtype),
+            linear_modules={module.name: module.count for module in message.linear_modules},
+            has_chat_template=message.has_chat_template,
+            tokenizer_sha256=message.tokenizer_sha256,
+            accepts_any_reference=message.accepts_any_reference,
+        )
+
+
+@dataclass(frozen=True)
+class TenantInfo:
+    """Who owns runs, artifacts and keys."""
+
+    id: str
+    name: str
+    created_at: datetime
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.Tenant) -> TenantInfo:
+        """Unpacks a tenant."""
+        return cls(message.id, message.name, to_datetime(message.created_at))
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """A credential, without its secret.
+
+    Attributes:
+        id: `key-…`.
+        kind: "tenant", "admin" or "worker".
+        tenant_id: its tenant; empty for admin and worker keys.
+        name: free text for people.
+        created_at: when it was created.
+        revoked_at: when it was revoked; None if it works.
+    """
+
+    id: str
+    kind: str
+    tenant_id: str
+    name: str
+    created_at: datetime
+    revoked_at: datetime | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.Key) -> KeyInfo:
+        """Unpacks a key."""
+        revoked = message.HasField("revoked_at")
+        return cls(
+            id=message.id,
+            kind=enum_name(admin_pb2.KeyKind, message.kind),
+            tenant_id=message.tenant_id,
+            name=message.name,
+            created_at=to_datetime(message.created_at),
+            revoked_at=to_datetime(message.revoked_at) if revoked else None,
+        )
+
+
+@dataclass(frozen=True)
+class NewKey:
+    """A new credential; the server does not keep the secret."""
+
+    key: KeyInfo
+    secret: str = field(repr=False)

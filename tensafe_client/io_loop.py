@@ -1,0 +1,121 @@
+"""The one event loop on which all gRPC of this process runs.
+
+grpc.aio dislikes several loops in one process, and users bring their own (or none). So a daemon
+thread runs one loop for every client, sync or async; other threads and loops hand coroutines to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class IoLoop:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self.loop = _new_event_loop()
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._thread = threading.Thread(target=self._main, name="tensafe-io", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the loop and blocks until it is done.
+
+        Raises:
+            RuntimeError: on the loop's own thread, where blocking would never end.
+        """
+        if self.is_current_thread():
+            coroutine.close()
+            raise RuntimeError(
+                "a blocking TenSafe call was made inside a done-callback, on the thread that would "
+                "have to answer it; hand the work to another thread"
+            )
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C while waiting: do not leave the call behind
+            future.cancel()
+            raise
+
+    async def bridge(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the loop and awaits it from any other one."""
+        if asyncio.get_running_loop() is self.loop:
+            return await coroutine
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        return await asyncio.wrap_future(future)
+
+    def is_current_thread(self) -> bool:
+        """Tells whether the caller runs on the loop's thread."""
+        return threading.get_ident() == self._thread.ident
+
+    def at_exit(self, closer: Callable[[], Awaitable[None]]) -> None:
+        """Registers what to await on the loop before the interpreter ends."""
+        self._closers.append(closer)
+
+    def forget(self, closer: Callable[[], Awaitable[None]]) -> None:
+        """Takes back `at_exit`."""
+        if closer in self._closers:
+            self._closers.remove(closer)
+
+    def stop(self) -> None:
+        """Runs the closers, then ends the loop and its thread."""
+        if not self._thread.is_alive():
+            return
+        # Late is no harm: the interpreter ends anyway, and the server notices the closed socket.
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            asyncio.run_coroutine_threadsafe(self._close_all(), self.loop).result(timeout=2)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(timeout=2)
+
+    async def _close_all(self) -> None:
+        await asyncio.gather(*(closer() for closer in self._closers), return_exceptions=True)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+_lock = threading.Lock()
+_instance: IoLoop | None = None
+
+
+def io_loop() -> IoLoop:
+    """Returns this process's loop; the first call starts it."""
+    global _instance  # noqa: PLW0603 - one per process is the point
+    with _lock:
+        if _instance is None:
+            _instance = IoLoop()
+        return _instance
+
+
+def _stop_at_exit() -> None:
+    if _instance is not None:
+        _instance.stop()
+
+
+def _forget_in_child() -> None:
+    # Threads do not survive a fork: the child starts its own loop when it needs one.
+    global _instance, _lock
+    _instance, _lock = None, threading.Lock()
+
+
+atexit.register(_stop_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

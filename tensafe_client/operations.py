@@ -1,0 +1,186 @@
+"""The operations of one run, as futures: what the sync and the asyncio client share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tensafe_client import specs
+from tensafe_client.config import TrainingConfig
+from tensafe_client.data.batches import encode_batch
+from tensafe_client.futures import OperationFuture
+from tensafe_client.infos import RunInfo
+from tensafe_client.results import (
+    ForwardBackwardResult,
+    ForwardResult,
+    LoadStateResult,
+    OptimStepResult,
+    SampleResult,
+    SaveStateResult,
+)
+from tensafe_client.session import RunSequence, Session
+
+
+class RunOperations:
+    """Submits a run's operations; none of these methods waits for the network.
+
+    Operations are numbered as they are submitted and run in that order, however many are in flight.
+    """
+
+    def __init__(self, session: Session, info: RunInfo, sequence: RunSequence) -> None:
+        self._session = session
+        self._info = info
+        self._sequence = sequence
+
+    @property
+    def run_id(self) -> str:
+        """The run, `run-…`."""
+        return self._info.id
+
+    @property
+    def id(self) -> str:
+        """The run, `run-…`."""
+        return self._info.id
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The run's configuration, every default filled in by the server."""
+        return self._info.config
+
+    @property
+    def info(self) -> RunInfo:
+        """The run as the server last described it; `refresh()` asks again."""
+        return self._info
+
+    @property
+    def status(self) -> str:
+        """ "active" or "deleted", as the server last said; `refresh()` asks again."""
+        return self._info.status
+
+    @property
+    def step(self) -> int:
+        """Applied updates, as of the newest result or `refresh()` that this client has seen."""
+        return self._sequence.step
+
+    def forward(
+        self, batch: Any, loss_fn: str = "cross_entropy", reduction: str | None = None
+    ) -> OperationFuture[ForwardResult]:
+        """Computes a loss and its per-token outputs, without dropout and without any gradient.
+
+        Args:
+            batch: as for `forward_backward`.
+            loss_fn: name of the loss.
+            reduction: "weighted_mean" or "sum". None: the weighted mean.
+
+        Raises:
+            BatchError: if the batch is malformed; nothing is submitted.
+        """
+        encoded = encode_batch(batch)
+        spec = specs.forward(self.run_id, encoded, specs.loss_config(loss_fn, reduction))
+        return self._session.submit_numbered(self._sequence, "forward", spec, encoded.offsets)
+
+    def forward_backward(
+        self, batch: Any, loss_fn: str = "cross_entropy", reduction: str | None = None
+    ) -> OperationFuture[ForwardBackwardResult]:
+        """Computes a loss and adds its gradient to the run's accumulator.
+
+        Args:
+            batch: a mapping as a Hugging Face data loader yields (`input_ids`, `labels`, maybe
+                `attention_mask`, each [B, T] as lists, NumPy or torch; labels aligned with the
+                inputs, −100 ignored, shifted inside), or a list of `Datum`.
+            loss_fn: name of the loss.
+            reduction: "weighted_mean" or "sum"; one accumulation window has one. None: the
+                weighted mean.
+
+        Raises:
+            BatchError: if the batch is malformed; nothing is submitted.
+            MessageTooLargeError: if it is larger than one request may be.
+        """
+        encoded = encode_batch(batch)
+        spec = specs.forward_backward(self.run_id, encoded, specs.loss_config(loss_fn, reduction))
+        return self._session.submit_numbered(
+            self._sequence, "forward_backward", spec, encoded.offsets
+        )
+
+    def optim_step(
+        self,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        grad_clip_norm: float | None = None,
+    ) -> OperationFuture[OptimStepResult]:
+        """Closes a call of the accumulation window; the N-th call applies the update.
+
+        Args:
+            learning_rate: step size of this update. None: the run's.
+            weight_decay: weight decay of this update. None: the run's.
+            grad_clip_norm: L2 norm to which its gradient is clipped. None: the run's.
+        """
+        spec = specs.optim_step(
+            self.run_id,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        return self._session.submit_numbered(self._sequence, "optim_step", spec)
+
+    def sample_async(
+        self,
+        prompts: Any,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = None,
+        num_samples: int | None = None,
+        *,
+        step: int | None = None,
+        artifact: str | None = None,
+    ) -> OperationFuture[SampleResult]:
+        """Generates text; the future twin of `sample`, with the same arguments."""
+        weights = specs.run_weights(step, artifact)
+        current = weights.WhichOneof("source") == "current"
+        spec = specs.sample(
+            prompts,
+            weights,
+            run_id=None if artifact is not None else self.run_id,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            num_samples=num_samples,
+        )
+        if current:
+            return self._session.submit_numbered(self._sequence, "sample", spec)
+        return self._session.submit_unnumbered("sample", spec)
+
+    def save_state_async(
+        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+    ) -> OperationFuture[SaveStateResult]:
+        """Saves the adapter; the future twin of `save_state`, with the same arguments."""
+        spec = specs.save_state(self.run_id, metadata, include_optimizer)
+        return self._session.submit_numbered(self._sequence, "save_state", spec)
+
+    def load_state_async(
+        self, artifact_id: str, include_optimizer: bool | None = None
+    ) -> OperationFuture[LoadStateResult]:
+        """Restores a state; the future twin of `load_state`, with the same arguments."""
+        spec = specs.load_state(self.run_id, artifact_id, include_optimizer)
+        return self._session.submit_numbered(self._sequence, "load_state", spec)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.run_id} model={self.config.model_ref} step={self.step}>"
+        )
+
+    def _take_info(self, info: RunInfo) -> RunInfo:
+        self._info = info
+        self._sequence.step = max(self._sequence.step, info.step) if self._pending() else info.step
+        return info
+
+    def _pending(self) -> bool:
+        return self._session.has_pending(self.run_id)

@@ -1,0 +1,352 @@
+"""What operations and calls return: frozen dataclasses, made from the wire's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from google.protobuf import json_format, struct_pb2, timestamp_pb2
+
+from tensafe.v1 import metrics_pb2, operations_pb2, types_pb2
+from tensafe.wire.tensors import Array, decode
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardResult:
+    """Result of `forward`.
+
+    Attributes:
+        loss: weighted mean over the scored tokens, or their weighted sum under reduction="sum".
+        tokens_processed: tokens that the model read.
+        metrics: every metric of the call by name.
+        outputs: per-token outputs by name, one array for each datum. A handle rebuilt with
+            `client.future` does not know the batch: there each list has one array for all datums.
+    """
+
+    loss: float
+    tokens_processed: int
+    metrics: Mapping[str, float] = field(repr=False)
+    outputs: Mapping[str, list[Array]] = field(repr=False)
+
+    @property
+    def logprobs(self) -> list[Array]:
+        """float32 [T_b] for each datum b: log-probability of each target token, 0 if not scored."""
+        return self.outputs.get("logprobs", [])
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardBackwardResult(ForwardResult):
+    """Result of `forward_backward`.
+
+    Attributes:
+        grad_norm: L2 norm of this call's own normalised gradient.
+    """
+
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class OptimStepResult:
+    """Result of `optim_step`.
+
+    Attributes:
+        step: applied updates of the run.
+        applied: whether this call closed the accumulation window and changed the weights.
+        learning_rate: step size used, or that an update now would use.
+        grad_norm: L2 norm of the applied gradient before clipping; None if not applied.
+    """
+
+    step: int
+    applied: bool
+    learning_rate: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One completion.
+
+    Attributes:
+        prompt: the prompt as the model read it.
+        completion: the generated text.
+        tokens_generated: length of the completion, tokens.
+        finish_reason: "stop" (an end token or a stop condition) or "length".
+        prompt_index: which prompt of the call it continues, from 0.
+        prompt_tokens: length of the prompt, tokens.
+        tokens: int32 [G]: the generated tokens.
+        logprobs: float32 [G]: log-probability of each under the distribution sampled from.
+    """
+
+    prompt: str
+    completion: str
+    tokens_generated: int
+    finish_reason: str
+    prompt_index: int
+    prompt_tokens: int
+    tokens: Array = field(repr=False)
+    logprobs: Array = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class SampleResult:
+    """Result of `sample`.
+
+    Attributes:
+        samples: for each prompt in order, its completions.
+        model_step: applied updates of the weights sampled from; 0 for a base model.
+    """
+
+    samples: list[Sample]
+    model_step: int
+
+
+@dataclass(frozen=True)
+class SaveStateResult:
+    """Result of `save_state`.
+
+    Attributes:
+        artifact_id: the saved artifact.
+        step: applied updates of the saved weights.
+        size_bytes: sum of its files' sizes.
+        sha256: over its files in name order, each as `<sha256>  <name>` and a newline.
+        has_optimizer: whether it holds what continuing needs.
+        metadata: the caller's own JSON object.
+        created_at: when it was saved.
+    """
+
+    artifact_id: str
+    step: int
+    size_bytes: int
+    sha256: str
+    has_optimizer: bool
+    metadata: Mapping[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class LoadStateResult:
+    """Result of `load_state`.
+
+    Attributes:
+        artifact_id: the artifact.
+        step: applied updates of the run from now on.
+        optimizer_restored: whether optimizer, counters and window were restored too.
+    """
+
+    artifact_id: str
+    step: int
+    optimizer_restored: bool
+
+    @property
+    def loaded_artifact_id(self) -> str:
+        """The artifact."""
+        return self.artifact_id
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """The metrics of one applied update.
+
+    Attributes:
+        step: applied updates, this one included.
+        loss: mean over the accumulation window's weights.
+        grad_norm: L2 norm of the applied gradient before clipping.
+        learning_rate: step size used.
+        tokens: tokens read in the window.
+        tokens_per_second: of compute time.
+        queue_ms: sum over the window's operations.
+        compute_ms: sum over the window's operations.
+        time: when it was applied.
+        cursor: pass it as `since` to go on after this step.
+        values: every metric by name; a field above whose metric the server did not send is NaN
+            (`tokens`: 0).
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    queue_ms: float
+    compute_ms: float
+    time: datetime
+    cursor: int
+    run_id: str = field(repr=False)
+    values: Mapping[str, float] = field(repr=False)
+
+    @classmethod
+    def from_proto(cls, message: metrics_pb2.StepMetrics) -> StepMetrics:
+        """Unpacks one step."""
+        values = {metric.name: metric.value for metric in message.values}
+        nan = float("nan")
+        return cls(
+            step=message.step,
+            loss=values.get("loss", nan),
+            grad_norm=values.get("grad_norm", nan),
+            learning_rate=values.get("learning_rate", nan),
+            tokens=int(values.get("tokens", 0)),
+            tokens_per_second=values.get("tokens_per_second", nan),
+            queue_ms=values.get("queue_ms", nan),
+            compute_ms=values.get("compute_ms", nan),
+            time=to_datetime(message.time),
+            cursor=message.cursor,
+            run_id=message.run_id,
+            values=values,
+        )
+
+
+def to_datetime(stamp: timestamp_pb2.Timestamp) -> datetime:
+    """Converts to an aware datetime, UTC."""
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+def to_dict(message: struct_pb2.Struct) -> dict[str, Any]:
+    """Converts a JSON object; whole numbers come back as int."""
+    plain: dict[str, Any] = _whole_numbers(json_format.MessageToDict(message))
+    return plain
+
+
+def enum_name(enum: Any, number: int) -> str:
+    """Returns `forward_backward` for OPERATION_KIND_FORWARD_BACKWARD, and so on.
+
+    A number that a newer server may send is named by itself.
+    """
+    value = enum.DESCRIPTOR.values_by_number.get(number)
+    if value is None:
+        return f"unknown_{number}"
+    # Every value starts with its type's name: RunStatus, RUN_STATUS_ACTIVE.
+    words = sum(letter.isupper() for letter in enum.DESCRIPTOR.name)
+    return str(value.name).split("_", words)[-1].lower()
+
+
+def result_of(operation: operations_pb2.Operation, offsets: Array | None) -> Any:
+    """Unpacks the result of a SUCCEEDED operation.
+
+    Args:
+        operation: the finished operation.
+        offsets: int64 [B + 1] of the batch that was sent; None if this process did not send it.
+    """
+    name = operation.result.WhichOneof("result")
+    if name is None:
+        raise ValueError(f"operation {operation.id} succeeded without a result")
+    if name in ("forward", "forward_backward"):
+        return _CONVERTERS_BATCH[name](getattr(operation.result, name), offsets)
+    return _CONVERTERS[name](getattr(operation.result, name))
+
+
+def _forward(message: operations_pb2.ForwardResult, offsets: Array | None) -> ForwardResult:
+    metrics = _metrics(message)
+    return ForwardResult(
+        loss=metrics.get("loss", float("nan")),
+        tokens_processed=int(metrics.get("tokens", 0)),
+        metrics=metrics,
+        outputs=_outputs(message, offsets),
+    )
+
+
+def _forward_backward(
+    message: operations_pb2.ForwardBackwardResult, offsets: Array | None
+) -> ForwardBackwardResult:
+    metrics = _metrics(message)
+    return ForwardBackwardResult(
+        loss=metrics.get("loss", float("nan")),
+        tokens_processed=int(metrics.get("tokens", 0)),
+        metrics=metrics,
+        outputs=_outputs(message, offsets),
+        grad_norm=metrics.get("grad_norm", float("nan")),
+    )
+
+
+def _optim_step(message: operations_pb2.OptimStepResult) -> OptimStepResult:
+    return OptimStepResult(
+        step=message.step,
+        applied=message.applied,
+        learning_rate=message.learning_rate,
+        grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
+    )
+
+
+def _sample(message: operations_pb2.SampleResult) -> SampleResult:
+    return SampleResult([_completion(c) for c in message.completions], message.model_step)
+
+
+def _completion(message: operations_pb2.Completion) -> Sample:
+    tokens = decode(message.tokens) if message.HasField("tokens") else np.zeros(0, np.int32)
+    logprobs = decode(message.logprobs) if message.HasField("logprobs") else np.zeros(0, np.float32)
+    return Sample(
+        prompt=message.prompt,
+        completion=message.completion,
+        tokens_generated=len(tokens),
+        finish_reason=enum_name(operations_pb2.FinishReason, message.finish_reason),
+        prompt_index=message.prompt_index,
+        prompt_tokens=message.prompt_tokens,
+        tokens=tokens,
+        logprobs=logprobs,
+    )
+
+
+def _save_state(message: operations_pb2.SaveStateResult) -> SaveStateResult:
+    artifact = message.artifact
+    return SaveStateResult(
+        artifact_id=artifact.id,
+        step=artifact.step,
+        size_bytes=artifact.size_bytes,
+        sha256=artifact.sha256,
+        has_optimizer=artifact.has_optimizer,
+        metadata=to_dict(artifact.metadata),
+        created_at=to_datetime(artifact.created_at),
+    )
+
+
+def _load_state(message: operations_pb2.LoadStateResult) -> LoadStateResult:
+    return LoadStateResult(message.artifact_id, message.step, message.optimizer_restored)
+
+
+_CONVERTERS_BATCH: dict[str, Callable[[Any, Array | None], ForwardResult]] = {
+    "forward": _forward,
+    "forward_backward": _forward_backward,
+}
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "optim_step": _optim_step,
+    "sample": _sample,
+    "save_state": _save_state,
+    "load_state": _load_state,
+}
+
+
+def _metrics(
+    message: operations_pb2.ForwardResult | operations_pb2.ForwardBackwardResult,
+) -> dict[str, float]:
+    return {metric.name: metric.value for metric in message.metrics}
+
+
+def _outputs(
+    message: operations_pb2.ForwardResult | operations_pb2.ForwardBackwardResult,
+    offsets: Array | None,
+) -> dict[str, list[Array]]:
+    return {item.name: _pieces(item, offsets) for item in message.outputs}
+
+
+def _pieces(item: types_pb2.NamedTensor, offsets: Array | None) -> list[Array]:
+    whole = decode(item.tensor)
+    if item.HasField("offsets"):
+        offsets = decode(item.offsets)
+    if offsets is None:
+        return [whole]
+    bounds = offsets.tolist()
+    return [whole[a:b] for a, b in pairwise(bounds)]
+
+
+def _whole_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return value

@@ -1,0 +1,265 @@
+"""The client of a service, for code without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensafe_client import specs
+from tensafe_client.admin import Admin
+from tensafe_client.api import Api
+from tensafe_client.config import TrainingConfig
+from tensafe_client.connection import ClientConfig, Connection, resolve
+from tensafe_client.downloads import Downloads
+from tensafe_client.futures import OperationFuture
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.results import SampleResult
+from tensafe_client.session import Session
+from tensafe_client.training import TrainingClient
+
+
+class ServiceBase:
+    """What the sync and the asyncio client share: the connection, and sampling without a run."""
+
+    def __init__(
+        self,
+        config: ClientConfig | Mapping[str, Any] | str | None = None,
+        *,
+        target: str | None = None,
+        api_key: str | None = None,
+        profile: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        given = {"target": target, "api_key": api_key, "profile": profile, "timeout_s": timeout_s}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))  # type: ignore[arg-type]
+        self._api = Api(self._session)
+        self._downloads = Downloads(self._session)
+
+    @property
+    def connection(self) -> Connection:
+        """The resolved target and timeout."""
+        return self._session.connection
+
+    @property
+    def target(self) -> str:
+        """Where it connects: `grpc://HOST:PORT`."""
+        return f"grpc://{self.connection.host_port}"
+
+    def sample_async(
+        self,
+        prompts: Any,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = None,
+        num_samples: int | None = None,
+        *,
+        base_model: str | None = None,
+        artifact: str | None = None,
+    ) -> OperationFuture[SampleResult]:
+        """Generates text from weights of no run; the future twin of `sample`."""
+        spec = specs.sample(
+            prompts,
+            specs.other_weights(base_model, artifact),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            num_samples=num_samples,
+        )
+        return self._session.submit_unnumbered("sample", spec)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.connection.host_port}>"
+
+
+class ServiceClient(ServiceBase):
+    """A connection to a TenSafe service.
+
+        client = ServiceClient()                      # environment, or the saved profile
+        client = ServiceClient("127.0.0.1:50051", api_key="ts_…")
+        tc = client.create_training_client({"model_ref": "smollm2-135m"})
+
+    Args:
+        config: a target string, a dict or a `ClientConfig`. None: `TENSAFE_TARGET` and
+            `TENSAFE_API_KEY`, else the profile that `tensafe up` saves.
+        target: `HOST:PORT` or `grpc://HOST:PORT`; stands above the config's.
+        api_key: secret of a key; stands above the config's.
+        profile: name of a saved profile.
+        timeout_s: longest time of one call with all repetitions, seconds; default 30. It does not
+            limit operations, which run on the server while futures wait.
+
+    The first call connects and raises `ConnectionFailedError` if nothing answers within 10 s or
+    `timeout_s`. After that the client reconnects by itself: futures only wait.
+
+    Raises:
+        ConfigError: for an unknown field, or if no target is known.
+    """
+
+    def __init__(
+        self,
+        config: ClientConfig | Mapping[str, Any] | str | None = None,
+        *,
+        target: str | None = None,
+        api_key: str | None = None,
+        profile: str | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__(
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+        )
+        self._io = self._session.io
+        self.admin = Admin(self._session)
+
+    def create_training_client(self, config: TrainingConfig | Mapping[str, Any]) -> TrainingClient:
+        """Creates a run.
+
+        Args:
+            config: a `TrainingConfig`, or a dict of its fields.
+
+        Raises:
+            ConfigError: for an unknown field, naming the closest valid one, or a wrong type.
+            InvalidArgumentError: if the server refuses a value; it names the field.
+            ModelNotFoundError: if the model is not registered.
+        """
+        info, sequence = self._io.run(self._api.create_run(config))
+        return TrainingClient(self._session, info, sequence)
+
+    def training_client(self, run_id: str) -> TrainingClient:
+        """Attaches to a run, also one of another process: goes on with the server's next seq.
+
+        Only one process at a time may drive a run.
+
+        Raises:
+            RunNotFoundError: if there is no such run.
+            RunDeletedError: if it was deleted.
+        """
+        info, sequence = self._io.run(self._api.attach_run(run_id))
+        return TrainingClient(self._session, info, sequence)
+
+    def future(self, operation_id: str) -> OperationFuture[Any]:
+        """Rebuilds the handle on an operation, in any process.
+
+        Raises:
+            OperationNotFoundError: if there is no such operation.
+        """
+        return self._io.run(self._api.future(operation_id))
+
+    def runs(self, *, include_deleted: bool = False, limit: int | None = None) -> list[RunInfo]:
+        """Lists runs, newest first; all of them, or at most `limit`."""
+        return self._io.run(self._api.runs(include_deleted, limit))
+
+    def run(self, run_id: str) -> RunInfo:
+        """Reads a run."""
+        return self._io.run(self._api.run(run_id))
+
+    def delete_run(self, run_id: str) -> RunInfo:
+        """Deletes a run; its queued operations are cancelled, its artifacts stay."""
+        return self._io.run(self._api.delete_run(run_id))
+
+    def operations(
+        self, run_id: str | None = None, *, limit: int | None = None
+    ) -> list[OperationInfo]:
+        """Lists operations, newest first; of one run, or all of the tenant's."""
+        return self._io.run(self._api.operations(run_id, limit))
+
+    def operation(self, operation_id: str) -> OperationInfo:
+        """Reads an operation."""
+        return self._io.run(self._api.operation(operation_id))
+
+    def cancel(self, operation_id: str) -> bool:
+        """Cancels an operation; True only if it never ran."""
+        return self._io.run(self._api.cancel(operation_id))
+
+    def artifacts(
+        self, run_id: str | None = None, *, limit: int | None = None
+    ) -> list[ArtifactInfo]:
+        """Lists artifacts, newest first; of one run, or all of the tenant's."""
+        return self._io.run(self._api.artifacts(run_id, limit))
+
+    def artifact(self, artifact_id: str) -> ArtifactInfo:
+        """Reads an artifact's description."""
+        return self._io.run(self._api.artifact(artifact_id))
+
+    def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
+        """Downloads an artifact's files; `directory` then loads in plain `peft`.
+
+        What is there and right is kept, and a download that broke off goes on where it stopped.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ChecksumMismatchError: if a file came damaged.
+        """
+        return self._io.run(self._downloads.artifact(artifact_id, Path(directory)))
+
+    def models(self) -> list[ModelInfo]:
+        """Lists the models that the operator has registered."""
+        return self._io.run(self._api.models())
+
+    def model(self, model_ref: str) -> ModelInfo:
+        """Reads a model."""
+        return self._io.run(self._api.model(model_ref))
+
+    def tokenizer_files(self, model_ref: str) -> dict[str, bytes]:
+        """Fetches a model's tokenizer, name → content: what `data.chat.ChatTokenizer` takes."""
+        return self._io.run(self._downloads.tokenizer(model_ref))
+
+    def sample(
+        self,
+        prompts: Any,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = None,
+        num_samples: int | None = None,
+        *,
+        base_model: str | None = None,
+        artifact: str | None = None,
+    ) -> SampleResult:
+        """Generates text from a base model or an artifact, and waits for it.
+
+        The arguments are those of `TrainingClient.sample`; pass either `base_model` or `artifact`.
+        """
+        return self.sample_async(
+            prompts,
+            max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            stop,
+            num_samples,
+            base_model=base_model,
+            artifact=artifact,
+        ).result()
+
+    def close(self) -> None:
+        """Sends what still waits, then ends the connection; operations go on."""
+        self._io.run(self._session.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,327 @@
+"""The core of a client: one channel, one session id, one submitter and one watch stream.
+
+Everything marked "on the loop" runs on the process's I/O loop; the rest may be called from any
+thread. The sync and the asyncio faces are both thin over this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensafe.v1 import operations_pb2, training_pb2
+from tensafe.wire.tensors import Array
+from tensafe_client.channel import Channel, Stubs
+from tensafe_client.connection import Connection
+from tensafe_client.errors import ClientClosedError, TenSafeError
+from tensafe_client.futures import OperationFuture
+from tensafe_client.io_loop import io_loop
+from tensafe_client.submission import Submission, Submitter, check_size
+from tensafe_client.watching import Watcher
+
+
+@dataclass
+class RunSequence:
+    """The numbering of one run's operations, shared by all its clients of one session."""
+
+    run_id: str
+    next_seq: int
+    step: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Session:
+    """One client's connection to a coordinator."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.io = io_loop()
+        self.session_id = f"ses-{secrets.token_hex(12)}"
+        self.watch_error: TenSafeError | None = None
+        self._pid = os.getpid()
+        self._closed = False
+        self._channel = Channel(connection, self.check_open)
+        self.metadata = self._channel.metadata
+        self._submitter = Submitter(self)
+        self._watcher = Watcher(self)
+        self._sender: asyncio.Task[None] | None = None
+        self._sequences: dict[str, RunSequence] = {}
+        self._by_place: dict[tuple[str, int], OperationFuture[Any]] = {}
+        self._by_id: dict[str, OperationFuture[Any]] = {}
+        # Ends of operations without seq that came before the answer that tells their ids.
+        self._early: dict[str, operations_pb2.Operation] = {}
+        self._submitting = False
+        self._awaiting_id: dict[OperationFuture[Any], asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.io.at_exit(self.close)
+
+    # -- calls
+
+    async def stubs(self) -> Stubs:
+        """Returns the stubs of a channel that was connected at least once; on the loop.
+
+        Raises:
+            ConnectionFailedError: if nothing answers in time.
+        """
+        return await self._channel.stubs()
+
+    async def call(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
+        """Makes one unary call, repeated while that may help; see `Channel.call`; on the loop."""
+        return await self._channel.call(method, request, timeout_s=timeout_s)
+
+    async def submit_batch(self, request: bytes) -> training_pb2.SubmitBatchResponse:
+        """Makes one SubmitBatch call, once; on the loop."""
+        stubs = await self.stubs()
+        self._submitting = True
+        response: training_pb2.SubmitBatchResponse = await stubs.submit_batch(
+            request, timeout=self.connection.timeout_s, metadata=self.metadata
+        )
+        return response
+
+    def spawn(self, coroutine: Any) -> None:
+        """Runs a background task that ends with the session; on the loop."""
+        task = self.io.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- operations
+
+    def sequence(self, run: training_pb2.Run) -> RunSequence:
+        """Returns the numbering of a run, brought up to what the server says."""
+        known = self._sequences.setdefault(run.id, RunSequence(run.id, run.next_seq, run.step))
+        with known.lock:
+            known.step = run.step
+            in_flight = self.has_pending(run.id)
+            known.next_seq = max(run.next_seq, known.next_seq) if in_flight else run.next_seq
+        return known
+
+    def has_pending(self, run_id: str) -> bool:
+        """Tells whether numbered operations of the run have not ended yet."""
+        return any(pending == run_id for pending, _ in list(self._by_place))
+
+    def submit_numbered(
+        self,
+        sequence: RunSequence,
+        kind: str,
+        spec: training_pb2.OperationSpec,
+        offsets: Array | None = None,
+    ) -> OperationFuture[Any]:
+        """Gives an operation its seq and queues it; never blocks on the network.
+
+        Raises:
+            MessageTooLargeError: if it is too large; no seq is used up.
+        """
+        self.check_open()
+        with sequence.lock:
+            seq = sequence.next_seq
+            spec.seq = seq
+            data = spec.SerializeToString()
+            check_size(kind, len(data))
+            sequence.next_seq = seq + 1
+            future: OperationFuture[Any] = OperationFuture(
+                self, kind, sequence.run_id, seq, offsets
+            )
+            self._by_place[sequence.run_id, seq] = future
+            # Inside the lock, so that operations are sent in the order of their seqs.
+            self._put(Submission(data, future))
+        return future
+
+    def submit_unnumbered(
+        self, kind: str, spec: training_pb2.OperationSpec
+    ) -> OperationFuture[Any]:
+        """Queues an operation that has no place in a run's order."""
+        self.check_open()
+        spec.request_id = new_request_id()
+        data = spec.SerializeToString()
+        check_size(kind, len(data))
+        future: OperationFuture[Any] = OperationFuture(self, kind, spec.run_id, 0)
+        self._put(Submission(data, future))
+        return future
+
+    async def cancel_operation(self, future: OperationFuture[Any]) -> bool:
+        """Cancels an operation, also one that still waits to be sent; on the loop.
+
+        Its seq is taken, so it is always submitted first.
+        """
+        operation_id = future.operation_id or await self._id_of(future)
+        if operation_id is None:
+            return future.cancelled()
+        stubs = await self.stubs()
+        response = await self.call(
+            stubs.operations.CancelOperation,
+            operations_pb2.CancelOperationRequest(operation_id=operation_id),
+        )
+        if response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED:
+            future._finish(response.operation)
+            self.finished(response.operation)
+        return future.cancelled()
+
+    def follow(self, future: OperationFuture[Any]) -> None:
+        """Keeps a rebuilt handle, so that it ends with the session at the latest; on the loop."""
+        if future.operation_id is not None:
+            self._by_id[future.operation_id] = future
+
+    # -- what the submitter and the watcher report; on the loop
+
+    def accepted(self, future: OperationFuture[Any], operation_id: str) -> None:
+        """The server has the operation on disk."""
+        future._identify(operation_id)
+        if not future.seq and not future.done():
+            early = self._early.pop(operation_id, None)
+            if early is not None:
+                self._finish(future, early)
+            else:
+                self._by_id[operation_id] = future
+        self._tell_id(future)
+
+    def refused(self, future: OperationFuture[Any], operation_id: str, error: TenSafeError) -> None:
+        """The server, or this side, has refused the operation."""
+        future._identify(operation_id)
+        self._by_place.pop((future.run_id, future.seq), None)
+        future._fail(error)
+        self._tell_id(future)
+
+    def batch_answered(self) -> None:
+        """All ids of what was submitted are known: an unknown end is nobody's."""
+        self._submitting = False
+        self._early.clear()
+
+    def finished(self, operation: operations_pb2.Operation) -> None:
+        """An operation of this session has ended."""
+        seq = operation.seq
+        if seq:
+            future = self._by_place.pop((operation.run_id, seq), None)
+        else:
+            future = self._by_id.pop(operation.id, None)
+            if future is None and self._submitting:
+                self._early[operation.id] = operation
+        if future is not None:
+            self._finish(future, operation)
+
+    async def reconcile(self) -> None:
+        """Reads every open operation anew, after the stream lost its place."""
+        stubs = await self.stubs()
+        for future in [*self._by_place.values(), *self._by_id.values()]:
+            if future.operation_id is None:
+                continue  # not yet acknowledged: the submitter's answer will come
+            request = operations_pb2.GetOperationRequest(operation_id=future.operation_id)
+            try:
+                response = await self.call(stubs.operations.GetOperation, request)
+            except TenSafeError as error:
+                self.refused(future, "", error)
+                self._by_id.pop(future.operation_id, None)
+            else:
+                if response.operation.HasField("finished_at"):
+                    self.finished(response.operation)
+
+    def fail_all(self, error: TenSafeError) -> None:
+        """Ends every open future, since nothing would resolve it any more."""
+        self._submitter.fail_all(error)
+        for future in [*self._by_place.values(), *self._by_id.values()]:
+            future._fail(error)
+            self._tell_id(future)
+        self._by_place.clear()
+        self._by_id.clear()
+
+    # -- life
+
+    def check_open(self) -> None:
+        """Raises ClientClosedError if the session cannot be used here."""
+        if self._pid != os.getpid():
+            raise ClientClosedError(
+                "this client was made before the process forked",
+                remedy="make a new ServiceClient in the child process",
+            )
+        if self._closed:
+            raise ClientClosedError("the client is closed", remedy="make a new ServiceClient")
+
+    async def close(self) -> None:
+        """Sends what still waits, then ends streams and channel; on the loop.
+
+        Operations go on: futures that are still open end with ClientClosedError.
+        """
+        if self._closed:
+            return
+        try:
+            if self._channel.connected:
+                async with asyncio.timeout(self.connection.timeout_s):
+                    await self._submitter.flush()
+        except TimeoutError:
+            pass  # the futures of what was not sent say so below
+        finally:
+            self._closed = True
+            self._watcher.stop()
+            tasks = [task for task in (self._sender, *self._tasks) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)  # the sender puts back its batch
+            self.fail_all(
+                ClientClosedError(
+                    "the client was closed before the operation ended; if it was acknowledged, "
+                    "it goes on",
+                    remedy="client.future(operation_id) of a new client waits for it",
+                )
+            )
+            await self._channel.close()
+            self.io.forget(self.close)
+
+    def _put(self, submission: Submission) -> None:
+        if self._sender is None:
+            self.io.loop.call_soon_threadsafe(self._start_sender)
+        self._submitter.put(submission)
+
+    def _start_sender(self) -> None:
+        if self._sender is None and not self._closed:
+            self._sender = self.io.loop.create_task(
+                self._submitter.run(self._watcher.ready), name="tensafe-submit"
+            )
+
+    def _finish(self, future: OperationFuture[Any], operation: operations_pb2.Operation) -> None:
+        if operation.state == operations_pb2.OPERATION_STATE_SUCCEEDED:
+            self._note_step(operation)  # before anyone is woken who might read it
+        try:
+            future._finish(operation)
+        except Exception as error:  # one bad message must not end the stream
+            future._fail(TenSafeError(f"the end of {operation.id} cannot be read: {error!r}"))
+        if self._awaiting_id:
+            self._tell_id(future)
+
+    def _note_step(self, operation: operations_pb2.Operation) -> None:
+        if operation.kind == operations_pb2.OPERATION_KIND_OPTIM_STEP:
+            step = operation.result.optim_step.step
+        elif operation.kind == operations_pb2.OPERATION_KIND_LOAD_STATE:
+            step = operation.result.load_state.step
+        else:
+            return
+        sequence = self._sequences.get(operation.run_id)
+        if sequence is not None:
+            sequence.step = step
+
+    async def _id_of(self, future: OperationFuture[Any]) -> str | None:
+        """Waits until the submission was answered; None if the operation was refused."""
+        told = self._awaiting_id.setdefault(future, asyncio.Event())
+        try:
+            async with asyncio.timeout(self.connection.timeout_s):
+                while future.operation_id is None and not future.done():
+                    await told.wait()
+        except TimeoutError:
+            raise self._channel.unreachable(
+                "to take the operation that is to be cancelled"
+            ) from None
+        finally:
+            self._awaiting_id.pop(future, None)
+        return future.operation_id
+
+    def _tell_id(self, future: OperationFuture[Any]) -> None:
+        told = self._awaiting_id.get(future)
+        if told is not None:
+            told.set()
+
+
+def new_request_id() -> str:
+    """Returns a fresh idempotency key."""
+    return f"req-{secrets.token_hex(12)}"

@@ -1,0 +1,214 @@
+"""From the arguments of a call to the wire's OperationSpec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from google.protobuf import struct_pb2
+
+from tensafe.v1 import training_pb2 as pb
+from tensafe.wire.tensors import encode
+from tensafe_client.checks import check_count, check_number, check_string
+from tensafe_client.data.batches import EncodedBatch
+from tensafe_client.data.datum import token_array
+from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
+
+_REDUCTIONS = {
+    "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
+    "sum": pb.LOSS_REDUCTION_SUM,
+}
+
+
+def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
+    """Packs the loss; a reduction that is None stays unset."""
+    if reduction is not None and reduction not in _REDUCTIONS:
+        raise InvalidArgumentError(
+            f"no reduction {reduction!r}; use {' or '.join(map(repr, _REDUCTIONS))}"
+        )
+    return pb.LossConfig(
+        name=check_string("loss_fn", loss_fn),
+        reduction=_REDUCTIONS[reduction] if reduction else pb.LOSS_REDUCTION_UNSPECIFIED,
+    )
+
+
+def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
+    """Packs a forward pass."""
+    payload = pb.Payload(inline=batch.message)
+    return pb.OperationSpec(run_id=run_id, forward=pb.Forward(batch=payload, loss=loss))
+
+
+def forward_backward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
+    """Packs a forward and backward pass."""
+    payload = pb.Payload(inline=batch.message)
+    return pb.OperationSpec(
+        run_id=run_id, forward_backward=pb.ForwardBackward(batch=payload, loss=loss)
+    )
+
+
+def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:
+    """Packs an optimizer step; an option that is None stays unset."""
+    given = {
+        name: check_number(name, value) for name, value in options.items() if value is not None
+    }
+    return pb.OperationSpec(run_id=run_id, optim_step=pb.OptimStep(**given))
+
+
+def save_state(
+    run_id: str, metadata: Mapping[str, Any] | None, include_optimizer: bool | None
+) -> pb.OperationSpec:
+    """Packs a checkpoint.
+
+    Raises:
+        InvalidArgumentError: if the metadata is no JSON object.
+    """
+    message = pb.SaveState(include_optimizer=include_optimizer)
+    if metadata is not None:
+        message.metadata.CopyFrom(_json_object(metadata))
+    return pb.OperationSpec(run_id=run_id, save_state=message)
+
+
+def load_state(run_id: str, artifact_id: str, include_optimizer: bool | None) -> pb.OperationSpec:
+    """Packs a restore."""
+    message = pb.LoadState(
+        artifact_id=check_string("artifact_id", artifact_id), include_optimizer=include_optimizer
+    )
+    return pb.OperationSpec(run_id=run_id, load_state=message)
+
+
+def sample(
+    prompts: Any,
+    weights: pb.SampleWeights,
+    *,
+    run_id: str | None = None,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    seed: int | None,
+    stop: Any,
+    num_samples: int | None,
+) -> pb.OperationSpec:
+    """Packs text generation; an option that is None stays unset."""
+    params = pb.SamplingParams()
+    counts = {"max_tokens": max_tokens, "top_k": top_k, "num_samples": num_samples}
+    numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    for name, count in counts.items():
+        if count is not None:
+            setattr(params, name, check_count(name, count))
+    for name, number in numbers.items():
+        if number is not None:
+            setattr(params, name, check_number(name, number))
+    if seed is not None:
+        params.seed = check_count("seed", seed, bits=64)
+    if stop is not None:
+        params.stop.CopyFrom(_stop(stop))
+    message = pb.Sample(prompts=_prompts(prompts), params=params, weights=weights)
+    return pb.OperationSpec(run_id=run_id, sample=message)
+
+
+def run_weights(step: int | None, artifact: str | None) -> pb.SampleWeights:
+    """Names the weights to sample a run from: current, as saved after a step, or an artifact's."""
+    if step is not None and artifact is not None:
+        raise InvalidArgumentError("pass step= or artifact=, not both")
+    if step is not None:
+        version = pb.PinnedVersion(step=check_count("step", step, bits=64))
+        return pb.SampleWeights(version=version)
+    if artifact is not None:
+        return pb.SampleWeights(artifact_id=check_string("artifact", artifact))
+    return pb.SampleWeights(current=pb.CurrentWeights())
+
+
+def other_weights(base_model: str | None, artifact: str | None) -> pb.SampleWeights:
+    """Names weights that belong to no run: a registered model's or an artifact's."""
+    if (base_model is None) == (artifact is None):
+        raise InvalidArgumentError("pass either base_model= or artifact=")
+    if base_model is not None:
+        return pb.SampleWeights(base_model=check_string("base_model", base_model))
+    return pb.SampleWeights(artifact_id=check_string("artifact", cast(str, artifact)))
+
+
+def _prompts(prompts: Any) -> list[pb.Prompt]:
+    """Takes one prompt or several; a prompt is text, token ids or a list of chat messages."""
+    if isinstance(prompts, str) or not _is_list(prompts):
+        return [_prompt(0, prompts)]
+    if len(prompts) == 0:
+        raise InvalidArgumentError("prompts is empty: pass at least one prompt")
+    first = prompts[0]
+    if isinstance(first, Mapping) or not (isinstance(first, str) or _is_list(first)):
+        return [_prompt(0, prompts)]  # one conversation, or one list of token ids
+    return [_prompt(index, prompt) for index, prompt in enumerate(prompts)]
+
+
+def _prompt(index: int, prompt: Any) -> pb.Prompt:
+    if isinstance(prompt, str):
+        return pb.Prompt(text=prompt)
+    if _is_list(prompt) and len(prompt) and isinstance(prompt[0], Mapping):
+        return pb.Prompt(chat=pb.Chat(messages=[_message(index, item) for item in prompt]))
+    if _is_list(prompt):
+        try:
+            return pb.Prompt(tokens=encode(token_array(f"prompts[{index}]", prompt)))
+        except BatchError as error:
+            raise InvalidArgumentError(error.message, violations=error.violations) from None
+    raise InvalidArgumentError(
+        f"prompts[{index}] must be text, a list of token ids or a list of chat messages, got "
+        f"{type(prompt).__name__}"
+    )
+
+
+def _message(index: int, item: Any) -> pb.ChatMessage:
+    if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
+        raise InvalidArgumentError(
+            f"every message of prompts[{index}] must be a dict of role and content, got {item!r}"
+        )
+    return pb.ChatMessage(
+        role=check_string("role", item["role"]), content=check_string("content", item["content"])
+    )
+
+
+def _stop(stop: Any) -> pb.Stop:
+    items = [stop] if isinstance(stop, str | int) else stop
+    message = pb.Stop()
+    if not isinstance(items, Sequence):
+        raise InvalidArgumentError(f"stop must be texts or token ids, got {stop!r}")
+    for item in items:
+        if isinstance(item, str):
+            message.strings.append(item)
+        else:
+            message.tokens.append(check_count("stop", item, bits=31))
+    return message
+
+
+def _is_list(value: Any) -> bool:
+    """A list, a tuple, a NumPy array or a tensor."""
+    return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__getitem__")
+
+
+def _json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
+    if not isinstance(metadata, Mapping):
+        raise InvalidArgumentError(f"metadata must be a dict, got {type(metadata).__name__}")
+    _check_json("metadata", metadata)
+    struct = struct_pb2.Struct()
+    struct.update(dict(metadata))
+    return struct
+
+
+def _check_json(path: str, value: Any) -> None:
+    if value is None or isinstance(value, str | bool):
+        return
+    if isinstance(value, int | float):
+        # A Struct holds binary64 numbers: no NaN, and no integer that would be rounded.
+        if not math.isfinite(value) or (isinstance(value, int) and abs(value) > 2**53):
+            raise ConfigError(f"{path} is {value!r}, which JSON numbers cannot hold exactly")
+        return
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_json(f"{path}.{check_string(f'key of {path}', key)}", item)
+        return
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_json(f"{path}[{index}]", item)
+        return
+    raise ConfigError(f"{path} is a {type(value).__name__}, which is no JSON value")

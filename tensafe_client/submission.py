@@ -1,0 +1,185 @@
+"""The submitter: whatever waits while one SubmitBatch is in flight goes into the next.
+
+No timer and no task per operation: callers append to a deque, and wake the loop once for all that
+wait. A batch whose answer was lost is sent again byte for byte, under the same (run, seq).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import grpc
+
+from tensafe.v1 import training_pb2 as pb
+from tensafe.wire.channel import MAX_MESSAGE_BYTES
+from tensafe_client.backoff import Backoff, asks_for_retry, retryable
+from tensafe_client.errors import (
+    MessageTooLargeError,
+    TenSafeError,
+    from_rpc_error,
+    from_status,
+)
+from tensafe_client.futures import OperationFuture
+
+if TYPE_CHECKING:
+    from tensafe_client.session import Session
+
+MAX_OPERATIONS = 256
+MAX_BATCH_BYTES = 3 * 2**20
+_ENVELOPE_BYTES = 128  # session id, tags and lengths around the operations
+
+
+class Submission(NamedTuple):
+    """One operation on its way: its serialized OperationSpec, and who waits for it."""
+
+    spec: bytes
+    future: OperationFuture[Any]
+
+
+def check_size(kind: str, size_bytes: int) -> None:
+    """Refuses an operation that the server would not take; no seq is used up.
+
+    Raises:
+        MessageTooLargeError: naming size, limit and remedy.
+    """
+    if size_bytes + _ENVELOPE_BYTES > MAX_MESSAGE_BYTES:
+        raise MessageTooLargeError(
+            f"this {kind} is {size_bytes:,} bytes; the limit is {MAX_MESSAGE_BYTES:,} bytes",
+            reason="MESSAGE_TOO_LARGE",
+            metadata={"size_bytes": str(size_bytes), "limit_bytes": str(MAX_MESSAGE_BYTES)},
+            remedy="split it: the gradients of several forward_backward calls before one "
+            "optim_step add up",
+        )
+
+
+class Submitter:
+    """Sends the operations of one session, in the order in which they were put."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiting: deque[Submission] = deque()
+        self._wake = asyncio.Event()
+        self._woken = False
+        self._sending = False
+        self._progress = asyncio.Event()
+        self._backoff = Backoff()
+
+    def put(self, submission: Submission) -> None:
+        """Queues an operation; from any thread, never blocks."""
+        self._waiting.append(submission)
+        if not self._woken:
+            # Two threads may both get here; a second wake-up is harmless.
+            self._woken = True
+            self._session.io.loop.call_soon_threadsafe(self._wake.set)
+
+    async def run(self, ready: Callable[[], Awaitable[None]]) -> None:
+        """Sends until cancelled.
+
+        Args:
+            ready: awaited before each batch: returns once the session watches its operations.
+        """
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            self._woken = False
+            while self._waiting:
+                batch = self._take()
+                self._sending = True
+                try:
+                    await ready()
+                    await self._send(batch)
+                except TenSafeError as error:
+                    self._fail(batch, error)
+                except asyncio.CancelledError:
+                    self._waiting.extendleft(reversed(batch))
+                    raise
+                finally:
+                    self._session.batch_answered()
+                    self._sending = False
+                    self._progress.set()
+
+    async def flush(self) -> None:
+        """Returns once everything put before has been answered."""
+        while self._waiting or self._sending:
+            self._progress.clear()
+            await self._progress.wait()
+
+    def fail_all(self, error: TenSafeError) -> None:
+        """Ends everything that still waits; on the loop."""
+        while self._waiting:
+            self._fail([self._waiting.popleft()], error)
+
+    def _take(self) -> list[Submission]:
+        batch = [self._waiting.popleft()]
+        size = len(batch[0].spec)
+        while self._waiting and len(batch) < MAX_OPERATIONS:
+            size += len(self._waiting[0].spec)
+            if size > MAX_BATCH_BYTES:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def _send(self, batch: list[Submission]) -> None:
+        response = await self._call(_serialize(batch, self._session.session_id))
+        if len(response.outcomes) != len(batch):
+            raise TenSafeError(
+                f"the server answered {len(response.outcomes)} outcomes for {len(batch)} operations"
+            )
+        again: list[Submission] = []
+        delay_s: float | None = None
+        for submission, outcome in zip(batch, response.outcomes, strict=True):
+            if not outcome.HasField("error"):
+                self._session.accepted(submission.future, outcome.operation_id)
+                continue
+            error = from_status(outcome.error)
+            if asks_for_retry(error):
+                again.append(submission)
+                delay_s = max(delay_s or 0.0, error.retry_delay_s or 0.0)
+            else:
+                self._session.refused(submission.future, outcome.operation_id, error)
+        if again:
+            self._waiting.extendleft(reversed(again))
+            await asyncio.sleep(self._backoff.next_s(delay_s))
+        else:
+            self._backoff.reset()
+
+    async def _call(self, request: bytes) -> pb.SubmitBatchResponse:
+        """Repeats the call until the server has answered it; an outage only makes it wait."""
+        backoff = Backoff()
+        while True:
+            try:
+                return await self._session.submit_batch(request)
+            except grpc.aio.AioRpcError as error:
+                if not retryable(error) and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise from_rpc_error(error) from None
+                delay_s = from_rpc_error(error).retry_delay_s
+            await asyncio.sleep(backoff.next_s(delay_s))
+
+    def _fail(self, batch: list[Submission], error: TenSafeError) -> None:
+        for submission in batch:
+            self._session.refused(submission.future, "", error)
+
+
+def _serialize(batch: list[Submission], session_id: str) -> bytes:
+    """Joins serialized OperationSpecs into a SubmitBatchRequest without parsing or copying twice.
+
+    In protobuf's wire format a repeated message is its tag, its length and its bytes, one after
+    another; field 1 of wire type 2 has the tag 0x0A.
+    """
+    parts: list[bytes] = []
+    for submission in batch:
+        parts += (b"\x0a", _varint(len(submission.spec)), submission.spec)
+    parts.append(pb.SubmitBatchRequest(session_id=session_id).SerializeToString())
+    return b"".join(parts)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

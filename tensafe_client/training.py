@@ -1,0 +1,134 @@
+"""The client of one run, for code without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from tensafe_client.api import Api
+from tensafe_client.infos import RunInfo
+from tensafe_client.operations import RunOperations
+from tensafe_client.results import LoadStateResult, SampleResult, SaveStateResult, StepMetrics
+from tensafe_client.session import RunSequence, Session
+from tensafe_client.streams import iterate
+
+
+class TrainingClient(RunOperations):
+    """One run: its adapter, optimizer and order of operations.
+
+    `forward`, `forward_backward` and `optim_step` return futures at once and may be pipelined
+    freely; `sample`, `save_state` and `load_state` wait for their results and have `…_async` twins
+    that return futures. Made by `ServiceClient.create_training_client` and `training_client`.
+
+        with client.create_training_client({"model_ref": "smollm2-135m"}) as tc:
+            for batch in dataloader:
+                tc.forward_backward(batch)
+                step = tc.optim_step()
+            print(step.result())
+
+    Leaving the `with` block does not delete the run: attach to it with
+    `client.training_client(run_id)`.
+    """
+
+    def __init__(self, session: Session, info: RunInfo, sequence: RunSequence) -> None:
+        super().__init__(session, info, sequence)
+        self._api = Api(session)
+
+    def sample(
+        self,
+        prompts: Any,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: Any = None,
+        num_samples: int | None = None,
+        *,
+        step: int | None = None,
+        artifact: str | None = None,
+    ) -> SampleResult:
+        """Generates text and waits for it. What is None is left to the server's default.
+
+        Args:
+            prompts: one prompt or a list; a prompt is text, a list of token ids, or a list of chat
+                messages (`{"role": …, "content": …}`).
+            max_tokens: longest completion, tokens. Default 128.
+            temperature: divides the logits; 0 takes the likeliest token. Default 1.
+            top_p: the smallest set of tokens with this probability. Default 1.
+            top_k: only the k likeliest; 0 for all. Default 0.
+            min_p: only tokens of at least this share of the likeliest one's probability.
+            seed: seed of this call. Default: derived from the run's seed and the operation.
+            stop: texts or token ids that end a completion. Default: the model's end token; what is
+                passed replaces it, so that an empty list never stops early.
+            num_samples: completions for each prompt. Default 1.
+            step: sample the weights as saved after this step, instead of the current ones.
+            artifact: sample an artifact, instead of the current weights.
+        """
+        return self.sample_async(
+            prompts,
+            max_tokens,
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            seed,
+            stop,
+            num_samples,
+            step=step,
+            artifact=artifact,
+        ).result()
+
+    def save_state(
+        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+    ) -> SaveStateResult:
+        """Saves the adapter as an artifact, at this point of the run's order, and waits for it.
+
+        Args:
+            metadata: your own JSON object, kept with the artifact; at most 64 KiB.
+            include_optimizer: also save what continuing needs. None: yes.
+        """
+        return self.save_state_async(metadata, include_optimizer).result()
+
+    def load_state(
+        self, artifact_id: str, include_optimizer: bool | None = None
+    ) -> LoadStateResult:
+        """Replaces the run's state by an artifact's, and waits for it.
+
+        Args:
+            artifact_id: an artifact of this tenant, of the same model and LoRA shape.
+            include_optimizer: also restore optimizer, counters and open window. None: if it has
+                them.
+        """
+        return self.load_state_async(artifact_id, include_optimizer).result()
+
+    def metrics(self, follow: bool = False, since: int = 0) -> Iterator[StepMetrics]:
+        """Iterates the metrics of each applied update.
+
+        Args:
+            follow: go on with new steps as the server pushes them, until the loop is left or the
+                run is deleted. The stream goes on by itself after a break.
+            since: only steps after this cursor (`StepMetrics.cursor`); 0 for all.
+        """
+        return iterate(self._session.io, self._api.metrics(self.run_id, since, follow))
+
+    def refresh(self) -> RunInfo:
+        """Asks the server for the run, and updates `info`, `status` and `step`."""
+        return self._take_info(self._session.io.run(self._api.run(self.run_id)))
+
+    def delete(self) -> RunInfo:
+        """Deletes the run; its queued operations are cancelled, its artifacts stay."""
+        return self._take_info(self._session.io.run(self._api.delete_run(self.run_id)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the run as it is."""

@@ -1,0 +1,104 @@
+"""The session's one Watch stream, which resolves its futures by push.
+
+After a break it goes on from its cursor, for ever; nothing that finished meanwhile is missed. The
+stream stands before the first operation is submitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+
+from tensafe.v1 import operations_pb2 as pb
+from tensafe_client.backoff import Backoff
+from tensafe_client.errors import ClientClosedError, TenSafeError, from_rpc_error
+
+if TYPE_CHECKING:
+    from tensafe_client.session import Session
+
+# No later attempt can succeed where one was refused for one of these.
+_PERMANENT = frozenset(
+    {
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+    }
+)
+
+
+class Watcher:
+    """Keeps the stream up and hands what it brings to the session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._cursor: int | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    async def ready(self) -> None:
+        """Returns once the stream has stood: from then on every end of an operation arrives.
+
+        Raises:
+            TenSafeError: if the server refuses the stream.
+        """
+        if self._task is None or self._task.done():
+            self._cursor = None
+            self._task = asyncio.get_running_loop().create_task(self._run(), name="tensafe-watch")
+        task = self._task
+        while self._cursor is None:
+            self._changed.clear()
+            await self._changed.wait()
+            if task.done() or self._session.watch_error is not None:
+                raise self._session.watch_error or ClientClosedError("the client was closed")
+
+    def stop(self) -> None:
+        """Ends the stream."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        self._session.watch_error = None
+        try:
+            await self._stay_connected()
+        except TenSafeError as error:
+            self._session.watch_error = error
+            self._session.fail_all(error)
+        finally:
+            self._changed.set()
+
+    async def _stay_connected(self) -> None:
+        backoff = Backoff()
+        reconcile = False
+        while True:
+            try:
+                await self._stream(backoff, reconcile)
+                reconcile = False
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _PERMANENT:
+                    raise from_rpc_error(error) from None
+                if error.code() is grpc.StatusCode.OUT_OF_RANGE:
+                    # The server no longer knows our cursor: begin anew, and ask for what we miss.
+                    self._cursor, reconcile = None, True
+            await asyncio.sleep(backoff.next_s())
+
+    async def _stream(self, backoff: Backoff, reconcile: bool) -> None:
+        stubs = await self._session.stubs()
+        request = pb.WatchRequest(session_id=self._session.session_id, cursor=self._cursor)
+        call = stubs.operations.Watch(request, metadata=self._session.metadata)
+        try:
+            async for response in call:
+                self._cursor = response.cursor
+                backoff.reset()
+                if not self._changed.is_set():
+                    self._changed.set()
+                for event in response.events:
+                    if event.WhichOneof("event") == "operation":
+                        self._session.finished(event.operation)
+                if reconcile:
+                    await self._session.reconcile()
+                    reconcile = False
+        finally:
+            call.cancel()  # grpc.aio does not cancel a call that is merely dropped

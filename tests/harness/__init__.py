@@ -1,0 +1,1 @@
+"""What several tests start or make: a tiny model, the command line."""

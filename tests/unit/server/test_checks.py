@@ -1,0 +1,111 @@
+"""What is refused before it is queued, and how."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensafe.v1 import training_pb2 as pb
+from tensafe.v1 import types_pb2 as types
+from tensafe.v1.models_pb2 import Model
+from tensafe.wire.status import TenSafeFault
+from tensafe.wire.tensors import encode
+from tensafe_server.operations.checks import check_content, check_identity
+
+MODEL = Model(name="tiny", vocabulary_size=100, context_length=16)
+
+
+def forward_backward(
+    tokens: list[int],
+    offsets: list[int],
+    targets: list[int] | None = None,
+    weights: list[float] | None = None,
+    reduction: int = 0,
+) -> pb.OperationSpec:
+    inputs = [
+        types.NamedTensor(
+            name="target_tokens", tensor=encode(np.asarray(targets or tokens, np.int32))
+        )
+    ]
+    if weights is not None:
+        inputs.append(
+            types.NamedTensor(name="weights", tensor=encode(np.asarray(weights, np.float32)))
+        )
+    batch = pb.Batch(
+        offsets=encode(np.asarray(offsets, np.int64)),
+        input_tokens=encode(np.asarray(tokens, np.int32)),
+        loss_inputs=inputs,
+    )
+    return pb.OperationSpec(
+        run_id="run-1",
+        seq=1,
+        forward_backward=pb.ForwardBackward(
+            batch=pb.Payload(inline=batch),
+            loss=pb.LossConfig(reduction=reduction),  # type: ignore[arg-type]
+        ),
+    )
+
+
+def test_a_good_batch_costs_its_tokens_three_times():
+    assert check_content(forward_backward([1, 2, 3], [0, 1, 3]), MODEL) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "field"),
+    [
+        (forward_backward([1, 100], [0, 2]), "TOKEN_OUT_OF_RANGE", "input_tokens"),
+        (forward_backward([1, -1], [0, 2]), "TOKEN_OUT_OF_RANGE", "input_tokens"),
+        (forward_backward([1, 2], [0, 2], [1, 100]), "TOKEN_OUT_OF_RANGE", "target_tokens"),
+        (forward_backward([1] * 17, [0, 17]), "CONTEXT_EXCEEDED", "offsets"),
+        (forward_backward([1, 2], [0, 3]), "INVALID_BATCH", "input_tokens"),
+        (forward_backward([1, 2], [0, 0, 2]), "INVALID_BATCH", "offsets"),
+        (forward_backward([1, 2], [0]), "INVALID_BATCH", "offsets"),
+        (forward_backward([1, 2], [1, 2]), "INVALID_BATCH", "offsets"),
+        (forward_backward([1, 2], [0, 2], [1]), "INVALID_BATCH", "loss_inputs[0]"),
+        (forward_backward([1, 2], [0, 2], weights=[0, 0]), "NOTHING_SCORED", "weights"),
+        (forward_backward([1, 2], [0, 2], weights=[1, -1]), "INVALID_BATCH", "weights"),
+        (forward_backward([1, 2], [0, 2], weights=[1, np.nan]), "INVALID_BATCH", "weights"),
+    ],
+)
+def test_a_bad_batch_is_refused_by_field(spec: pb.OperationSpec, reason: str, field: str):
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(spec, MODEL)
+    assert raised.value.detail.reason == reason
+    assert raised.value.detail.metadata["field"].endswith(field)
+
+
+def test_the_sum_reduction_takes_negative_weights():
+    spec = forward_backward([1, 2], [0, 2], weights=[1, -1], reduction=pb.LOSS_REDUCTION_SUM)
+    assert check_content(spec, MODEL) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (pb.OperationSpec(seq=1, optim_step=pb.OptimStep()), "run_id"),
+        (pb.OperationSpec(run_id="r", optim_step=pb.OptimStep()), "seq"),
+        (
+            pb.OperationSpec(run_id="r", seq=1, request_id="12345678", optim_step=pb.OptimStep()),
+            "request_id",
+        ),
+        (
+            pb.OperationSpec(
+                seq=1,
+                request_id="12345678",
+                sample=pb.Sample(weights=pb.SampleWeights(base_model="m")),
+            ),
+            "seq",
+        ),
+        (
+            pb.OperationSpec(
+                request_id="12345678",
+                sample=pb.Sample(weights=pb.SampleWeights(version=pb.PinnedVersion(step=1))),
+            ),
+            "run_id",
+        ),
+    ],
+)
+def test_an_operation_is_either_numbered_or_in_a_lane(spec: pb.OperationSpec, field: str):
+    with pytest.raises(TenSafeFault) as raised:
+        check_identity(spec)
+    assert raised.value.detail.metadata["field"] == field

@@ -1,0 +1,137 @@
+"""Fan-out: no gap, no repetition, bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.stub import StubBlobStore
+from tensafe_server.events import hub as hub_module
+from tensafe_server.events.hub import EventHub
+from tensafe_server.operations.model import PendingOperation
+from tensafe_server.operations.outcomes import ended_event
+from tensafe_server.store.base import EventScope, Finish, OperationRow
+from tensafe_server.store.sqlite import SqliteStore
+
+SCOPE = EventScope("ten-1")
+
+
+def row(number: int, tenant: str = "ten-1") -> OperationRow:
+    return OperationRow(
+        id=f"op-{number}",
+        tenant_id=tenant,
+        run_id=None,
+        seq=None,
+        request_id=None,
+        session_id="",
+        kind=ops.OPERATION_KIND_SAMPLE,
+        state=ops.OPERATION_STATE_SUCCEEDED,
+        executed=True,
+        spec_hash=b"",
+        spec=b"",
+        spec_ref=None,
+        artifact_id=None,
+        cost=1,
+        created_ns=1,
+    )
+
+
+async def finish(store: SqliteStore, hub: EventHub, number: int) -> None:
+    item = row(number)
+    await store.add_operations([item])
+    item.cursor = hub.next_cursor()
+    await store.finish(Finish([item]))
+    hub.publish([ended_event(PendingOperation(item, b"", ""))])
+
+
+async def make(path: Path) -> tuple[SqliteStore, EventHub]:
+    store = await SqliteStore.open(path / "store.db")
+    hub = EventHub(store, Payloads(StubBlobStore()))
+    await hub.load()
+    return store, hub
+
+
+def test_a_watcher_that_comes_late_or_falls_behind_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub_module, "_BUFFER_EVENTS", 3)
+
+    async def main() -> list[str]:
+        store, hub = await make(tmp_path)
+        for number in range(5):
+            await finish(store, hub, number)
+        seen: list[str] = []
+        stream = hub.stream(SCOPE, 0)
+        assert (await anext(stream)) == ([], 0)
+        events, _ = await anext(stream)
+        seen += [event.operation.id for event in events]
+        for number in range(5, 15):  # more than the buffer holds, while nobody reads
+            await finish(store, hub, number)
+        while len(seen) < 15:
+            events, _ = await anext(stream)
+            seen += [event.operation.id for event in events]
+        await stream.aclose()
+        await store.close()
+        return seen
+
+    assert asyncio.run(main()) == [f"op-{number}" for number in range(15)]
+
+
+def test_a_watcher_resumes_from_its_cursor(tmp_path: Path):
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        for number in range(3):
+            await finish(store, hub, number)
+        first = hub.stream(SCOPE, 1)
+        await anext(first)
+        events, cursor = await anext(first)
+        assert [event.operation.id for event in events] == ["op-1", "op-2"]
+        assert cursor == 3
+        await first.aclose()
+        await finish(store, hub, 3)
+        again = hub.stream(SCOPE, cursor)
+        await anext(again)
+        events, _ = await anext(again)
+        assert [event.operation.id for event in events] == ["op-3"]
+        await again.aclose()
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_a_stream_without_follow_ends(tmp_path: Path):
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        await finish(store, hub, 0)
+        pages = [page async for page in hub.stream(SCOPE, 0, follow=False)]
+        assert [len(events) for events, _ in pages] == [0, 1]
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_other_tenants_see_nothing(tmp_path: Path):
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        await finish(store, hub, 0)
+        pages = [page async for page in hub.stream(EventScope("ten-2"), 0, follow=False)]
+        assert [events for events, _ in pages] == [[]]
+        await store.close()
+
+    asyncio.run(main())
+
+
+def test_a_cursor_from_the_future_is_refused(tmp_path: Path):
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        with pytest.raises(TenSafeFault) as raised:
+            await anext(hub.stream(SCOPE, 5))
+        assert raised.value.detail.reason == "CURSOR_OUT_OF_RANGE"
+        await store.close()
+
+    asyncio.run(main())

@@ -1,0 +1,121 @@
+"""Batches: what is refused, and that cutting them into passes loses and repeats nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensafe.wire.status import TenSafeFault
+from workers.engine.batches import check_batch, split
+from workers.operations import Batch, LossRequest, Reduction
+
+VOCABULARY, CONTEXT = 50, 16
+
+
+def request(lengths: list[int], weights=None, **changes) -> LossRequest:
+    count = sum(lengths)
+    fields = {
+        "offsets": np.cumsum([0, *lengths], dtype=np.int64),
+        "input_tokens": np.arange(count, dtype=np.int32) % VOCABULARY,
+        "target_tokens": (np.arange(count, dtype=np.int32) + 1) % VOCABULARY,
+        "weights": np.ones(count, np.float32)
+        if weights is None
+        else np.asarray(weights, np.float32),
+    } | changes
+    return LossRequest(Batch(**fields))
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=16), min_size=1, max_size=9
+    ),
+    st.integers(1, 60),
+)
+def test_every_scored_position_is_in_one_pass(weights, budget):
+    flat = np.concatenate([np.asarray(row, np.float32) for row in weights])
+    if not flat.any():
+        return
+    batch = check_batch(request([len(row) for row in weights], flat), VOCABULARY, CONTEXT)
+    passes = split(batch, budget)
+    seen = np.sort(np.concatenate([part.sources for part in passes]))
+    np.testing.assert_array_equal(seen, np.flatnonzero(flat))
+    for part in passes:
+        assert part.input_ids.size <= budget or len(part.rows) == 1
+        ids = part.input_ids.reshape(-1)
+        np.testing.assert_array_equal(ids[part.positions], batch.tokens[part.sources])
+        np.testing.assert_array_equal(part.targets, batch.targets[part.sources])
+        np.testing.assert_array_equal(part.weights, batch.weights[part.sources])
+        for row, line in zip(part.rows, part.input_ids, strict=True):
+            begin, end = batch.offsets[row], batch.offsets[row + 1]
+            length = min(end - begin, len(line))
+            longest = np.flatnonzero(batch.weights[begin:end])[-1] + 1
+            np.testing.assert_array_equal(line[:longest], batch.tokens[begin : begin + longest])
+            assert length >= longest
+
+
+def test_rows_of_unlike_length_do_not_pad_each_other():
+    batch = check_batch(request([16] * 16 + [2] * 16), VOCABULARY, CONTEXT)
+    assert [part.input_ids.shape for part in split(batch, 10_000)] == [(16, 16), (16, 2)]
+
+
+BAD = [
+    ({"offsets": np.asarray([0, 3], np.int64)}, "INVALID_BATCH", "batch.offsets"),
+    ({"offsets": np.asarray([1, 6], np.int64)}, "INVALID_BATCH", "batch.offsets"),
+    ({"offsets": np.asarray([0, 4, 2, 6], np.int64)}, "INVALID_BATCH", "batch.offsets"),
+    ({"offsets": np.asarray([0, 3, 3, 6], np.int64)}, "INVALID_BATCH", "batch.offsets"),
+    ({"offsets": np.asarray([0], np.int64)}, "INVALID_BATCH", "batch.offsets"),
+    ({"target_tokens": None}, "INVALID_BATCH", "batch.target_tokens"),
+    ({"target_tokens": np.zeros(5, np.int32)}, "INVALID_BATCH", "batch.target_tokens"),
+    ({"weights": np.ones(7, np.float32)}, "INVALID_BATCH", "batch.weights"),
+    ({"weights": np.full(6, np.nan, np.float32)}, "INVALID_BATCH", "batch.weights"),
+    ({"weights": np.full(6, np.inf, np.float32)}, "INVALID_BATCH", "batch.weights"),
+    ({"weights": np.zeros(6, np.float32)}, "NOTHING_SCORED", "batch.weights"),
+    ({"weights": np.asarray([1, 1, 1, 1, 1, -1], np.float32)}, "INVALID_BATCH", "batch.weights"),
+    (
+        {"input_tokens": np.asarray([0, 1, 2, 3, 4, 50], np.int32)},
+        "TOKEN_OUT_OF_RANGE",
+        "batch.input_tokens",
+    ),
+    (
+        {"input_tokens": np.asarray([0, -1, 2, 3, 4, 5], np.int32)},
+        "TOKEN_OUT_OF_RANGE",
+        "batch.input_tokens",
+    ),
+    (
+        {"target_tokens": np.asarray([0, 1, 2, 3, 4, 50], np.int32)},
+        "TOKEN_OUT_OF_RANGE",
+        "batch.target_tokens",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason", "field"), BAD)
+def test_bad_batches_name_the_field(changes, reason, field):
+    with pytest.raises(TenSafeFault) as caught:
+        check_batch(request([2, 4], **changes), VOCABULARY, CONTEXT)
+    assert caught.value.detail.reason == reason
+    assert caught.value.detail.metadata["field"] == field
+
+
+def test_a_row_beyond_the_context():
+    with pytest.raises(TenSafeFault) as caught:
+        check_batch(request([2, 17]), VOCABULARY, CONTEXT)
+    assert caught.value.detail.reason == "CONTEXT_EXCEEDED"
+    assert "datum 1" in str(caught.value)
+
+
+def test_unscored_targets_may_hold_filler_and_no_weights_score_all():
+    batch = request([3], [0, 1, 1])
+    batch.batch.target_tokens = np.asarray([-100, 1, 2], np.int32)
+    assert check_batch(batch, VOCABULARY, CONTEXT).scored == 2
+    batch = request([3])
+    batch.batch.weights = None
+    assert check_batch(batch, VOCABULARY, CONTEXT).denominator == 3.0
+
+
+def test_weights_that_cancel_need_the_sum_reduction():
+    cancelling = request([2], [1, -1])
+    cancelling.reduction = Reduction.SUM
+    assert check_batch(cancelling, VOCABULARY, CONTEXT).denominator == 0.0

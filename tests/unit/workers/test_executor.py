@@ -1,0 +1,364 @@
+"""The executor between a coordinator's plans and a backend."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from unit.workers.planned import assignment, batch, forward_backward, operation, plan
+
+from tensafe.v1 import artifacts_pb2, training_pb2
+from tensafe.wire.status import from_status
+from workers.executor import Executor
+from workers.mock import MockBackend
+
+OPTIM = {"optim_step": training_pb2.OptimStep()}
+SAVE = {"save_state": training_pb2.SaveState()}
+
+
+class FolderTransfers:
+    """Artifacts in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.fetched: list[str] = []
+
+    def upload(self, artifact_id: str, directory: Path) -> list[artifacts_pb2.ArtifactFile]:
+        shutil.copytree(directory, self.root / artifact_id)
+        return [
+            artifacts_pb2.ArtifactFile(
+                name=path.name,
+                size_bytes=path.stat().st_size,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+            for path in sorted(directory.iterdir())
+        ]
+
+    def fetch(self, artifact_id: str, directory: Path) -> None:
+        self.fetched.append(artifact_id)
+        shutil.copytree(self.root / artifact_id, directory, dirs_exist_ok=True)
+
+
+class GatedBackend(MockBackend):
+    """Stops in forward_backward until it is let go."""
+
+    instant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+
+    def forward_backward(self, run_id, seq, request):
+        self.entered.release()
+        assert self.gate.acquire(timeout=10)
+        return super().forward_backward(run_id, seq, request)
+
+
+class Driver:
+    """The link's part: submits, and waits for news."""
+
+    def __init__(self, backend, transfers) -> None:
+        self.news = threading.Condition()
+        self.executor = Executor(backend, transfers, self._notify)
+        self.executor.start()
+        self.started, self.done = [], {}
+
+    def _notify(self) -> None:
+        with self.news:
+            self.news.notify_all()
+
+    def collect(self) -> None:
+        started, done = self.executor.collect()
+        self.started += [item.operation_id for item in started]
+        for item in done:
+            self.done[item.operation_id] = item
+
+    def until(self, condition) -> None:
+        def arrived() -> bool:
+            self.collect()
+            return condition()
+
+        with self.news:
+            assert self.news.wait_for(arrived, timeout=10)
+
+    def run(self, *operations, runs=()) -> list:
+        """The outcomes of a plan's operations, None where nothing was reported."""
+        for item in operations:
+            self.done.pop(item.operation_id, None)
+        self.executor.submit(plan(*operations, runs=runs))
+        self.until(lambda: self.executor.idle)
+        return [self.done.get(item.operation_id) for item in operations]
+
+
+@pytest.fixture
+def transfers(tmp_path):
+    return FolderTransfers(tmp_path)
+
+
+@pytest.fixture
+def driver(transfers):
+    driver = Driver(MockBackend(), transfers)
+    yield driver
+    driver.executor.close()
+
+
+@pytest.fixture
+def gated(transfers):
+    driver = Driver(backend := GatedBackend(), transfers)
+    driver.backend = backend
+    yield driver
+    backend.gate.release(100)
+    driver.executor.close()
+
+
+def reason(done) -> str:
+    return from_status(done.error).reason
+
+
+def test_a_step_and_its_metrics(driver):
+    first, second = driver.run(
+        operation(1, **forward_backward()), operation(2, **OPTIM), runs=[assignment()]
+    )
+    metrics = {m.name: m.value for m in first.result.forward_backward.metrics}
+    assert (metrics["loss"], metrics["tokens"]) == (2.49, 5)
+    (output,) = first.result.forward_backward.outputs
+    assert (output.name, list(output.tensor.shape)) == ("logprobs", [5])
+    assert (second.result.optim_step.step, second.result.optim_step.applied) == (1, True)
+    names = [metric.name for metric in second.step_metrics]
+    assert names == [
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+        "tokens_per_second",
+        "compute_ms",
+    ]
+    assert second.epoch == 1
+    (held,) = driver.executor.held_runs()
+    assert (held.run_id, held.epoch, held.last_seq) == ("run-1", 1, 2)
+
+
+def test_a_bad_batch_poisons_its_window_and_the_next_is_clean(driver):
+    bad = training_pb2.ForwardBackward(batch=batch(weights=np.ones((5, 1), np.float32)))
+    outcomes = driver.run(
+        operation(1, **forward_backward()),
+        operation(2, forward_backward=bad),
+        operation(3, **OPTIM),
+        operation(4, **forward_backward()),
+        operation(5, **OPTIM),
+        runs=[assignment()],
+    )
+    assert reason(outcomes[1]) == "INVALID_BATCH"
+    assert reason(outcomes[2]) == "WINDOW_POISONED"
+    assert outcomes[4].result.optim_step.step == 1
+
+
+def test_void_poisons_and_says_nothing(driver):
+    outcomes = driver.run(
+        operation(1, **forward_backward(), void=True),
+        operation(2, **OPTIM),
+        operation(3, **forward_backward()),
+        operation(4, **OPTIM, void=True),
+        operation(5, **OPTIM),
+        runs=[assignment()],
+    )
+    assert outcomes[0] is outcomes[3] is None
+    assert reason(outcomes[1]) == "WINDOW_POISONED"
+    assert outcomes[4].result.optim_step.step == 1
+
+
+def test_replay_rebuilds_the_state_in_silence(driver, transfers):
+    outcomes = driver.run(
+        operation(1, **forward_backward(), replay=True),
+        operation(2, **OPTIM, replay=True),
+        operation(3, **SAVE, artifact_id="art-9", replay=True),
+        operation(4, **forward_backward()),
+        runs=[assignment(epoch=1)],
+    )
+    assert outcomes[:3] == [None, None, None]
+    assert not (transfers.root / "art-9").exists()
+    losses = {m.name: m.value for m in outcomes[3].result.forward_backward.metrics}
+    assert losses["loss"] == 2.48
+
+
+def test_a_replay_that_fails_is_reported(driver, caplog):
+    (outcome,) = driver.run(operation(1, **OPTIM, replay=True), runs=[assignment()])
+    assert reason(outcome) == "EMPTY_WINDOW"
+    assert "replay of op-run-1-1 failed" in caplog.text
+
+
+def test_save_and_load_and_open_from_an_artifact(driver, transfers):
+    saved, loaded = driver.run(
+        operation(1, **forward_backward()),
+        operation(2, **OPTIM),
+        operation(3, **SAVE, artifact_id="art-1"),
+        operation(4, load_state=training_pb2.LoadState(artifact_id="art-1")),
+        runs=[assignment()],
+    )[2:]
+    artifact = saved.result.save_state.artifact
+    assert (artifact.id, artifact.run_id, artifact.step) == ("art-1", "run-1", 1)
+    assert artifact.has_optimizer
+    listing = "".join(f"{file.sha256}  {file.name}\n" for file in artifact.files)
+    assert artifact.sha256 == hashlib.sha256(listing.encode()).hexdigest()
+    assert artifact.size_bytes == sum(file.size_bytes for file in artifact.files) > 0
+    assert loaded.result.load_state.step == 1
+    assert loaded.result.load_state.optimizer_restored
+    (outcome,) = driver.run(
+        operation(1, "run-2", **forward_backward()),
+        runs=[assignment("run-2", artifact_id="art-1")],
+    )
+    assert outcome.result.forward_backward.metrics[0].value == 2.48
+    assert transfers.fetched == ["art-1"]
+
+
+def test_samples_of_every_kind_of_weights(driver):
+    def sample(**weights):
+        source = training_pb2.SampleWeights(**weights)
+        return {
+            "sample": training_pb2.Sample(prompts=[training_pb2.Prompt(text="hi")], weights=source)
+        }
+
+    outcomes = driver.run(
+        operation(1, **forward_backward()),
+        operation(2, **OPTIM),
+        operation(3, **SAVE, artifact_id="art-1"),
+        operation(4, **sample(current=training_pb2.CurrentWeights())),
+        operation(
+            None, None, epoch=0, **sample(base_model="any"), operation_id="op-b", model_ref="any"
+        ),
+        operation(
+            None,
+            None,
+            epoch=0,
+            **sample(artifact_id="art-1"),
+            operation_id="op-a",
+            artifact_id="art-1",
+        ),
+        operation(
+            None, "run-1", **sample(version={"step": 1}), operation_id="op-v", artifact_id="art-1"
+        ),
+        runs=[assignment()],
+    )
+    steps = [outcome.result.sample.model_step for outcome in outcomes[3:]]
+    assert steps == [1, 0, 1, 1]
+
+
+def test_a_run_that_cannot_be_opened_fails_its_own_operations_only(driver):
+    dp = training_pb2.DpConfig(enabled=True)
+    sgd = training_pb2.OptimizerConfig(name="sgd", eps=1e-8)
+    outcomes = driver.run(
+        operation(1, "run-dp", **forward_backward()),
+        operation(1, "run-sgd", **forward_backward()),
+        operation(1, "run-lost", **forward_backward()),
+        operation(1, **forward_backward()),
+        runs=[
+            assignment("run-dp", dp=dp),
+            assignment("run-sgd", optimizer=sgd),
+            assignment("run-lost", artifact_id="art-none"),
+            assignment(),
+        ],
+    )
+    reasons = [reason(outcome) for outcome in outcomes[:3]]
+    assert reasons == ["UNSUPPORTED_OPTION", "UNSUPPORTED_OPTION", "INTERNAL"]
+    assert outcomes[3].HasField("result")
+    assert [held.run_id for held in driver.executor.held_runs()] == ["run-1"]
+
+
+def test_unknown_runs_and_stale_epochs_fail_without_harm(driver, caplog):
+    unknown, stale, repeated = driver.run(
+        operation(1, "run-x", **forward_backward()),
+        operation(1, epoch=7, **forward_backward()),
+        operation(1, **forward_backward()),
+        runs=[assignment()],
+    )
+    assert reason(unknown) == "INTERNAL"
+    # The driver keeps one outcome for each operation, and the last one is the right one.
+    assert stale is repeated
+    assert repeated.epoch == 1
+    assert repeated.HasField("result")
+    assert caplog.text.count("is not held under epoch") >= 2
+
+
+def test_an_unexpected_exception_keeps_its_text_to_itself(driver, caplog, monkeypatch):
+    def explode(run_id, seq, request):
+        raise ValueError("secret path /data/tenants")
+
+    monkeypatch.setattr(driver.executor._backend, "forward_backward", explode)
+    (outcome,) = driver.run(operation(1, **forward_backward()), runs=[assignment()])
+    assert reason(outcome) == "INTERNAL"
+    assert "secret" not in outcome.error.message
+    error_id = from_status(outcome.error).metadata["error_id"]
+    assert error_id in outcome.error.message
+    assert error_id in caplog.text
+    assert "secret path" in caplog.text
+
+
+def test_an_operation_that_is_sent_again_gets_its_first_answer(driver):
+    (first,) = driver.run(operation(1, **forward_backward()), runs=[assignment()])
+    (again,) = driver.run(operation(1, **forward_backward()), runs=[assignment()])
+    assert again == first
+    (step,) = driver.run(operation(2, **OPTIM))
+    assert step.result.optim_step.step == 1
+    # Under a new epoch the run starts anew, and the same operation runs anew.
+    (anew,) = driver.run(operation(1, epoch=2, **forward_backward()), runs=[assignment(epoch=2)])
+    assert anew.epoch == 2
+    assert anew.HasField("result")
+
+
+def test_release_forgets_a_run_after_what_was_planned(driver):
+    driver.executor.submit(plan(operation(1, **forward_backward()), runs=[assignment()]))
+    driver.executor.release("run-1")
+    driver.until(lambda: driver.executor.idle)
+    assert driver.done["op-run-1-1"].HasField("result")
+    assert driver.executor.held_runs() == []
+
+
+def test_only_what_still_runs_is_reported_started(gated):
+    gated.executor.submit(
+        plan(
+            operation(1, **forward_backward()),
+            operation(2, **forward_backward()),
+            runs=[assignment()],
+        )
+    )
+    gated.until(lambda: gated.started == ["op-run-1-1"])
+    gated.backend.gate.release()
+    gated.until(lambda: gated.started == ["op-run-1-1", "op-run-1-2"])
+    assert list(gated.done) == ["op-run-1-1"]
+    gated.backend.gate.release()
+    gated.until(lambda: len(gated.done) == 2)
+    assert not gated.executor.collect()[0]
+
+
+def test_cancel_before_and_after_the_start(gated):
+    gated.executor.submit(
+        plan(
+            operation(1, **forward_backward()),
+            operation(2, **forward_backward()),
+            operation(3, **OPTIM),
+            operation(4, **OPTIM),
+            runs=[assignment()],
+        )
+    )
+    assert gated.backend.entered.acquire(timeout=10)
+    gated.executor.cancel("op-run-1-1")
+    gated.executor.cancel("op-run-1-2")
+    gated.executor.cancel("op-run-1-4")
+    gated.executor.cancel("op-nobody")
+    gated.until(lambda: len(gated.done) == 2)
+    assert gated.done["op-run-1-2"].cancelled
+    assert gated.done["op-run-1-2"].WhichOneof("outcome") is None
+    gated.backend.gate.release()
+    gated.until(lambda: gated.executor.idle)
+    assert gated.done["op-run-1-1"].HasField("result")
+    assert not gated.done["op-run-1-1"].cancelled
+    # The cancelled forward_backward poisoned the window; the cancelled optim_step did nothing.
+    assert reason(gated.done["op-run-1-3"]) == "WINDOW_POISONED"
+    assert gated.done["op-run-1-4"].cancelled
+    (held,) = gated.executor.held_runs()
+    assert held.last_seq == 4

@@ -1,0 +1,94 @@
+"""The accumulation window against a model that keeps the whole history."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensafe.wire.status import TenSafeFault
+from workers.operations import Reduction
+from workers.window import Window
+
+MEAN, SUM = Reduction.WEIGHTED_MEAN, Reduction.SUM
+
+
+def add(window: Window, reduction: Reduction = MEAN, loss_sum=6.0, denominator=2.0) -> None:
+    window.admit(reduction)
+    window.add(reduction, loss_sum=loss_sum, denominator=denominator, tokens=10, compute_ms=5.0)
+
+
+def reason(window: Window) -> str:
+    with pytest.raises(TenSafeFault) as caught:
+        window.call()
+    return caught.value.detail.reason
+
+
+EVENTS = st.lists(st.sampled_from(["mean", "sum", "poison", "step"]), max_size=40)
+
+
+@given(EVENTS, st.integers(1, 4), st.one_of(st.none(), st.integers(1, 5)))
+def test_any_history(events, accumulation_steps, max_steps):
+    window = Window(accumulation_steps, max_steps)
+    applied = calls = 0
+    members: list[str] = []
+    for event in events:
+        # A window that was saved and restored is the same window.
+        saved = json.loads(json.dumps(window.as_json()))
+        window = Window(accumulation_steps, max_steps)
+        window.restore(saved)
+        if event == "poison":
+            window.poison()
+            members.append("poison")
+        elif event in ("mean", "sum"):
+            kinds = [kind for kind in members if kind != "poison"]
+            reduction = MEAN if event == "mean" else SUM
+            if kinds and kinds[0] != event:
+                with pytest.raises(TenSafeFault):
+                    window.admit(reduction)
+                window.poison()
+                members.append("poison")
+            else:
+                add(window, reduction)
+                members.append(event)
+        elif applied == max_steps:
+            before = window.as_json()
+            assert reason(window) == "MAX_STEPS_REACHED"
+            assert window.as_json() == before
+        elif calls + 1 < accumulation_steps:
+            assert window.call() is None
+            calls += 1
+        else:
+            calls = 0
+            if "poison" in members:
+                assert reason(window) == "WINDOW_POISONED"
+            elif not members:
+                assert reason(window) == "EMPTY_WINDOW"
+            else:
+                closed = window.call()
+                count = len(members)
+                assert (closed.loss_sum, closed.denominator) == (6.0 * count, 2.0 * count)
+                assert closed.tokens == 10 * count
+                assert closed.divisor == (2.0 * count if members[0] == "mean" else 1.0)
+                applied += 1
+                assert window.applied() == applied
+            members = []
+            assert not window.is_open
+        assert window.step == applied
+        assert window.is_open == any(kind != "poison" for kind in members)
+
+
+def test_metrics_of_a_mean_and_of_a_sum():
+    window = Window()
+    add(window, loss_sum=6.0, denominator=2.0)
+    add(window, loss_sum=3.0, denominator=1.0)
+    values = {m.name: m for m in window.call().metrics(1.5, 1e-4, step_ms=10.0)}
+    assert (values["loss"].value, values["loss"].weight) == (3.0, 3.0)
+    assert values["tokens"].value == 20
+    assert values["compute_ms"].value == 20.0
+    assert values["tokens_per_second"].value == 1000.0
+    assert (values["grad_norm"].value, values["learning_rate"].value) == (1.5, 1e-4)
+    add(window, SUM, loss_sum=6.0)
+    assert window.call().metrics(1.5, 1e-4, 0.0)[0].value == 6.0

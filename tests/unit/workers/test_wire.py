@@ -1,0 +1,124 @@
+"""What a worker reads from the wire, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from unit.workers.planned import batch
+
+from tensafe.v1 import training_pb2, types_pb2
+from tensafe.wire.status import TenSafeFault
+from tensafe.wire.tensors import encode
+from workers import wire
+from workers.operations import ModelCard, OptimizerSettings, Reduction, RunSettings
+
+
+def test_an_empty_configuration_is_the_pages_defaults():
+    settings = wire.run_settings(training_pb2.RunConfig(model_ref="m"))
+    assert settings == RunSettings("m")
+    assert settings.lora.target_modules == ("q_proj", "v_proj", "k_proj", "o_proj")
+
+
+def test_presence_is_not_truth():
+    config = training_pb2.RunConfig(
+        model_ref="m",
+        lora=training_pb2.LoraConfig(dropout=0.0),
+        optimizer=training_pb2.OptimizerConfig(weight_decay=0.0, learning_rate=0.0),
+        seed=0,
+    )
+    settings = wire.run_settings(config)
+    assert (settings.lora.dropout, settings.optimizer.weight_decay) == (0.0, 0.0)
+    assert settings.optimizer.learning_rate == 0.0
+    params = wire.sampling_params(
+        training_pb2.SamplingParams(temperature=0.0, seed=0, stop=training_pb2.Stop())
+    )
+    assert (params.temperature, params.seed) == (0.0, 0)
+    assert params.stop is not None
+    assert params.stop.tokens == params.stop.strings == ()
+    assert wire.sampling_params(training_pb2.SamplingParams()).stop is None
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"dp": {"enabled": True}}, "dp.enabled"),
+        ({"lora": {"bias": "all"}}, "lora.bias"),
+        ({"optimizer": {"name": "sgd", "beta1": 0.9}}, "optimizer.beta1"),
+        ({"optimizer": {"name": "sgd", "eps": 1e-8}}, "optimizer.eps"),
+        ({"optimizer": {"momentum": 0.0}}, "optimizer.momentum"),
+        ({"optimizer": {"name": "adam", "momentum": 0.9}}, "optimizer.momentum"),
+        ({"optimizer": {"name": "lion"}}, "optimizer.name"),
+    ],
+)
+def test_unsupported_options_name_their_field(config, field):
+    with pytest.raises(TenSafeFault) as caught:
+        wire.run_settings(training_pb2.RunConfig(model_ref="m", **config))
+    assert caught.value.detail.reason == "UNSUPPORTED_OPTION"
+    assert caught.value.detail.metadata["field"] == field
+
+
+def test_sgd_has_momentum_and_no_betas():
+    config = training_pb2.RunConfig(model_ref="m", optimizer={"name": "sgd", "momentum": 0.5})
+    assert wire.run_settings(config).optimizer == OptimizerSettings(
+        "sgd", beta1=None, beta2=None, eps=None, momentum=0.5
+    )
+
+
+def test_a_batch_and_its_reduction():
+    loss = training_pb2.LossConfig(reduction=training_pb2.LOSS_REDUCTION_SUM)
+    request = wire.loss_request(training_pb2.Forward(batch=batch(), loss=loss))
+    assert request.reduction is Reduction.SUM
+    assert request.loss == "cross_entropy"
+    assert request.batch.offsets.tolist() == [0, 3, 5]
+    assert request.batch.target_tokens.tolist() == [4, 5, 6, 7, 8]
+    wide = wire.loss_request(
+        training_pb2.Forward(batch=batch(target_tokens=np.asarray([1, 2, 3, 4, 5])))
+    )
+    assert wide.batch.target_tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"weights": np.ones((5, 1), np.float32)}, "2 dimensions"),
+        ({"weights": np.ones(5, np.int32)}, "send float32"),
+        ({"target_tokens": np.ones(5, np.float32)}, "send int32"),
+        # Wrapped round, this would be a token id like any other.
+        ({"target_tokens": np.full(5, 2**32 + 7)}, "does not fit"),
+        ({"advantages": np.ones(5, np.float32)}, "target_tokens and weights"),
+    ],
+)
+def test_malformed_tensors(changes, says):
+    with pytest.raises(TenSafeFault, match=says) as caught:
+        wire.loss_request(training_pb2.Forward(batch=batch(**changes)))
+    assert caught.value.detail.reason == "INVALID_BATCH"
+
+
+def test_own_offsets_must_be_the_batchs():
+    payload = batch()
+    payload.inline.loss_inputs[0].offsets.CopyFrom(encode(np.asarray([0, 2, 5])))
+    with pytest.raises(TenSafeFault, match="offsets differ"):
+        wire.loss_request(training_pb2.Forward(batch=payload))
+    payload.inline.loss_inputs[0].offsets.CopyFrom(payload.inline.offsets)
+    wire.loss_request(training_pb2.Forward(batch=payload))
+
+
+def test_blobs_are_refused():
+    payload = training_pb2.Payload(blob_ref="sha256:00")
+    with pytest.raises(TenSafeFault) as caught:
+        wire.loss_request(training_pb2.Forward(batch=payload))
+    assert caught.value.detail.reason == "UNSUPPORTED_OPTION"
+
+
+def test_a_published_model():
+    card = ModelCard(
+        "m",
+        ("hub/m",),
+        dtype="bfloat16",
+        linear_modules={"v": 2, "q": 1},
+        tokenizer_files={"a": b"1"},
+    )
+    request = wire.publish_request(card)
+    assert request.model.dtype == types_pb2.DATA_TYPE_BFLOAT16
+    assert [(m.name, m.count) for m in request.model.linear_modules] == [("q", 1), ("v", 2)]
+    assert request.tokenizer_files[0].data == b"1"

@@ -1,0 +1,87 @@
+"""What the executor drives: one class per kind of worker, `mock` and `torch`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from workers.operations import (
+    LoadOutcome,
+    LossOutcome,
+    LossRequest,
+    ModelCard,
+    RunSettings,
+    SampleOutcome,
+    SampleRequest,
+    SaveOutcome,
+    StepOutcome,
+    StepRequest,
+)
+
+
+class Backend(ABC):
+    """Holds runs and executes operations on them, one at a time, from one thread.
+
+    Every method may raise `TenSafeFault` for a known reason. Whatever it raises, no other run is
+    touched, and the run itself takes its next operation; a failed `forward_backward` has poisoned
+    the run's accumulation window.
+
+    Attributes:
+        name: `torch` or `mock`.
+        device: `cpu`, `cuda:0`, ….
+        credits: most operations that may wait with this worker.
+        instant: operations take microseconds, so starts are not worth a report.
+    """
+
+    name: str
+    device: str
+    credits: int
+    instant: bool = False
+
+    @abstractmethod
+    def models(self) -> Sequence[ModelCard]:
+        """The base models that runs may be opened on."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What results depend on: versions, instruction set, threads."""
+
+    @abstractmethod
+    def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
+        """Takes on a run: fresh, or from the artifact's files in `state`. One that is already
+        held is replaced."""
+
+    @abstractmethod
+    def close_run(self, run_id: str) -> None:
+        """Forgets a run; an unknown one is no error."""
+
+    @abstractmethod
+    def poison(self, run_id: str) -> None:
+        """Marks the accumulation window: a forward_backward that belongs to it did not run."""
+
+    @abstractmethod
+    def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
+        """Loss and log-probabilities, without dropout; changes nothing."""
+
+    @abstractmethod
+    def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
+        """As `forward`, with dropout; adds the gradient to the accumulation window."""
+
+    @abstractmethod
+    def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
+        """Closes a call of the window; the call that closes the window changes the weights."""
+
+    @abstractmethod
+    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
+        """Generates text. `operation` (seq or id) seeds the draws where no seed is given."""
+
+    @abstractmethod
+    def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
+        """Writes the run's adapter, and on request all of its state, into an empty directory."""
+
+    @abstractmethod
+    def load_state(
+        self, run_id: str, directory: Path, include_optimizer: bool | None
+    ) -> LoadOutcome:
+        """Replaces the run's weights, or all of its state, by an artifact's."""

@@ -1,0 +1,131 @@
+"""`tensafe worker`: one process for one device."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from workers.threads import pick_threads
+
+if TYPE_CHECKING:
+    from workers.backend import Backend
+
+KEY_VARIABLE = "TENSAFE_WORKER_KEY"
+
+
+@click.command(name="worker", context_settings={"show_default": True})
+@click.option(
+    "--connect",
+    required=True,
+    metavar="HOST:PORT",
+    help="The coordinator's address; grpc://HOST:PORT is taken too.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "mock"]),
+    default="torch",
+    help="torch trains real models; mock serves any model name and trains nothing.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]REF",
+    help="A model to serve: smollm2-135m, a local directory, or a hub id. Repeat it for several.",
+)
+@click.option("--device", default="auto", help="auto, cpu or cuda:N.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float32"]),
+    default="auto",
+    help="Element type of the frozen weights; auto takes bfloat16 where the device has it.",
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads; picked by itself if not given."
+)
+@click.option(
+    "--share",
+    type=click.IntRange(min=1),
+    default=1,
+    help="How many workers share this machine's cores.",
+)
+@click.option("--name", help="For people and logs.  [default: HOST/PID]")
+def worker(
+    connect: str,
+    backend: str,
+    models: tuple[str, ...],
+    device: str,
+    dtype: str,
+    threads: int | None,
+    share: int,
+    name: str | None,
+) -> None:
+    """Run a worker: it dials in to the coordinator, registers its models and executes.
+
+    The worker key is read from the environment variable TENSAFE_WORKER_KEY.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not key:
+        raise click.ClickException(
+            f"{KEY_VARIABLE} is not set; make a key with "
+            "`tensafe admin keys create --kind worker` and export it"
+        )
+    if backend == "mock" and (models or dtype != "auto" or device not in ("auto", "cpu")):
+        raise click.UsageError(
+            "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
+        )
+    if backend == "torch" and not models:
+        raise click.UsageError("the torch backend needs at least one --model")
+    chosen = threads or pick_threads(share)
+    # Before torch is imported: spinning OpenMP threads starve their neighbours.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["OMP_NUM_THREADS"] = str(chosen)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from workers.link import Link, LinkError, LinkOptions
+
+    options = LinkOptions(
+        target=connect.removeprefix("grpc://"),
+        key=key,
+        name=name or f"{socket.gethostname()}/{os.getpid()}",
+    )
+    try:
+        link = Link(options, _backend(backend, models, device, dtype, chosen))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(link.run())
+    except LinkError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _backend(kind: str, models: tuple[str, ...], device: str, dtype: str, threads: int) -> Backend:
+    if kind == "mock":
+        from workers.mock import MockBackend
+
+        return MockBackend()
+    from workers.engine.loading import ModelLoadError, load_backend
+
+    try:
+        return load_backend(models, device=device, dtype=dtype, threads=threads)
+    except ModelLoadError as error:
+        # Never a mock in place of a model that does not load.
+        raise click.ClickException(str(error)) from error
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

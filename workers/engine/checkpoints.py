@@ -1,0 +1,185 @@
+"""A run's state as files: what `peft` loads, and beside it what continuing needs.
+
+    adapter_config.json, adapter_model.safetensors   the adapter, as `peft` writes it
+    state.json                                       counters, configuration, fingerprint
+    optimizer.safetensors                            `<moment>.<tensor>`, and counters
+    accumulator.safetensors                          the open window's gradient, if one is open
+
+The last two are there only if everything was saved. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tensafe.wire.status import TenSafeFault
+from workers.engine.adapters import Adapter
+from workers.engine.training import Run
+from workers.operations import LoadOutcome, LoraSettings, SaveOutcome
+
+ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+ACCUMULATOR_FILE = "accumulator.safetensors"
+_FORMAT = "tensafe-run-1"
+
+
+def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str]) -> SaveOutcome:
+    """Writes the adapter and, if `complete`, all of the run's state."""
+    adapter, lora = run.adapter, run.adapter.settings
+    _write_tensors(adapter.named(), directory / ADAPTER_FILE)
+    reference = run.model.references[0] if run.model.references else run.model.name
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=reference,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(directory))
+    state: dict[str, Any] = {
+        "format": _FORMAT,
+        "complete": complete,
+        "model": run.model.name,
+        "step": run.window.step,
+        "lora": asdict(lora),
+        "fingerprint": fingerprint,
+    }
+    if complete:
+        state |= {
+            "run_id": run.run_id,
+            "run": run.settings.as_json(),
+            "seed": run.seed,
+            "backwards": run.backwards,
+            "window": run.window.as_json(),
+        }
+        _write_tensors(_optimizer_tensors(run), directory / OPTIMIZER_FILE)
+        if run.accumulator is not None:
+            _write_tensors(adapter.named(run.accumulator), directory / ACCUMULATOR_FILE)
+    (directory / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+    return SaveOutcome(run.window.step, run.model.name)
+
+
+def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutcome:
+    """Replaces the run's weights and, if asked and there, everything else.
+
+    Everything is read and checked before anything is replaced.
+
+    Raises:
+        TenSafeFault: ARTIFACT_MISMATCH.
+    """
+    state = read_state(directory)
+    if state["model"] != run.model.name:
+        raise _mismatch(f"it was saved from {state['model']} and the run is on {run.model.name}")
+    _check_shape(lora_settings(state), run.adapter.settings)
+    complete = bool(state["complete"])
+    if include_optimizer and not complete:
+        raise TenSafeFault(
+            "ARTIFACT_MISMATCH",
+            "the artifact was saved without optimizer state; load it with include_optimizer=False",
+            field="load_state.include_optimizer",
+        )
+    weights = read_weights(run.adapter, directory)
+    restore = complete if include_optimizer is None else include_optimizer
+    if restore:
+        _load_rest(run, directory, state)
+    with torch.no_grad():
+        run.adapter.weights.copy_(weights)
+    return LoadOutcome(run.window.step, restore)
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """`state.json`, its format checked."""
+    path = directory / STATE_FILE
+    state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if state.get("format") != _FORMAT:
+        raise _mismatch("it was not saved by the torch backend")
+    return state
+
+
+def lora_settings(state: dict[str, Any]) -> LoraSettings:
+    """The saved adapter's shape."""
+    lora = dict(state["lora"])
+    lora["target_modules"] = tuple(lora["target_modules"])
+    return LoraSettings(**lora)
+
+
+def read_weights(adapter: Adapter, directory: Path) -> Tensor:
+    """float32 [P], laid out like the adapter's weights."""
+    return adapter.vector(load_file(directory / ADAPTER_FILE))
+
+
+def _load_rest(run: Run, directory: Path, state: dict[str, Any]) -> None:
+    saved = state["run"]["optimizer"]["name"]
+    if saved != run.settings.optimizer.name:
+        raise _mismatch(
+            f"its optimizer is {saved} and the run's is {run.settings.optimizer.name}; "
+            "include_optimizer=False loads the weights alone"
+        )
+    moments = _split_moments(run.adapter, load_file(directory / OPTIMIZER_FILE))
+    path = directory / ACCUMULATOR_FILE
+    accumulator = run.adapter.vector(load_file(path)) if path.is_file() else None
+    run.window.restore(state["window"])
+    run.optimizer.restore(moments)
+    run.accumulator = accumulator
+    run.seed = int(state["seed"])
+    run.backwards = int(state["backwards"])
+
+
+def _optimizer_tensors(run: Run) -> dict[str, Tensor]:
+    tensors = {}
+    for moment, value in run.optimizer.state().items():
+        if value.ndim == 0:
+            tensors[moment] = value
+        else:
+            tensors |= {f"{moment}.{key}": part for key, part in run.adapter.named(value).items()}
+    return tensors
+
+
+def _split_moments(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    moments = {}
+    for name, tensor in tensors.items():
+        moment, _, key = name.partition(".")
+        if key:
+            grouped.setdefault(moment, {})[key] = tensor
+        else:
+            moments[moment] = tensor
+    return moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(own, path, metadata={"format": "pt"})
+
+
+def _check_shape(saved: LoraSettings, own: LoraSettings) -> None:
+    if saved.rank != own.rank:
+        raise _mismatch(f"its rank is {saved.rank} and the run's is {own.rank}")
+    if saved.alpha != own.alpha:
+        raise _mismatch(f"its alpha is {saved.alpha} and the run's is {own.alpha}")
+    if set(saved.target_modules) != set(own.target_modules):
+        raise _mismatch(
+            f"its target_modules are {sorted(saved.target_modules)} and the run's are "
+            f"{sorted(own.target_modules)}"
+        )
+
+
+def _mismatch(text: str) -> TenSafeFault:
+    return TenSafeFault(
+        "ARTIFACT_MISMATCH",
+        f"the artifact does not fit: {text}; load it into a run like the one that was saved",
+        field="artifact_id",
+    )

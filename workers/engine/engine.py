@@ -1,0 +1,209 @@
+"""The torch backend: composes models, runs, training, sampling and checkpoints."""
+
+from __future__ import annotations
+
+import platform
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from tensafe.wire.status import TenSafeFault
+from workers.backend import Backend
+from workers.engine import checkpoints, prompts, sampling, training
+from workers.engine.adapters import Adapter
+from workers.engine.base_model import BaseModel
+from workers.engine.cards import model_card
+from workers.engine.memory import memory_faults
+from workers.engine.optimizers import RunOptimizer
+from workers.operations import (
+    ArtifactWeights,
+    LoadOutcome,
+    LoraSettings,
+    LossOutcome,
+    LossRequest,
+    ModelCard,
+    RunSettings,
+    SampleOutcome,
+    SampleRequest,
+    SaveOutcome,
+    StepOutcome,
+    StepRequest,
+)
+from workers.window import Window
+
+_MOST_RANK = 1024
+_KEPT_ADAPTERS = 4
+_SAMPLED_TOKENS = 32_768
+
+
+class TorchBackend(Backend):
+    """Runs on frozen base models.
+
+    Args:
+        models: at least one, all on one device.
+        token_budget: padded tokens that go through a model at once; None picks by device.
+    """
+
+    name = "torch"
+    credits = 16
+
+    def __init__(self, models: Sequence[BaseModel], token_budget: int | None = None) -> None:
+        self.device = models[0].device
+        self._models = {name: m for m in models for name in (m.name, *m.references)}
+        self._cards = [model_card(model) for model in models]
+        self._token_budget = token_budget or (2048 if self.device == "cpu" else 16_384)
+        self._runs: dict[str, training.Run] = {}
+        self._sampled: OrderedDict[str, tuple[BaseModel, Adapter, int]] = OrderedDict()
+
+    def models(self) -> Sequence[ModelCard]:
+        return self._cards
+
+    def fingerprint(self) -> dict[str, str]:
+        facts = {
+            "backend": "torch",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "device": self.device,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": str(torch.get_num_threads()),
+            "dtype": ",".join(sorted({card.dtype for card in self._cards})),
+        }
+        if self.device.startswith("cuda"):
+            facts["cuda_device"] = torch.cuda.get_device_name(self.device)
+            facts["cuda"] = torch.version.cuda or ""
+        return facts
+
+    def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
+        model = self._model(settings.model_ref)
+        _check_lora(model, settings.lora)
+        self.close_run(run_id)
+        with memory_faults("adapter"):
+            adapter = model.adapters.add(settings.lora)
+            try:
+                adapter.initialize(settings.seed)
+                run = training.Run(
+                    run_id=run_id,
+                    settings=settings,
+                    model=model,
+                    adapter=adapter,
+                    optimizer=RunOptimizer(settings.optimizer, adapter.weights),
+                    window=Window(settings.accumulation_steps, settings.max_steps),
+                    seed=settings.seed,
+                )
+                if state is not None:
+                    checkpoints.load(run, state, include_optimizer=True)
+            except BaseException:
+                model.adapters.remove(adapter)
+                raise
+        self._runs[run_id] = run
+
+    def close_run(self, run_id: str) -> None:
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.model.adapters.remove(run.adapter)
+
+    def poison(self, run_id: str) -> None:
+        self._runs[run_id].window.poison()
+
+    def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
+        return training.forward(self._runs[run_id], request, self._token_budget)
+
+    def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
+        return training.forward_backward(self._runs[run_id], request, self._token_budget)
+
+    def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
+        return training.optim_step(self._runs[run_id], request)
+
+    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
+        with memory_faults("sample"):
+            model, adapter, step, seed = self._weights(request)
+            encoded = prompts.encode(model, request.prompts)
+            if request.params.seed is not None:
+                seed, operation = request.params.seed, "call"
+            model.adapters.activate(adapter)
+            completions = sampling.generate(
+                model, encoded, request.params, seed, operation, _SAMPLED_TOKENS
+            )
+        return SampleOutcome(completions, step)
+
+    def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
+        run = self._runs[run_id]
+        return checkpoints.save(run, directory, include_optimizer, self.fingerprint())
+
+    def load_state(
+        self, run_id: str, directory: Path, include_optimizer: bool | None
+    ) -> LoadOutcome:
+        return checkpoints.load(self._runs[run_id], directory, include_optimizer)
+
+    def _weights(self, request: SampleRequest) -> tuple[BaseModel, Adapter | None, int, int]:
+        """Model, adapter, step of the weights, and the seed that draws come from."""
+        if request.artifact is not None:
+            model, adapter, step = self._artifact_adapter(request.artifact)
+            return model, adapter, step, 0
+        if request.run_id is not None:
+            run = self._runs[request.run_id]
+            return run.model, run.adapter, run.window.step, run.seed
+        return self._model(request.model_ref), None, 0, 0
+
+    def _artifact_adapter(self, artifact: ArtifactWeights) -> tuple[BaseModel, Adapter, int]:
+        if artifact.artifact_id in self._sampled:
+            self._sampled.move_to_end(artifact.artifact_id)
+            return self._sampled[artifact.artifact_id]
+        state = checkpoints.read_state(artifact.directory)
+        model = self._model(state["model"])
+        settings = checkpoints.lora_settings(state)
+        _check_lora(model, settings)
+        adapter = model.adapters.add(settings)
+        try:
+            with torch.no_grad():
+                adapter.weights.copy_(checkpoints.read_weights(adapter, artifact.directory))
+        except BaseException:
+            model.adapters.remove(adapter)
+            raise
+        entry = (model, adapter, int(state["step"]))
+        self._sampled[artifact.artifact_id] = entry
+        if len(self._sampled) > _KEPT_ADAPTERS:
+            _, (old_model, old_adapter, _) = self._sampled.popitem(last=False)
+            old_model.adapters.remove(old_adapter)
+        return entry
+
+    def _model(self, reference: str) -> BaseModel:
+        model = self._models.get(reference)
+        if model is None:
+            raise TenSafeFault(
+                "MODEL_NOT_FOUND",
+                f"no model is registered as {reference!r}; list the models to see what there is",
+                field="model_ref",
+                model_ref=reference,
+            )
+        return model
+
+
+def _check_lora(model: BaseModel, lora: LoraSettings) -> None:
+    if not 1 <= lora.rank <= _MOST_RANK:
+        raise TenSafeFault(
+            "INVALID_ARGUMENT",
+            f"lora.rank is {lora.rank}; it must be 1 to {_MOST_RANK}",
+            field="lora.rank",
+        )
+    if not 0 <= lora.dropout < 1:
+        raise TenSafeFault(
+            "INVALID_ARGUMENT",
+            f"lora.dropout is {lora.dropout}; it must be from 0 to below 1",
+            field="lora.dropout",
+        )
+    unknown = sorted(set(lora.target_modules) - set(model.linear_modules))
+    if unknown:
+        raise TenSafeFault(
+            "UNKNOWN_TARGET_MODULE",
+            f"model {model.name} has no linear module {unknown[0]!r}; it has "
+            f"{', '.join(sorted(model.linear_modules))}",
+            field="lora.target_modules",
+            module=unknown[0],
+        )

@@ -1,0 +1,124 @@
+"""From the command line's model references to a backend that is ready."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workers.engine.base_model import BaseModel, UnsupportedModelError, freeze
+from workers.engine.cards import tokenizer_files
+from workers.engine.engine import TorchBackend
+from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
+
+__all__ = ["ModelLoadError", "load_backend", "load_model", "pick_device", "pick_dtype"]
+
+log = logging.getLogger(__name__)
+
+
+def load_backend(
+    references: Sequence[str], *, device: str, dtype: str, threads: int
+) -> TorchBackend:
+    """Loads every model onto one device.
+
+    Args:
+        references: `[NAME=]REF`, each a known alias, a local directory or a hub id.
+        device: `auto`, `cpu` or `cuda:N`.
+        dtype: `auto`, `bfloat16` or `float32`.
+        threads: torch's CPU threads.
+
+    Raises:
+        ModelLoadError: a model or the device is not to be had; never a substitute.
+    """
+    torch.set_num_threads(threads)
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    sources = [resolve(reference) for reference in references]
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ModelLoadError(
+            f"two models have the same name among {names}; tell them apart with --model NAME=REF"
+        )
+    return TorchBackend([load_model(source, place, kind) for source in sources])
+
+
+def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseModel:
+    """Loads one model and its tokenizer, frozen, onto a device.
+
+    Raises:
+        ModelLoadError: with the reason and the remedy.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # trust_remote_code stays off: a model brings no code.
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = _load_tokenizer(source)
+        model = freeze(
+            source.name,
+            module.to(device),
+            tokenizer=tokenizer,
+            references=source.references,
+            tokenizer_files={} if tokenizer is None else tokenizer_files(tokenizer),
+        )
+    except (OSError, ValueError, RuntimeError, UnsupportedModelError) as error:
+        raise ModelLoadError(
+            f"cannot load model {source.name}: {error}. {source.remedy}"
+        ) from error
+    log.info(
+        "loaded %s: %.1f M parameters, %s on %s",
+        model.name,
+        model.parameters / 1e6,
+        str(dtype).removeprefix("torch."),
+        device,
+    )
+    return model
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    """None for a local directory that holds no tokenizer: such a model takes token ids only."""
+    from transformers import AutoTokenizer
+
+    directory = Path(source.location)
+    if directory.is_dir() and not (directory / "tokenizer_config.json").exists():
+        log.warning("model %s has no tokenizer; it takes prompts as token ids only", source.name)
+        return None
+    return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+
+
+def pick_device(device: str) -> str:
+    """`auto`: the first GPU, or the CPU.
+
+    Raises:
+        ModelLoadError: there is no such device.
+    """
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or not (index or "0").isdecimal():
+        raise ModelLoadError(f"no device {device!r}; use auto, cpu or cuda:N")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ModelLoadError(
+            f"no device {device!r}: torch {torch.__version__} sees {torch.cuda.device_count()} "
+            "GPUs; use --device cpu, or install a torch build for your GPU"
+        )
+    return f"cuda:{index or 0}"
+
+
+def pick_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto`: bfloat16 where the device multiplies it natively, else float32."""
+    if dtype != "auto":
+        kind: torch.dtype = getattr(torch, dtype)
+        return kind
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

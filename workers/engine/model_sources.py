@@ -1,0 +1,79 @@
+"""Which model a reference means, and where its files lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.engine.smollm2 import prepare_smollm2
+
+
+class ModelLoadError(Exception):
+    """A model or device that was asked for and is not to be had."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model to load.
+
+    Attributes:
+        name: under which it is registered.
+        location: a local directory, or a hub id.
+        references: other names that mean it.
+        remedy: what to do if it does not load.
+    """
+
+    name: str
+    location: str
+    references: tuple[str, ...]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class _Alias:
+    reference: str
+    prepare: Callable[[], Path]
+
+
+_ALIASES = {"smollm2-135m": _Alias("HuggingFaceTB/SmolLM2-135M-Instruct", prepare_smollm2)}
+
+
+def resolve(reference: str) -> ModelSource:
+    """Reads `[NAME=]REF`: an alias, a local directory, or a hub id.
+
+    An alias may convert its model into the cache first, once.
+
+    Raises:
+        ModelLoadError: neither of the three.
+    """
+    given, separator, rest = reference.partition("=")
+    ref = rest if separator else reference
+    for alias, known in _ALIASES.items():
+        if ref in (alias, known.reference):
+            try:
+                directory = known.prepare()
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ModelLoadError(f"cannot prepare model {alias}: {error}") from error
+            others = tuple(name for name in (known.reference, alias) if name != (given or alias))
+            return ModelSource(
+                given if separator else alias,
+                str(directory),
+                others,
+                f"Remove {directory} to have it converted anew.",
+            )
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelLoadError(f"{path} holds no config.json; give a model's own directory")
+        name = given if separator else path.resolve().name
+        return ModelSource(name, str(path), (), "Check the directory's files.")
+    if path.is_absolute() or ref.startswith((".", "~")):
+        raise ModelLoadError(f"there is no directory {path}; check --model {reference}")
+    return ModelSource(
+        given if separator else ref,
+        ref,
+        (ref,) if separator and given != ref else (),
+        f"If this machine does not reach the hub, download {ref} elsewhere and give its directory: "
+        f"--model {ref.rsplit('/', 1)[-1]}=/path/to/it",
+    )

@@ -1,0 +1,264 @@
+"""The worker's side of the stream to the coordinator: plans come down, reports go up.
+
+A broken stream is built again for ever, with growing, jittered pauses; the runs stay here and are
+named in the next Register. The executor goes on meanwhile, and its outcomes wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grpc
+
+from tensafe.v1 import worker_pb2, worker_pb2_grpc
+from tensafe.wire.channel import client_options
+from workers import wire
+from workers.backend import Backend
+from workers.executor import Executor
+from workers.transfers import GrpcTransfers
+
+if TYPE_CHECKING:
+    from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
+
+log = logging.getLogger(__name__)
+
+_REPORT_BYTES = 8 * 2**20
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_CALL_TIMEOUT_S = 30.0
+_LAST_WORDS_S = 5.0
+
+# What no amount of trying again will mend.
+_FATAL = frozenset(
+    {
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.UNIMPLEMENTED,
+    }
+)
+
+
+class LinkError(Exception):
+    """The coordinator will never take this worker as it is."""
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """Where to connect, as whom.
+
+    Attributes:
+        target: `HOST:PORT`.
+        key: the worker key's secret.
+        name: for people and logs.
+    """
+
+    target: str
+    key: str
+    name: str
+
+
+class Link:
+    """Connects one backend with the coordinator."""
+
+    def __init__(self, options: LinkOptions, backend: Backend) -> None:
+        self._options = options
+        self._backend = backend
+        self._cards = list(backend.models())
+        self._metadata: Sequence[tuple[str, str]] = (("authorization", f"Bearer {options.key}"),)
+        self._stopping = False
+        self._signalled = False
+        self._wake = asyncio.Event()
+        self._stop_requested = asyncio.Event()
+        self._unsent: deque[worker_pb2.Report] = deque()
+
+    async def run(self) -> None:
+        """Serves until it is told to stop (SIGTERM, SIGINT, `stop`, or the coordinator's Drain).
+
+        Raises:
+            LinkError: the coordinator refused the key, the models or the call itself.
+        """
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.stop)
+        async with grpc.aio.insecure_channel(
+            self._options.target, options=client_options()
+        ) as channel:
+            self._stub: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
+            transfers = GrpcTransfers(self._stub, self._metadata, self._loop)
+            self._executor = Executor(self._backend, transfers, self._progress)
+            self._executor.start()
+            try:
+                await self._serve()
+            finally:
+                # What is still queued has nobody to report to.
+                transfers.close()
+                await asyncio.to_thread(self._executor.close)
+
+    def stop(self) -> None:
+        """Says goodbye to the coordinator, finishes what is queued, then ends."""
+        self._stopping = True
+        self._stop_requested.set()
+        self._wake.set()
+
+    def _progress(self) -> None:
+        # From the executor's thread. One wake-up serves all news until the loop has seen it.
+        if not self._signalled:
+            self._signalled = True
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def _serve(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self._stopping:
+            self._connected = False
+            try:
+                await self._session()
+                if self._stopping:
+                    return
+                log.warning("the coordinator at %s ended the stream", self._options.target)
+            except grpc.aio.AioRpcError as error:
+                if error.code() in _FATAL:
+                    raise LinkError(
+                        f"the coordinator at {self._options.target} refuses this worker: "
+                        f"{error.code().name}: {error.details()}"
+                    ) from error
+                log.warning(
+                    "%s the coordinator at %s (%s: %s)",
+                    "lost" if self._connected else "cannot reach",
+                    self._options.target,
+                    error.code().name,
+                    error.details(),
+                )
+            if self._stopping:
+                return
+            if self._connected:
+                pause_s = _FIRST_PAUSE_S
+            await self._pause(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop_requested.wait()
+        except TimeoutError:
+            return
+
+    async def _session(self) -> None:
+        """One stream from Register to its end."""
+        for card in self._cards:
+            await self._stub.PublishModel(
+                wire.publish_request(card),
+                metadata=self._metadata,
+                timeout=_CALL_TIMEOUT_S,
+            )
+        call = self._stub.Connect(metadata=self._metadata)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await call.write(worker_pb2.ConnectRequest(register=self._register()))
+            first = await call.read()
+            if not isinstance(first, worker_pb2.ConnectResponse):
+                await _raise_status(call)
+                return
+            log.info("connected to %s as %s", self._options.target, first.welcome.worker_id)
+            self._connected = True
+            tasks = [
+                asyncio.create_task(self._read(call)),
+                asyncio.create_task(self._write(call)),
+            ]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0] in done:
+                tasks[0].result()
+                await _raise_status(call)
+            else:
+                tasks[1].result()
+                # All is said; the coordinator ends the stream.
+                await asyncio.wait(tasks[:1], timeout=_LAST_WORDS_S)
+        except asyncio.InvalidStateError:
+            await _raise_status(call)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            # Leaving the iteration would not end the call.
+            call.cancel()
+
+    def _register(self) -> worker_pb2.Register:
+        return worker_pb2.Register(
+            name=self._options.name,
+            backend=self._backend.name,
+            device=self._backend.device,
+            models=[card.name for card in self._cards],
+            credits=self._backend.credits,
+            held_runs=self._executor.held_runs(),
+            fingerprint=self._backend.fingerprint(),
+        )
+
+    async def _read(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+        executor = self._executor
+        while isinstance(response := await call.read(), worker_pb2.ConnectResponse):
+            kind = response.WhichOneof("message")
+            if kind == "plan":
+                executor.submit(response.plan)
+            elif kind == "cancel":
+                executor.cancel(response.cancel.operation_id)
+            elif kind == "release":
+                executor.release(response.release.run_id)
+            elif kind == "drain":
+                log.info("the coordinator asks this worker to end")
+                self.stop()
+
+    async def _write(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+        said_goodbye = False
+        self._wake.set()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            self._signalled = False
+            if self._stopping and not said_goodbye:
+                await call.write(worker_pb2.ConnectRequest(goodbye=worker_pb2.Goodbye()))
+                said_goodbye = True
+            # Read before collecting: what ends after this wakes the loop once more.
+            finished = said_goodbye and self._executor.idle
+            self._unsent.extend(_reports(*self._executor.collect()))
+            while self._unsent:
+                await call.write(worker_pb2.ConnectRequest(report=self._unsent[0]))
+                self._unsent.popleft()
+            if finished:
+                await call.done_writing()
+                return
+
+
+def _reports(
+    started: list[worker_pb2.OperationStarted], done: list[worker_pb2.OperationDone]
+) -> list[worker_pb2.Report]:
+    """As few reports as message size allows."""
+    if not started and not done:
+        return []
+    report = worker_pb2.Report(started=started)
+    reports, size = [report], 0
+    for outcome in done:
+        size += outcome.ByteSize()
+        if size > _REPORT_BYTES and report.done:
+            report, size = worker_pb2.Report(), outcome.ByteSize()
+            reports.append(report)
+        report.done.append(outcome)
+    return reports
+
+
+async def _raise_status(call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
+    """Raises the call's status unless it is OK."""
+    code = await call.code()
+    if code is not grpc.StatusCode.OK:
+        raise grpc.aio.AioRpcError(
+            code,
+            await call.initial_metadata(),
+            await call.trailing_metadata(),
+            details=await call.details(),
+        )

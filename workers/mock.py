@@ -1,0 +1,243 @@
+"""The mock backend: the service without a model, for tests, benchmarks and first steps.
+
+Step k's loss is 2.5 − 0.01·k, floored at 0.1; grad_norm lies in [1.500, 1.599]. It keeps the
+accumulation window's rules and counts steps as the torch backend does, and trains nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tensafe.wire.status import TenSafeFault
+from workers.backend import Backend
+from workers.operations import (
+    Combine,
+    Completion,
+    LoadOutcome,
+    LossOutcome,
+    LossRequest,
+    Metric,
+    ModelCard,
+    Prompt,
+    Reduction,
+    RunSettings,
+    SampleOutcome,
+    SampleRequest,
+    SaveOutcome,
+    StepOutcome,
+    StepRequest,
+)
+from workers.window import Window, loss_metric
+
+STATE_FILE = "state.json"
+_FORMAT = "tensafe-mock-1"
+
+
+@dataclass(slots=True)
+class _Run:
+    settings: RunSettings
+    window: Window
+    norms: list[float] = field(default_factory=list)
+
+
+def mock_loss(step: int) -> float:
+    """Loss of the update that makes `step` (from 1): 2.490, 2.480, … down to 0.1."""
+    return max(0.1, 2.5 - 0.01 * step)
+
+
+def mock_grad_norm(seed: int, seq: int) -> float:
+    """One of 1.500, 1.501, … 1.599, fixed by the run's seed and the operation."""
+    digest = hashlib.blake2b(b"%d/%d" % (seed, seq), digest_size=8).digest()
+    return 1.5 + int.from_bytes(digest, "little") % 100 / 1000
+
+
+class MockBackend(Backend):
+    """See the module. Serves any `model_ref`."""
+
+    name = "mock"
+    device = "cpu"
+    credits = 1024
+    instant = True
+
+    def __init__(self) -> None:
+        self._runs: dict[str, _Run] = {}
+
+    def models(self) -> Sequence[ModelCard]:
+        return [ModelCard(name="mock", architecture="mock", accepts_any_reference=True)]
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"backend": "mock", "python": platform.python_version()}
+
+    def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
+        run = _Run(settings, Window(settings.accumulation_steps, settings.max_steps))
+        if state is not None:
+            _restore(run, _read(state))
+        self._runs[run_id] = run
+
+    def close_run(self, run_id: str) -> None:
+        self._runs.pop(run_id, None)
+
+    def poison(self, run_id: str) -> None:
+        self._runs[run_id].window.poison()
+
+    def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
+        return _loss(self._runs[run_id], request)[0]
+
+    def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
+        run = self._runs[run_id]
+        window = run.window
+        try:
+            window.admit(request.reduction)
+            outcome, loss_sum, scored = _loss(run, request)
+        except BaseException:
+            window.poison()
+            raise
+        norm = mock_grad_norm(run.settings.seed, seq)
+        outcome.metrics.append(Metric("grad_norm", norm, Combine.LAST))
+        run.norms.append(norm)
+        window.add(
+            request.reduction,
+            loss_sum=loss_sum,
+            denominator=scored,
+            tokens=len(request.batch.input_tokens),
+            compute_ms=0.0,
+        )
+        return outcome
+
+    def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
+        run = self._runs[run_id]
+        rate = request.learning_rate
+        if rate is None:
+            rate = run.settings.optimizer.learning_rate
+        try:
+            closed = run.window.call()
+        except TenSafeFault:
+            if not run.window.is_open:
+                run.norms.clear()
+            raise
+        if closed is None:
+            return StepOutcome(run.window.step, False, rate)
+        norm = run.norms[-1]
+        run.norms.clear()
+        return StepOutcome(run.window.applied(), True, rate, norm, closed.metrics(norm, rate, 0.0))
+
+    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
+        if request.artifact is not None:
+            step = int(_read(request.artifact.directory)["window"]["step"])
+        elif request.run_id is not None:
+            step = self._runs[request.run_id].window.step
+        else:
+            step = 0
+        text = f" [Mock completion for step {step}]"
+        tokens = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
+        completions = [
+            Completion(
+                prompt_index=index,
+                prompt=_prompt_text(prompt),
+                text=text,
+                tokens=tokens,
+                logprobs=np.zeros(len(tokens), np.float32),
+                stopped=True,
+                prompt_tokens=_prompt_length(prompt),
+            )
+            for index, prompt in enumerate(request.prompts)
+            for _ in range(request.params.num_samples)
+        ]
+        return SampleOutcome(completions, step)
+
+    def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
+        run = self._runs[run_id]
+        state = {
+            "format": _FORMAT,
+            "complete": include_optimizer,
+            "window": run.window.as_json(),
+            "grad_norms": run.norms,
+            "run": run.settings.as_json(),
+        }
+        (directory / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        return SaveOutcome(run.window.step, run.settings.model_ref)
+
+    def load_state(
+        self, run_id: str, directory: Path, include_optimizer: bool | None
+    ) -> LoadOutcome:
+        run, state = self._runs[run_id], _read(directory)
+        complete = bool(state["complete"])
+        if include_optimizer and not complete:
+            raise TenSafeFault(
+                "ARTIFACT_MISMATCH",
+                "the artifact was saved without optimizer state; load it with "
+                "include_optimizer=False",
+                field="load_state.include_optimizer",
+            )
+        restore = complete if include_optimizer is None else include_optimizer
+        if restore:
+            _restore(run, state)
+        return LoadOutcome(run.window.step, restore)
+
+
+def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
+    if request.loss != "cross_entropy":
+        raise TenSafeFault(
+            "UNSUPPORTED_OPTION",
+            f"there is no loss {request.loss!r}; use cross_entropy",
+            field="loss.name",
+        )
+    batch = request.batch
+    count = len(batch.input_tokens)
+    scored = count if batch.weights is None else int(np.count_nonzero(batch.weights))
+    denominator = float(count if batch.weights is None else batch.weights.sum(dtype=np.float64))
+    loss = mock_loss(run.window.step + 1)
+    summed = request.reduction is Reduction.SUM
+    if not scored or (denominator <= 0 and not summed):
+        raise TenSafeFault(
+            "NOTHING_SCORED",
+            "the batch's weights add up to 0; score at least one token",
+            field="batch.weights",
+        )
+    loss_sum = loss * (scored if summed else denominator)
+    metric = loss_metric(request.reduction, loss_sum, denominator)
+    if not summed:
+        metric.value = loss  # exactly: the page prints it
+    metrics = [
+        metric,
+        Metric("tokens", count, Combine.SUM),
+        Metric("scored_tokens", scored, Combine.SUM),
+    ]
+    return LossOutcome(metrics, np.zeros(count, np.float32)), loss_sum, denominator
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / STATE_FILE
+    state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if state.get("format") != _FORMAT:
+        raise TenSafeFault(
+            "ARTIFACT_MISMATCH",
+            "the artifact was not saved by the mock backend; load it where it was made",
+            field="artifact_id",
+        )
+    return state
+
+
+def _restore(run: _Run, state: dict[str, Any]) -> None:
+    run.window.restore(state["window"])
+    run.norms = [float(norm) for norm in state["grad_norms"]]
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    if prompt.chat is not None:
+        return "\n".join(f"{message.role}: {message.content}" for message in prompt.chat)
+    return ""
+
+
+def _prompt_length(prompt: Prompt) -> int:
+    return len(prompt.tokens) if prompt.tokens is not None else len(_prompt_text(prompt).encode())

@@ -1,0 +1,268 @@
+"""What a backend is asked to do and what it answers, free of protos and gRPC.
+
+Shapes: N tokens of a batch end to end, B datums, G generated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum, StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+class Reduction(StrEnum):
+    """How the scored tokens' losses become the number that is minimised."""
+
+    WEIGHTED_MEAN = "weighted_mean"
+    SUM = "sum"
+
+
+class Combine(IntEnum):
+    """How values of one metric combine; numbered as `tensafe.v1.Reduction`."""
+
+    SUM = 1
+    MEAN = 2
+    MIN = 3
+    MAX = 4
+    LAST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """A LoRA adapter: W + (alpha / rank)·B·A (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj", "k_proj", "o_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """An optimizer; the fields that the named one lacks are None."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    beta1: float | None = 0.9
+    beta2: float | None = 0.999
+    eps: float | None = 1e-8
+    momentum: float | None = None
+    grad_clip_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Everything that defines a run, defaults filled in."""
+
+    model_ref: str
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    accumulation_steps: int = 1
+    max_steps: int | None = None
+    seed: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in a checkpoint's `state.json`."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Datums end to end: datum b is rows offsets[b] to offsets[b + 1] of each per-token array.
+
+    Attributes:
+        offsets: int64 [B + 1].
+        input_tokens: int32 [N].
+        target_tokens: int32 [N], the token to predict at each position; None if not given.
+        weights: float32 [N], 0 where nothing is scored; None for all 1.
+    """
+
+    offsets: Int64
+    input_tokens: Int32
+    target_tokens: Int32 | None = None
+    weights: Float32 | None = None
+
+
+@dataclass(slots=True)
+class LossRequest:
+    """A forward pass, or a forward and a backward pass, over one batch."""
+
+    batch: Batch
+    loss: str = "cross_entropy"
+    reduction: Reduction = Reduction.WEIGHTED_MEAN
+
+
+@dataclass(slots=True)
+class StepRequest:
+    """Closes a call of the accumulation window; None means the run's own value."""
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    grad_clip_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What to continue: exactly one of the three is set."""
+
+    text: str | None = None
+    tokens: Int32 | None = None
+    chat: tuple[ChatMessage, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """What ends a completion; neither the text nor the token is returned."""
+
+    strings: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the next token. `seed` None: from the run's seed and the operation;
+    `stop` None: at the model's end tokens."""
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Stop | None = None
+    num_samples: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactWeights:
+    """Weights of a saved artifact whose files lie in `directory`."""
+
+    artifact_id: str
+    directory: Path
+
+
+@dataclass(slots=True)
+class SampleRequest:
+    """Generates text.
+
+    Attributes:
+        run_id: the run whose weights, or whose saved version, is meant; None without a run.
+        model_ref: the base model of an operation without run, else empty.
+        artifact: sample from these; None for the run's weights or, without run, the base model.
+    """
+
+    prompts: list[Prompt]
+    params: SamplingParams
+    run_id: str | None = None
+    model_ref: str = ""
+    artifact: ArtifactWeights | None = None
+
+
+@dataclass(slots=True)
+class Metric:
+    """One measured number; `weight` counts under `Combine.MEAN` only."""
+
+    name: str
+    value: float
+    combine: Combine
+    weight: float = 0.0
+
+
+@dataclass(slots=True)
+class LossOutcome:
+    """`logprobs` float32 [N]: of each target token, 0 where the weight is 0."""
+
+    metrics: list[Metric]
+    logprobs: Float32
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """Result of one `optim_step`; `metrics` only if it applied."""
+
+    step: int
+    applied: bool
+    learning_rate: float
+    grad_norm: float | None = None
+    metrics: list[Metric] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Completion:
+    """One completion; `tokens` int32 [G] without the one that stopped it, `logprobs` float32 [G]
+    under the distribution sampled from. `stopped` False: it ran into a length limit."""
+
+    prompt_index: int
+    prompt: str
+    text: str
+    tokens: Int32
+    logprobs: Float32
+    stopped: bool
+    prompt_tokens: int
+
+
+@dataclass(slots=True)
+class SampleOutcome:
+    """Completions, for each prompt in order; `model_step` 0 for a base model."""
+
+    completions: list[Completion]
+    model_step: int = 0
+
+
+@dataclass(slots=True)
+class SaveOutcome:
+    """What was written: the applied updates of the weights, and the base model's name."""
+
+    step: int
+    model_ref: str
+
+
+@dataclass(slots=True)
+class LoadOutcome:
+    """The run's applied updates from now on, and whether all of its state was replaced."""
+
+    step: int
+    optimizer_restored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A base model as it is registered with the coordinator.
+
+    Attributes:
+        dtype: `float32` or `bfloat16`; empty for the mock.
+        linear_modules: last part of a linear module's name → how many the model has.
+        tokenizer_files: name → content.
+        accepts_any_reference: serves every model_ref (the mock).
+    """
+
+    name: str
+    references: tuple[str, ...] = ()
+    architecture: str = ""
+    parameters: int = 0
+    vocabulary_size: int = 0
+    context_length: int = 0
+    dtype: str = ""
+    linear_modules: Mapping[str, int] = field(default_factory=dict)
+    has_chat_template: bool = False
+    tokenizer_sha256: str = ""
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    accepts_any_reference: bool = False

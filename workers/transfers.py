@@ -1,0 +1,185 @@
+"""Moves artifacts over WorkerService, in chunks of 1 MiB, every file's SHA-256 checked."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+
+from tensafe.v1 import artifacts_pb2, types_pb2, worker_pb2
+from tensafe.wire.channel import CHUNK_BYTES
+from tensafe.wire.status import TenSafeFault
+
+if TYPE_CHECKING:
+    from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
+
+T = TypeVar("T")
+_ATTEMPTS = 8
+_TIMEOUT_S = 600.0
+
+
+class GrpcTransfers:
+    """Moves artifacts on the link's event loop, for the executor's thread, which waits.
+
+    A connection that breaks is tried again, with growing pauses; one that stays away fails the
+    operation at hand.
+    """
+
+    def __init__(
+        self,
+        stub: WorkerServiceAsyncStub,
+        metadata: Sequence[tuple[str, str]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._stub = stub
+        self._metadata = tuple(metadata)
+        self._loop = loop
+        self._moving: concurrent.futures.Future[Any] | None = None
+
+    def close(self) -> None:
+        """Breaks off the transfer at hand, if there is one."""
+        if self._moving is not None:
+            self._moving.cancel()
+
+    def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
+        """Stores every file of a directory; the answer is in name order.
+
+        Raises:
+            TenSafeFault: CHECKSUM_MISMATCH if what was stored is not what was sent.
+        """
+        paths = sorted(directory.iterdir())
+        sent = {path.name: _digest(path) for path in paths}
+
+        async def attempt() -> Sequence[artifacts_pb2.ArtifactFile]:
+            response = await self._stub.UploadArtifact(
+                _upload_requests(artifact_id, paths),
+                metadata=self._metadata,
+                timeout=_TIMEOUT_S,
+                wait_for_ready=True,
+            )
+            return response.files
+
+        files = self._run(attempt)
+        if {file.name: file.sha256 for file in files} != sent:
+            raise TenSafeFault(
+                "CHECKSUM_MISMATCH",
+                f"artifact {artifact_id} was not stored as it was sent; save again",
+                artifact_id=artifact_id,
+            )
+        return files
+
+    def fetch(self, artifact_id: str, directory: Path) -> None:
+        """Writes the artifact's files into a directory.
+
+        Raises:
+            TenSafeFault: ARTIFACT_NOT_FOUND, CHECKSUM_MISMATCH.
+        """
+
+        async def attempt() -> None:
+            call = self._stub.FetchArtifact(
+                worker_pb2.FetchArtifactRequest(artifact_id=artifact_id),
+                metadata=self._metadata,
+                timeout=_TIMEOUT_S,
+                wait_for_ready=True,
+            )
+            try:
+                await _write_files(call, directory)
+            finally:
+                call.cancel()
+
+        try:
+            self._run(attempt)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                raise TenSafeFault(
+                    "ARTIFACT_NOT_FOUND",
+                    f"no artifact {artifact_id}; list the artifacts to see what there is",
+                    artifact_id=artifact_id,
+                ) from error
+            raise
+
+    def _run(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt), self._loop)
+        self._moving = moving
+        return moving.result()
+
+
+async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
+    for number in range(_ATTEMPTS):
+        try:
+            return await attempt()
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == _ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(min(10.0, 0.2 * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def _upload_requests(
+    artifact_id: str, paths: Sequence[Path]
+) -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
+    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id)
+    for path in paths:
+        for chunk in file_chunks(path):
+            yield worker_pb2.UploadArtifactRequest(chunk=chunk)
+
+
+def file_chunks(path: Path) -> Iterator[types_pb2.FileChunk]:
+    """A file in pieces of 1 MiB; an empty file is one empty piece."""
+    size, offset, digest = path.stat().st_size, 0, hashlib.sha256()
+    with path.open("rb") as file:
+        while True:
+            data = file.read(CHUNK_BYTES)
+            digest.update(data)
+            end = offset + len(data)
+            last = end >= size or not data
+            yield types_pb2.FileChunk(
+                name=path.name,
+                offset=offset,
+                data=data,
+                size_bytes=size,
+                sha256=digest.hexdigest() if last else "",
+            )
+            if last:
+                return
+            offset = end
+
+
+async def _write_files(
+    chunks: AsyncIterator[worker_pb2.FetchArtifactResponse] | Any, directory: Path
+) -> None:
+    digest, position, name = hashlib.sha256(), 0, ""
+    async for response in chunks:
+        chunk = response.chunk
+        if chunk.offset == 0:
+            digest, position, name = hashlib.sha256(), 0, Path(chunk.name).name
+        if chunk.name != name or chunk.offset != position:
+            raise _broken(chunk.name)
+        digest.update(chunk.data)
+        position += len(chunk.data)
+        with (directory / name).open("wb" if chunk.offset == 0 else "ab") as file:
+            file.write(chunk.data)
+        if chunk.sha256 and (position != chunk.size_bytes or digest.hexdigest() != chunk.sha256):
+            raise _broken(chunk.name)
+        if position == chunk.size_bytes and not chunk.sha256:
+            raise _broken(chunk.name)
+
+
+def _broken(name: str) -> TenSafeFault:
+    return TenSafeFault(
+        "CHECKSUM_MISMATCH",
+        f"file {name!r} of the artifact arrived with other bytes than were stored; try again, or "
+        "use another artifact",
+        file=name,
+    )

@@ -1,0 +1,195 @@
+"""The accumulation window between two applied updates: counting, poisoning, closing.
+
+Pure bookkeeping, shared by every backend; the gradients themselves live elsewhere. A window closes
+at every N-th `optim_step` (N = gradient_accumulation_steps), whether that call succeeds or not. The
+one exception is MAX_STEPS_REACHED, which changes nothing at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tensafe.wire.status import TenSafeFault
+from workers.operations import Combine, Metric, Reduction
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedWindow:
+    """Totals of a window at its close.
+
+    Attributes:
+        divisor: what the summed gradient is divided by: Σ weights, or 1 under `sum`.
+    """
+
+    reduction: Reduction
+    loss_sum: float
+    denominator: float
+    tokens: int
+    compute_ms: float
+
+    @property
+    def divisor(self) -> float:
+        return self.denominator if self.reduction is Reduction.WEIGHTED_MEAN else 1.0
+
+    def metrics(self, grad_norm: float, learning_rate: float, step_ms: float) -> list[Metric]:
+        """Metrics of the update, all but queue_ms; `step_ms` is the closing call's own time."""
+        compute_ms = self.compute_ms + step_ms
+        rate = self.tokens / compute_ms * 1e3 if compute_ms > 0 else 0.0
+        return [
+            loss_metric(self.reduction, self.loss_sum, self.denominator),
+            Metric("grad_norm", grad_norm, Combine.LAST),
+            Metric("learning_rate", learning_rate, Combine.LAST),
+            Metric("tokens", self.tokens, Combine.SUM),
+            Metric("tokens_per_second", rate, Combine.LAST),
+            Metric("compute_ms", compute_ms, Combine.SUM),
+        ]
+
+
+def loss_metric(reduction: Reduction, loss_sum: float, denominator: float) -> Metric:
+    """The reported loss: Σ w·nll / Σ w with weight Σ w, or Σ w·nll under `sum`."""
+    if reduction is Reduction.SUM:
+        return Metric("loss", loss_sum, Combine.SUM)
+    return Metric("loss", loss_sum / denominator, Combine.MEAN, denominator)
+
+
+class Window:
+    """Counters of one run.
+
+    Attributes:
+        step: applied updates.
+        calls: optim_step calls since the last close.
+        backwards: forward_backward calls that added a gradient since then.
+    """
+
+    def __init__(self, accumulation_steps: int = 1, max_steps: int | None = None) -> None:
+        self._accumulation_steps = accumulation_steps
+        self._max_steps = max_steps
+        self.step = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.calls = 0
+        self.backwards = 0
+        self.poisoned = False
+        self.reduction: Reduction | None = None
+        self.loss_sum = 0.0
+        self.denominator = 0.0
+        self.tokens = 0
+        self.compute_ms = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it holds a gradient."""
+        return self.backwards > 0
+
+    def admit(self, reduction: Reduction) -> None:
+        """Checks, before any work, that a forward_backward may join.
+
+        Raises:
+            TenSafeFault: MIXED_REDUCTION. The caller poisons the window.
+        """
+        if self.reduction is not None and reduction is not self.reduction:
+            raise TenSafeFault(
+                "MIXED_REDUCTION",
+                f"this accumulation window was begun with the {self.reduction} reduction and "
+                f"cannot take {reduction}; call optim_step first, or use one reduction",
+                window_reduction=self.reduction,
+                reduction=reduction,
+            )
+
+    def add(
+        self,
+        reduction: Reduction,
+        *,
+        loss_sum: float,
+        denominator: float,
+        tokens: int,
+        compute_ms: float,
+    ) -> None:
+        """Counts a forward_backward whose gradient was added."""
+        self.reduction = reduction
+        self.backwards += 1
+        self.loss_sum += loss_sum
+        self.denominator += denominator
+        self.tokens += tokens
+        self.compute_ms += compute_ms
+
+    def poison(self) -> None:
+        """A forward_backward of this window did not contribute."""
+        self.poisoned = True
+
+    def call(self) -> ClosedWindow | None:
+        """Counts one optim_step; None if it does not close the window.
+
+        A close, failed or not, leaves an empty window: the caller clears its accumulator. After a
+        close that applied, the caller counts it with `applied`.
+
+        Raises:
+            TenSafeFault: MAX_STEPS_REACHED, and nothing has changed; WINDOW_POISONED or
+                EMPTY_WINDOW, and the window is closed.
+        """
+        if self._max_steps is not None and self.step >= self._max_steps:
+            raise TenSafeFault(
+                "MAX_STEPS_REACHED",
+                f"all {self._max_steps} updates of max_steps were applied; create a run with a "
+                "larger max_steps to go on from a saved state",
+                max_steps=self._max_steps,
+            )
+        if self.calls + 1 < self._accumulation_steps:
+            self.calls += 1
+            return None
+        poisoned, backwards, reduction = self.poisoned, self.backwards, self.reduction
+        closed = ClosedWindow(
+            reduction or Reduction.WEIGHTED_MEAN,
+            self.loss_sum,
+            self.denominator,
+            self.tokens,
+            self.compute_ms,
+        )
+        self._clear()
+        if poisoned:
+            raise TenSafeFault(
+                "WINDOW_POISONED",
+                "a forward_backward of this accumulation window failed or was cancelled; its "
+                "gradients were dropped and no update was made; repeat the window's "
+                "forward_backward calls",
+            )
+        if not backwards:
+            raise TenSafeFault(
+                "EMPTY_WINDOW",
+                "no forward_backward came before this optim_step; call forward_backward first",
+            )
+        return closed
+
+    def applied(self) -> int:
+        """Counts an applied update; returns the new step."""
+        self.step += 1
+        return self.step
+
+    def as_json(self) -> dict[str, Any]:
+        """The counters, for a checkpoint."""
+        return {
+            "step": self.step,
+            "calls": self.calls,
+            "backwards": self.backwards,
+            "poisoned": self.poisoned,
+            "reduction": self.reduction,
+            "loss_sum": self.loss_sum,
+            "denominator": self.denominator,
+            "tokens": self.tokens,
+            "compute_ms": self.compute_ms,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over the counters of a checkpoint."""
+        self.step = int(saved["step"])
+        self.calls = int(saved["calls"])
+        self.backwards = int(saved["backwards"])
+        self.poisoned = bool(saved["poisoned"])
+        reduction = saved["reduction"]
+        self.reduction = None if reduction is None else Reduction(reduction)
+        self.loss_sum = float(saved["loss_sum"])
+        self.denominator = float(saved["denominator"])
+        self.tokens = int(saved["tokens"])
+        self.compute_ms = float(saved["compute_ms"])

@@ -1,0 +1,318 @@
+"""Between `tensafe.v1` messages and the backend's dataclasses, both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tensafe.v1 import models_pb2, operations_pb2, training_pb2, types_pb2, worker_pb2
+from tensafe.wire.status import TenSafeFault
+from tensafe.wire.tensors import TensorError, decode, encode
+from workers.operations import (
+    Batch,
+    ChatMessage,
+    Completion,
+    LoadOutcome,
+    LoraSettings,
+    LossOutcome,
+    LossRequest,
+    Metric,
+    ModelCard,
+    OptimizerSettings,
+    Prompt,
+    Reduction,
+    RunSettings,
+    SampleOutcome,
+    SamplingParams,
+    StepOutcome,
+    StepRequest,
+    Stop,
+)
+
+_DTYPES = {
+    "float32": types_pb2.DATA_TYPE_FLOAT32,
+    "bfloat16": types_pb2.DATA_TYPE_BFLOAT16,
+}
+_ADAM_ONLY = ("beta1", "beta2", "eps")
+_DEFAULTS = {"adamw": (0.9, 0.999, 1e-8), "adam": (0.9, 0.999, 1e-8)}
+
+
+def run_settings(config: training_pb2.RunConfig) -> RunSettings:
+    """Reads a run's configuration; unset fields get the page's defaults.
+
+    Raises:
+        TenSafeFault: UNSUPPORTED_OPTION for what no backend here does.
+    """
+    if config.dp.enabled:
+        raise _unsupported("dp.enabled", "this server does not train privately yet; leave dp unset")
+    lora = config.lora
+    if lora.HasField("bias") and lora.bias != "none":
+        raise _unsupported(
+            "lora.bias",
+            f"bias {lora.bias!r} would train the base model that all tenants share; use 'none'",
+        )
+    defaults = RunSettings(config.model_ref)
+    return RunSettings(
+        model_ref=config.model_ref,
+        lora=LoraSettings(
+            rank=_or(lora, "rank", defaults.lora.rank),
+            alpha=_or(lora, "alpha", defaults.lora.alpha),
+            dropout=_or(lora, "dropout", defaults.lora.dropout),
+            target_modules=tuple(lora.target_modules) or defaults.lora.target_modules,
+        ),
+        optimizer=_optimizer(config.optimizer),
+        accumulation_steps=_or(config, "gradient_accumulation_steps", 1),
+        max_steps=_or(config, "max_steps", None),
+        seed=_or(config, "seed", 0),
+    )
+
+
+def _optimizer(message: training_pb2.OptimizerConfig) -> OptimizerSettings:
+    defaults = OptimizerSettings()
+    name = _or(message, "name", defaults.name)
+    if name not in ("adamw", "adam", "sgd"):
+        raise _unsupported("optimizer.name", f"no optimizer {name!r}; use adamw, adam or sgd")
+    lacking = _ADAM_ONLY if name == "sgd" else ("momentum",)
+    for option in lacking:
+        if message.HasField(option):  # type: ignore[arg-type]
+            raise _unsupported(f"optimizer.{option}", f"{name} has no {option}; leave it unset")
+    beta1, beta2, eps = _DEFAULTS.get(name, (None, None, None))
+    return OptimizerSettings(
+        name=name,
+        learning_rate=_or(message, "learning_rate", defaults.learning_rate),
+        weight_decay=_or(message, "weight_decay", defaults.weight_decay),
+        beta1=_or(message, "beta1", beta1),
+        beta2=_or(message, "beta2", beta2),
+        eps=_or(message, "eps", eps),
+        momentum=_or(message, "momentum", 0.0 if name == "sgd" else None),
+        grad_clip_norm=_or(message, "grad_clip_norm", None),
+    )
+
+
+def loss_request(
+    message: training_pb2.Forward | training_pb2.ForwardBackward,
+) -> LossRequest:
+    """Reads a batch and its loss; contents are the backend's to check.
+
+    Raises:
+        TenSafeFault: INVALID_BATCH for tensors that are malformed; UNSUPPORTED_OPTION.
+    """
+    loss = message.loss
+    reduction = (
+        Reduction.SUM
+        if loss.reduction == training_pb2.LOSS_REDUCTION_SUM
+        else Reduction.WEIGHTED_MEAN
+    )
+    if message.batch.WhichOneof("source") != "inline":
+        raise _unsupported("batch.blob_ref", "this server takes no blobs; send the batch inline")
+    name = loss.name if loss.HasField("name") else "cross_entropy"
+    return LossRequest(_batch(message.batch.inline), name, reduction)
+
+
+def _batch(message: training_pb2.Batch) -> Batch:
+    batch = Batch(
+        offsets=_array(message.offsets, np.int64, "batch.offsets"),
+        input_tokens=_array(message.input_tokens, np.int32, "batch.input_tokens"),
+    )
+    for named in message.loss_inputs:
+        where = f"batch.{named.name}"
+        if named.HasField("offsets") and named.offsets != message.offsets:
+            raise _invalid_batch(where, "its offsets differ from the batch's; leave them unset")
+        if named.name == "target_tokens" and batch.target_tokens is None:
+            batch.target_tokens = _array(named.tensor, np.int32, where)
+        elif named.name == "weights" and batch.weights is None:
+            batch.weights = _array(named.tensor, np.float32, where)
+        else:
+            raise _invalid_batch(
+                where,
+                "cross_entropy takes target_tokens and weights, each once; remove this tensor",
+            )
+    return batch
+
+
+def _array(tensor: types_pb2.Tensor, dtype: Any, where: str) -> Any:
+    try:
+        array = decode(tensor)
+    except TensorError as error:
+        raise _invalid_batch(where, str(error)) from error
+    if array.ndim != 1:
+        raise _invalid_batch(where, f"it has {array.ndim} dimensions; it must have one")
+    if array.dtype != dtype:
+        # Exact or refused: an int64 token id must not wrap round into the vocabulary.
+        if array.dtype.kind != np.dtype(dtype).kind:
+            raise _invalid_batch(where, f"it is {array.dtype}; send {np.dtype(dtype).name}")
+        if array.dtype.kind == "i" and array.size:
+            limits = np.iinfo(dtype)
+            if array.min() < limits.min or array.max() > limits.max:
+                raise _invalid_batch(where, f"a value does not fit into {np.dtype(dtype).name}")
+        array = array.astype(dtype)
+    return array
+
+
+def step_request(message: training_pb2.OptimStep) -> StepRequest:
+    """Reads the per-call overrides of an optim_step."""
+    return StepRequest(
+        _or(message, "learning_rate", None),
+        _or(message, "weight_decay", None),
+        _or(message, "grad_clip_norm", None),
+    )
+
+
+def prompts(message: training_pb2.Sample) -> list[Prompt]:
+    """Reads the prompts of a SAMPLE."""
+    return [_prompt(prompt, index) for index, prompt in enumerate(message.prompts)]
+
+
+def _prompt(message: training_pb2.Prompt, index: int) -> Prompt:
+    kind = message.WhichOneof("content")
+    if kind == "text":
+        return Prompt(text=message.text)
+    if kind == "tokens":
+        return Prompt(tokens=_array(message.tokens, np.int32, f"prompts[{index}].tokens"))
+    return Prompt(chat=tuple(ChatMessage(m.role, m.content) for m in message.chat.messages))
+
+
+def sampling_params(message: training_pb2.SamplingParams) -> SamplingParams:
+    """Reads how to sample; unset fields get the contract's defaults."""
+    defaults = SamplingParams()
+    stop = None
+    if message.HasField("stop"):
+        stop = Stop(tuple(message.stop.strings), tuple(message.stop.tokens))
+    return SamplingParams(
+        max_tokens=_or(message, "max_tokens", defaults.max_tokens),
+        temperature=_or(message, "temperature", defaults.temperature),
+        top_p=_or(message, "top_p", defaults.top_p),
+        top_k=_or(message, "top_k", defaults.top_k),
+        min_p=_or(message, "min_p", defaults.min_p),
+        seed=_or(message, "seed", None),
+        stop=stop,
+        num_samples=_or(message, "num_samples", defaults.num_samples),
+    )
+
+
+def _metrics(metrics: list[Metric]) -> list[types_pb2.Metric]:
+    return [
+        types_pb2.Metric(
+            name=metric.name,
+            value=metric.value,
+            reduction=int(metric.combine),  # type: ignore[arg-type]
+            weight=metric.weight,
+        )
+        for metric in metrics
+    ]
+
+
+def step_metrics(outcome: StepOutcome) -> list[types_pb2.Metric]:
+    """Metrics of an applied update; empty otherwise."""
+    return _metrics(outcome.metrics)
+
+
+def _outputs(outcome: LossOutcome) -> list[types_pb2.NamedTensor]:
+    return [types_pb2.NamedTensor(name="logprobs", tensor=encode(outcome.logprobs))]
+
+
+def forward_result(outcome: LossOutcome) -> operations_pb2.OperationResult:
+    """Packs a FORWARD's outcome."""
+    return operations_pb2.OperationResult(
+        forward=operations_pb2.ForwardResult(
+            metrics=_metrics(outcome.metrics), outputs=_outputs(outcome)
+        )
+    )
+
+
+def forward_backward_result(outcome: LossOutcome) -> operations_pb2.OperationResult:
+    """Packs a FORWARD_BACKWARD's outcome."""
+    return operations_pb2.OperationResult(
+        forward_backward=operations_pb2.ForwardBackwardResult(
+            metrics=_metrics(outcome.metrics), outputs=_outputs(outcome)
+        )
+    )
+
+
+def optim_step_result(outcome: StepOutcome) -> operations_pb2.OperationResult:
+    """Packs an OPTIM_STEP's outcome."""
+    return operations_pb2.OperationResult(
+        optim_step=operations_pb2.OptimStepResult(
+            step=outcome.step,
+            applied=outcome.applied,
+            learning_rate=outcome.learning_rate,
+            grad_norm=outcome.grad_norm,
+        )
+    )
+
+
+def sample_result(outcome: SampleOutcome) -> operations_pb2.OperationResult:
+    """Packs a SAMPLE's outcome."""
+    return operations_pb2.OperationResult(
+        sample=operations_pb2.SampleResult(
+            completions=[_completion(item) for item in outcome.completions],
+            model_step=outcome.model_step,
+        )
+    )
+
+
+def _completion(item: Completion) -> operations_pb2.Completion:
+    return operations_pb2.Completion(
+        prompt_index=item.prompt_index,
+        prompt=item.prompt,
+        completion=item.text,
+        tokens=encode(item.tokens),
+        logprobs=encode(item.logprobs),
+        finish_reason=(
+            operations_pb2.FINISH_REASON_STOP
+            if item.stopped
+            else operations_pb2.FINISH_REASON_LENGTH
+        ),
+        prompt_tokens=item.prompt_tokens,
+    )
+
+
+def load_state_result(artifact_id: str, outcome: LoadOutcome) -> operations_pb2.OperationResult:
+    """Packs a LOAD_STATE's outcome."""
+    return operations_pb2.OperationResult(
+        load_state=operations_pb2.LoadStateResult(
+            artifact_id=artifact_id,
+            step=outcome.step,
+            optimizer_restored=outcome.optimizer_restored,
+        )
+    )
+
+
+def publish_request(card: ModelCard) -> worker_pb2.PublishModelRequest:
+    """Packs a model and its tokenizer's files."""
+    return worker_pb2.PublishModelRequest(
+        model=models_pb2.Model(
+            name=card.name,
+            references=card.references,
+            architecture=card.architecture,
+            parameters=card.parameters,
+            vocabulary_size=card.vocabulary_size,
+            context_length=card.context_length,
+            dtype=_DTYPES.get(card.dtype, types_pb2.DATA_TYPE_UNSPECIFIED),
+            linear_modules=[
+                models_pb2.LinearModule(name=name, count=count)
+                for name, count in sorted(card.linear_modules.items())
+            ],
+            has_chat_template=card.has_chat_template,
+            tokenizer_sha256=card.tokenizer_sha256,
+            accepts_any_reference=card.accepts_any_reference,
+        ),
+        tokenizer_files=[
+            worker_pb2.ModelFile(name=name, data=data)
+            for name, data in sorted(card.tokenizer_files.items())
+        ],
+    )
+
+
+def _or(message: Any, field: str, default: Any) -> Any:
+    """An optional scalar, or `default` where it is unset."""
+    return getattr(message, field) if message.HasField(field) else default
+
+
+def _unsupported(field: str, text: str) -> TenSafeFault:
+    return TenSafeFault("UNSUPPORTED_OPTION", f"{field}: {text}", field=field)
+
+
+def _invalid_batch(field: str, text: str) -> TenSafeFault:
+    return TenSafeFault("INVALID_BATCH", f"{field}: {text}", field=field)
