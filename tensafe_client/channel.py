@@ -56,11 +56,6 @@ class Channel:
         self._stubs: Stubs | None = None
         self._connecting = asyncio.Lock()
 
-    @property
-    def connected(self) -> bool:
-        """Whether it was connected at least once."""
-        return self._stubs is not None
-
     async def stubs(self) -> Stubs:
         """Returns the stubs of a channel that was connected at least once.
 

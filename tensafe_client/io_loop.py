@@ -14,6 +14,8 @@ import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from tensafe_client.errors import ClientClosedError
+
 T = TypeVar("T")
 
 
@@ -22,6 +24,8 @@ class IoLoop:
 
     def __init__(self) -> None:
         self.loop = _new_event_loop()
+        self.used = False
+        self._pid = os.getpid()
         self._closers: list[Callable[[], Awaitable[None]]] = []
         self._thread = threading.Thread(target=self._main, name="tensafe-io", daemon=True)
         self._thread.start()
@@ -32,12 +36,16 @@ class IoLoop:
         Raises:
             RuntimeError: on the loop's own thread, where blocking would never end.
         """
-        if self.is_current_thread():
+        try:
+            self.check_process()
+            if self.is_current_thread():
+                raise RuntimeError(
+                    "a blocking TenSafe call was made inside a done-callback, on the thread that "
+                    "would have to answer it; hand the work to another thread"
+                )
+        except BaseException:
             coroutine.close()
-            raise RuntimeError(
-                "a blocking TenSafe call was made inside a done-callback, on the thread that would "
-                "have to answer it; hand the work to another thread"
-            )
+            raise
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result()
@@ -49,6 +57,11 @@ class IoLoop:
         """Runs a coroutine on the loop and awaits it from any other one."""
         if asyncio.get_running_loop() is self.loop:
             return await coroutine
+        try:
+            self.check_process()
+        except BaseException:
+            coroutine.close()
+            raise
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         return await asyncio.wrap_future(future)
 
@@ -56,9 +69,19 @@ class IoLoop:
         """Tells whether the caller runs on the loop's thread."""
         return threading.get_ident() == self._thread.ident
 
+    def check_process(self) -> None:
+        """Raises ClientClosedError in a child that was forked after the loop had started."""
+        if self._pid != os.getpid():
+            raise ClientClosedError(
+                "this client was made before the process was forked",
+                remedy="make a new ServiceClient in the child process",
+            )
+
     def at_exit(self, closer: Callable[[], Awaitable[None]]) -> None:
-        """Registers what to await on the loop before the interpreter ends."""
-        self._closers.append(closer)
+        """Registers what to await on the loop before the interpreter ends; twice counts once."""
+        self.used = True
+        if closer not in self._closers:
+            self._closers.append(closer)
 
     def forget(self, closer: Callable[[], Awaitable[None]]) -> None:
         """Takes back `at_exit`."""
@@ -94,12 +117,24 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 _lock = threading.Lock()
 _instance: IoLoop | None = None
+_forked_in_use = False
 
 
 def io_loop() -> IoLoop:
-    """Returns this process's loop; the first call starts it."""
+    """Returns this process's loop; the first call starts it.
+
+    Raises:
+        ClientClosedError: in a child that was forked after its parent had connected. gRPC does not
+            survive that: every call would hang.
+    """
     global _instance  # noqa: PLW0603 - one per process is the point
     with _lock:
+        if _forked_in_use:
+            raise ClientClosedError(
+                "this process was forked after its parent had connected to a service, and gRPC "
+                "does not work in such a child",
+                remedy="connect after the fork, or start the process by spawn or forkserver",
+            )
         if _instance is None:
             _instance = IoLoop()
         return _instance
@@ -112,7 +147,8 @@ def _stop_at_exit() -> None:
 
 def _forget_in_child() -> None:
     # Threads do not survive a fork: the child starts its own loop when it needs one.
-    global _instance, _lock
+    global _instance, _lock, _forked_in_use
+    _forked_in_use = _forked_in_use or (_instance is not None and _instance.used)
     _instance, _lock = None, threading.Lock()
 
 

@@ -7,7 +7,6 @@ thread. The sync and the asyncio faces are both thin over this.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import threading
 from dataclasses import dataclass, field
@@ -42,7 +41,6 @@ class Session:
         self.io = io_loop()
         self.session_id = f"ses-{secrets.token_hex(12)}"
         self.watch_error: TenSafeError | None = None
-        self._pid = os.getpid()
         self._closed = False
         self._channel = Channel(connection, self.check_open)
         self.metadata = self._channel.metadata
@@ -57,7 +55,6 @@ class Session:
         self._submitting = False
         self._awaiting_id: dict[OperationFuture[Any], asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.io.at_exit(self.close)
 
     # -- calls
 
@@ -67,6 +64,7 @@ class Session:
         Raises:
             ConnectionFailedError: if nothing answers in time.
         """
+        self.io.at_exit(self.close)
         return await self._channel.stubs()
 
     async def call(self, method: Any, request: Any, *, timeout_s: float | None = None) -> Any:
@@ -231,11 +229,7 @@ class Session:
 
     def check_open(self) -> None:
         """Raises ClientClosedError if the session cannot be used here."""
-        if self._pid != os.getpid():
-            raise ClientClosedError(
-                "this client was made before the process forked",
-                remedy="make a new ServiceClient in the child process",
-            )
+        self.io.check_process()
         if self._closed:
             raise ClientClosedError("the client is closed", remedy="make a new ServiceClient")
 
@@ -247,9 +241,8 @@ class Session:
         if self._closed:
             return
         try:
-            if self._channel.connected:
-                async with asyncio.timeout(self.connection.timeout_s):
-                    await self._submitter.flush()
+            async with asyncio.timeout(self.connection.timeout_s):
+                await self._submitter.flush()
         except TimeoutError:
             pass  # the futures of what was not sent say so below
         finally:
@@ -271,6 +264,7 @@ class Session:
 
     def _put(self, submission: Submission) -> None:
         if self._sender is None:
+            self.io.at_exit(self.close)
             self.io.loop.call_soon_threadsafe(self._start_sender)
         self._submitter.put(submission)
 

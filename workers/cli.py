@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -57,6 +60,11 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     help="How many workers share this machine's cores.",
 )
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
+@click.option(
+    "--follow-stdin",
+    is_flag=True,
+    help="End as on SIGTERM when standard input closes: for whoever starts workers as children.",
+)
 def worker(
     connect: str,
     backend: str,
@@ -66,6 +74,7 @@ def worker(
     threads: int | None,
     share: int,
     name: str | None,
+    follow_stdin: bool,
 ) -> None:
     """Run a worker: it dials in to the coordinator, registers its models and executes.
 
@@ -101,7 +110,12 @@ def worker(
         name=name or f"{socket.gethostname()}/{os.getpid()}",
     )
     try:
+        if follow_stdin:
+            threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
         link = Link(options, _backend(backend, models, device, dtype, chosen))
+        # What was loaded stays for ever; the collector need not walk over it again and again.
+        gc.collect()
+        gc.freeze()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(link.run())
     except LinkError as error:
@@ -120,6 +134,12 @@ def _backend(kind: str, models: tuple[str, ...], device: str, dtype: str, thread
     except ModelLoadError as error:
         # Never a mock in place of a model that does not load.
         raise click.ClickException(str(error)) from error
+
+
+def _end_with_stdin() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -193,7 +193,9 @@ def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
     batch = request.batch
     count = len(batch.input_tokens)
     scored = count if batch.weights is None else int(np.count_nonzero(batch.weights))
-    denominator = float(count if batch.weights is None else batch.weights.sum(dtype=np.float64))
+    denominator = float(count)
+    if batch.weights is not None:
+        denominator = float(np.add.reduce(batch.weights, dtype=np.float64))
     loss = mock_loss(run.window.step + 1)
     summed = request.reduction is Reduction.SUM
     if not scored or (denominator <= 0 and not summed):

@@ -2,4 +2,4 @@
 
 from tensafe_client.cli.main import main
 
-main()
+main(prog_name="tensafe")

@@ -30,7 +30,8 @@ class WorkerSpec:
 
 
 class LocalLauncher:
-    """Runs workers as child processes.
+    """Runs workers as child processes, which end when this process does, however it ends: their
+    standard input closes then.
 
     A worker that ends unasked is started again, after a pause that grows while it keeps dying; one
     that has never served is not: what it said on stderr is the error.
@@ -70,6 +71,8 @@ class LocalLauncher:
                 "-m",
                 "workers",
                 *spec.arguments,
+                "--follow-stdin",
+                stdin=asyncio.subprocess.PIPE,
                 env={**os.environ, "TENSAFE_WORKER_KEY": spec.key},
             )
             self._processes[spec.name] = process

@@ -55,9 +55,10 @@ def resolve(reference: str) -> ModelSource:
                 directory = known.prepare()
             except (OSError, RuntimeError, ValueError) as error:
                 raise ModelLoadError(f"cannot prepare model {alias}: {error}") from error
-            others = tuple(name for name in (known.reference, alias) if name != (given or alias))
+            name = given if separator else alias
+            others = tuple(other for other in (known.reference, alias) if other != name)
             return ModelSource(
-                given if separator else alias,
+                name,
                 str(directory),
                 others,
                 f"Remove {directory} to have it converted anew.",

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_server import API_KEY, FakeCoordinator
 
 from tensafe_client import ServiceClient, TrainingClient
-
-from fake_server import API_KEY, FakeCoordinator
 
 
 @pytest.fixture(autouse=True)

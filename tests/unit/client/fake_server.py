@@ -20,11 +20,15 @@ from tensafe.v1 import (
     metrics_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
-    operations_pb2 as ops,
     operations_pb2_grpc,
-    training_pb2 as pb,
     training_pb2_grpc,
     types_pb2,
+)
+from tensafe.v1 import (
+    operations_pb2 as ops,
+)
+from tensafe.v1 import (
+    training_pb2 as pb,
 )
 from tensafe.wire.channel import server_options
 from tensafe.wire.status import TenSafeFault, to_status
@@ -143,7 +147,9 @@ class FakeCoordinator(
         self._authenticate(context)
         with self.lock:
             run = pb.Run(
-                id=f"run-{len(self.runs) + 1}", config=request.config, next_seq=1,
+                id=f"run-{len(self.runs) + 1}",
+                config=request.config,
+                next_seq=1,
                 status=pb.RUN_STATUS_ACTIVE,
             )
             self.runs[run.id] = run
@@ -278,7 +284,9 @@ class FakeCoordinator(
                 self.cut_download_after = None
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the download is cut")
             chunk = types_pb2.FileChunk(
-                name=request.file, offset=offset, data=data[offset : offset + 2**20],
+                name=request.file,
+                offset=offset,
+                data=data[offset : offset + 2**20],
                 size_bytes=len(data),
             )
             yield artifacts_pb2.DownloadArtifactResponse(chunk=chunk)
@@ -289,8 +297,10 @@ class FakeCoordinator(
             last = offset == 5
             yield models_pb2.GetTokenizerResponse(
                 chunk=types_pb2.FileChunk(
-                    name="tokenizer.json", offset=offset,
-                    data=data[offset:] if last else data[:5], size_bytes=len(data),
+                    name="tokenizer.json",
+                    offset=offset,
+                    data=data[offset:] if last else data[:5],
+                    size_bytes=len(data),
                     sha256=hashlib.sha256(data).hexdigest() if last else "",
                 )
             )
@@ -317,7 +327,9 @@ class FakeCoordinator(
             kind=_KINDS[spec.WhichOneof("operation")],
             state=ops.OPERATION_STATE_QUEUED,
         )
-        stored = Stored(operation, pb.OperationSpec.FromString(spec.SerializeToString()), session_id)
+        stored = Stored(
+            operation, pb.OperationSpec.FromString(spec.SerializeToString()), session_id
+        )
         self.stored[operation.id] = stored
         if numbered:
             self.by_place[spec.run_id, spec.seq] = operation.id
@@ -368,7 +380,9 @@ class FakeCoordinator(
         values = {"loss": 2.5 - 0.01 * run.step, "tokens": 9, "learning_rate": 1e-4}
         steps.append(
             metrics_pb2.StepMetrics(
-                cursor=len(self.events) + 1, run_id=run.id, step=run.step,
+                cursor=len(self.events) + 1,
+                run_id=run.id,
+                step=run.step,
                 values=[types_pb2.Metric(name=n, value=v) for n, v in values.items()],
             )
         )
@@ -377,7 +391,9 @@ class FakeCoordinator(
         result = stored.operation.result.sample
         for index, prompt in enumerate(stored.spec.sample.prompts):
             result.completions.add(
-                prompt_index=index, prompt=prompt.text, completion=" and so on",
+                prompt_index=index,
+                prompt=prompt.text,
+                completion=" and so on",
                 tokens=encode(np.array([1, 2], np.int32)),
                 logprobs=encode(np.array([-1, -2], np.float32)),
                 finish_reason=ops.FINISH_REASON_LENGTH,

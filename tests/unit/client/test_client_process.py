@@ -5,20 +5,33 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 from fake_server import API_KEY, FakeCoordinator
 
-HEAD = f"""
+HEAD = """
 import os, sys
 from tensafe_client import ClientClosedError, ServiceClient
-client = ServiceClient("127.0.0.1:{{port}}", api_key={API_KEY!r})
-tc = client.create_training_client({{{{"model_ref": "m"}}}})
+
+client = ServiceClient("127.0.0.1:{port}", api_key="{key}")
+tc = client.create_training_client({{"model_ref": "m"}})
+
+
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 """
 
 
 def run(server: FakeCoordinator, program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", HEAD.format(port=server.port) + program],
+        [sys.executable, "-c", HEAD.format(port=server.port, key=API_KEY) + program],
         capture_output=True,
         text=True,
         check=False,
@@ -39,25 +52,51 @@ def test_exit_from_an_error_is_not_held_up(server: FakeCoordinator) -> None:
     assert (done.returncode, done.stderr) == (3, "")
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
-def test_a_forked_child_makes_its_own_client(server: FakeCoordinator) -> None:
+def test_a_forked_child_says_why_it_cannot_connect(server: FakeCoordinator) -> None:
     done = run(
         server,
         """
+def work():
+    for attempt in (tc.optim_step, client.runs, lambda: ServiceClient(client.target)):
+        try:
+            attempt()
+        except ClientClosedError as error:
+            assert "forked" in str(error)
+        else:
+            raise AssertionError("no error")
+
+
 assert tc.optim_step().result(timeout=10).step == 1
-child = os.fork()
-if child == 0:
-    try:
-        tc.optim_step()
-    except ClientClosedError as error:
-        assert "forked" in str(error)
-        with ServiceClient(client.target, api_key="ts_test") as own:
-            print(own.training_client(tc.run_id).optim_step().result(timeout=10).step, flush=True)
-        os._exit(0)
-    os._exit(1)
-assert os.waitpid(child, 0)[1] == 0
-tc = client.training_client(tc.run_id)
+in_child(work)
 print(tc.optim_step().result(timeout=10).step)
 """,
     )
-    assert (done.returncode, done.stdout) == (0, "2\n3\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+def test_a_child_forked_before_the_first_call_has_a_loop_of_its_own(
+    server: FakeCoordinator,
+) -> None:
+    program = """
+import os
+from tensafe_client import ServiceClient
+
+client = ServiceClient("127.0.0.1:{port}", api_key="{key}")
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        with ServiceClient(client.target, api_key="{key}") as own:
+            tc = own.create_training_client({{"model_ref": "m"}})
+            print(tc.optim_step().result(timeout=10).step, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+print(len(client.runs()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(port=server.port, key=API_KEY)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n1\n2\n"), done.stderr

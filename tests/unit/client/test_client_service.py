@@ -183,9 +183,7 @@ def test_tokenizer_files(client: ServiceClient) -> None:
 
 def test_asyncio_twin(server: FakeCoordinator, batch: Batch, tmp_path: Path) -> None:
     async def main() -> None:
-        async with AsyncServiceClient(
-            f"127.0.0.1:{server.port}", api_key=API_KEY
-        ) as client:
+        async with AsyncServiceClient(f"127.0.0.1:{server.port}", api_key=API_KEY) as client:
             tc = await client.create_training_client({"model_ref": "m"})
             loss, step = tc.forward_backward(batch), tc.optim_step()
             assert (await loss).loss == 2.49
@@ -213,9 +211,7 @@ def test_asyncio_twin(server: FakeCoordinator, batch: Batch, tmp_path: Path) -> 
 
 def test_an_asyncio_call_that_is_cancelled_ends(server: FakeCoordinator) -> None:
     async def main() -> None:
-        async with AsyncServiceClient(
-            f"127.0.0.1:{server.port}", api_key=API_KEY
-        ) as client:
+        async with AsyncServiceClient(f"127.0.0.1:{server.port}", api_key=API_KEY) as client:
             tc = await client.create_training_client({"model_ref": "m"})
 
             async def forever() -> None:

@@ -185,7 +185,9 @@ async def test_a_restarted_coordinator_finds_the_run_again():
         async with serving() as (coordinator, port):
             link, task = await stack.enter_async_context(linked(port))
             await coordinator.registers.get()
-            coordinator.send(operation(1, epoch=4, **forward_backward()), runs=[assignment(epoch=4)])
+            coordinator.send(
+                operation(1, epoch=4, **forward_backward()), runs=[assignment(epoch=4)]
+            )
             await coordinator.outcomes(1)
         async with serving(port) as (coordinator, _):
             register = await coordinator.registers.get()

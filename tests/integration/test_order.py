@@ -1,0 +1,176 @@
+"""A run's order: retries, conflicts, gaps, cancels, and what they do to the window."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from harness.wire import RawClient, batch, forward_backward, int32, int64, raw_client
+from local_service import LocalService
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1 import operations_pb2_grpc
+from tensafe.v1 import training_pb2 as pb
+from tensafe_client import ServiceClient
+
+
+@pytest.fixture
+def raw(service: LocalService) -> Iterator[RawClient]:
+    with raw_client(service.target, service.api_key) as client:
+        yield client
+
+
+@pytest.fixture
+def client(service: LocalService) -> Iterator[ServiceClient]:
+    with ServiceClient(service.target, api_key=service.api_key) as opened:
+        yield opened
+
+
+def new_run(raw: RawClient, **config: object) -> str:
+    answer = raw.stub.CreateRun(
+        pb.CreateRunRequest(
+            request_id=uuid.uuid4().hex,
+            config=pb.RunConfig(model_ref="any", **config),  # type: ignore[arg-type]
+        ),
+        metadata=raw.metadata,
+    )
+    return str(answer.run.id)
+
+
+def passing(run_id: str, seq: int, token: int = 1) -> pb.OperationSpec:
+    content = batch(int64([0, 2]), int32([token, 2]), target_tokens=int32([2, 3]))
+    return forward_backward(run_id, seq, content)
+
+
+def stepping(run_id: str, seq: int, rate: float | None = None) -> pb.OperationSpec:
+    return pb.OperationSpec(run_id=run_id, seq=seq, optim_step=pb.OptimStep(learning_rate=rate))
+
+
+def submit(raw: RawClient, *specs: pb.OperationSpec) -> list[pb.SubmitOutcome]:
+    answer = raw.stub.SubmitBatch(
+        pb.SubmitBatchRequest(operations=specs), metadata=raw.metadata, timeout=30
+    )
+    return list(answer.outcomes)
+
+
+def ended(client: ServiceClient, operation_id: str) -> object:
+    return client.future(operation_id).exception(30) or client.future(operation_id).result(30)
+
+
+def test_a_retry_gets_the_same_operation_and_adds_no_gradient(
+    raw: RawClient, client: ServiceClient
+):
+    run = new_run(raw)
+    [first] = submit(raw, passing(run, 1))
+    [again] = submit(raw, passing(run, 1))
+    assert first.operation_id == again.operation_id
+    submit(raw, stepping(run, 2))
+    [late] = submit(raw, passing(run, 1))  # after it has finished, too
+    assert late.operation_id == first.operation_id
+    assert raw.next_seq(run) == 3
+
+
+def test_the_same_seq_with_another_content_is_a_conflict(raw: RawClient):
+    run = new_run(raw)
+    submit(raw, passing(run, 1))
+    error = raw.submit(passing(run, 1, token=9))
+    assert error is not None
+    assert (error.code, error.reason) == ("ALREADY_EXISTS", "SEQ_CONFLICT")
+
+
+def test_a_refused_operation_takes_its_seq_and_is_on_record(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    outcomes = submit(raw, stepping(run, 1, rate=float("nan")), passing(run, 2), stepping(run, 3))
+    assert [outcome.HasField("error") for outcome in outcomes] == [True, False, False]
+    assert client.future(outcomes[2].operation_id).result(30).step == 1
+    records = {record.seq: record for record in client.operations(run)}
+    assert records[1].state == "failed"
+    [again] = submit(raw, stepping(run, 1, rate=float("nan")))
+    assert again.operation_id == outcomes[0].operation_id
+    assert again.HasField("error")
+
+
+def test_a_refused_forward_backward_poisons_only_its_window(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    empty = batch(int64([0]), int32([]))
+    outcomes = submit(
+        raw,
+        passing(run, 1),
+        forward_backward(run, 2, empty),
+        stepping(run, 3),
+        passing(run, 4),
+        stepping(run, 5),
+    )
+    closing = client.future(outcomes[2].operation_id).exception(30)
+    assert closing is not None
+    assert closing.reason == "WINDOW_POISONED"  # type: ignore[attr-defined]
+    assert client.future(outcomes[4].operation_id).result(30).step == 1
+
+
+def test_operations_wait_for_an_earlier_seq(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    [step] = submit(raw, stepping(run, 2))
+    state = client.operations(run)[0].state
+    assert state == "queued"
+    submit(raw, passing(run, 1))
+    assert client.future(step.operation_id).result(30).step == 1
+
+
+def test_attaching_closes_a_gap_that_nobody_will_fill(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    [early] = submit(raw, stepping(run, 3))
+    assert raw.next_seq(run) == 4
+    failure = client.future(early.operation_id).exception(30)
+    assert failure is not None
+    assert failure.reason == "SEQ_GAP"  # type: ignore[attr-defined]
+    outcomes = submit(raw, passing(run, 4), stepping(run, 5), passing(run, 6), stepping(run, 7))
+    # What was missing may have been a gradient: the window that it fell into is not trusted.
+    poisoned = client.future(outcomes[1].operation_id).exception(30)
+    assert poisoned is not None
+    assert poisoned.reason == "WINDOW_POISONED"  # type: ignore[attr-defined]
+    assert client.future(outcomes[3].operation_id).result(30).step == 1
+
+
+def test_a_cancelled_operation_never_runs(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    [waiting] = submit(raw, passing(run, 2))  # seq 1 is missing, so it cannot start
+    future = client.future(waiting.operation_id)
+    assert future.cancel()
+    assert future.cancelled()
+    outcomes = submit(raw, passing(run, 1), stepping(run, 3), passing(run, 4), stepping(run, 5))
+    poisoned = client.future(outcomes[1].operation_id).exception(30)
+    assert poisoned is not None
+    assert poisoned.reason == "WINDOW_POISONED"  # type: ignore[attr-defined]
+    assert client.future(outcomes[3].operation_id).result(30).step == 1
+
+
+def test_a_finished_operation_cannot_be_cancelled(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    [done] = submit(raw, passing(run, 1))
+    client.future(done.operation_id).result(30)
+    assert client.cancel(done.operation_id) is False
+
+
+def test_creating_a_run_twice_under_one_request_makes_one(raw: RawClient):
+    request = pb.CreateRunRequest(request_id=uuid.uuid4().hex, config=pb.RunConfig(model_ref="any"))
+    made = [raw.stub.CreateRun(request, metadata=raw.metadata).run for _ in range(2)]
+    assert made[0] == made[1]
+    request.config.model_ref = "other"
+    with pytest.raises(grpc.RpcError) as raised:
+        raw.stub.CreateRun(request, metadata=raw.metadata)
+    assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+
+
+def test_waiting_answers_when_the_operation_ends(raw: RawClient, service: LocalService):
+    run = new_run(raw)
+    [late] = submit(raw, passing(run, 2))
+    with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+        stub = operations_pb2_grpc.OperationsServiceStub(channel)
+        waiting = stub.WaitOperation.future(
+            ops.WaitOperationRequest(operation_id=late.operation_id), metadata=raw.metadata
+        )
+        submit(raw, passing(run, 1))
+        operation = waiting.result(30).operation
+    assert operation.state == ops.OPERATION_STATE_SUCCEEDED

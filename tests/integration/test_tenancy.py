@@ -1,0 +1,216 @@
+"""Every RPC by every kind of caller, generated from the descriptors: a new RPC fails until it is
+classified here."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+from local_service import LocalService
+
+from tensafe.v1 import (
+    admin_pb2,
+    artifacts_pb2,
+    metrics_pb2,
+    models_pb2,
+    operations_pb2,
+    training_pb2,
+    worker_pb2,
+)
+from tensafe.wire.status import from_status
+from tensafe_client import ServiceClient
+
+MODULES = [
+    admin_pb2,
+    artifacts_pb2,
+    metrics_pb2,
+    models_pb2,
+    operations_pb2,
+    training_pb2,
+    worker_pb2,
+]
+METHODS = {
+    f"{service.full_name}/{method.name}": method
+    for module in MODULES
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+# Methods of tenants that name something: what a foreign caller and a wrong name must get.
+NAMED = {
+    "TrainingService/GetRun": "RUN_NOT_FOUND",
+    "TrainingService/DeleteRun": "RUN_NOT_FOUND",
+    "TrainingService/AttachRun": "RUN_NOT_FOUND",
+    "TrainingService/Submit": "RUN_NOT_FOUND",
+    "OperationsService/GetOperation": "OPERATION_NOT_FOUND",
+    "OperationsService/WaitOperation": "OPERATION_NOT_FOUND",
+    "OperationsService/CancelOperation": "OPERATION_NOT_FOUND",
+    "OperationsService/ListOperations": "RUN_NOT_FOUND",
+    "OperationsService/Watch": "RUN_NOT_FOUND",
+    "MetricsService/StreamMetrics": "RUN_NOT_FOUND",
+    "ArtifactsService/GetArtifact": "ARTIFACT_NOT_FOUND",
+    "ArtifactsService/DownloadArtifact": "ARTIFACT_NOT_FOUND",
+    "ArtifactsService/ListArtifacts": "RUN_NOT_FOUND",
+}
+# Methods of tenants that name nothing of a tenant's; another test each shows their scope.
+UNNAMED = {
+    "TrainingService/CreateRun",
+    "TrainingService/ListRuns",
+    "TrainingService/SubmitBatch",
+    "ModelsService/ListModels",
+    "ModelsService/GetModel",
+    "ModelsService/GetTokenizer",
+}
+
+
+def short(name: str) -> str:
+    return name.removeprefix("tensafe.v1.")
+
+
+def call(service: LocalService, name: str, request: Any, key: str | None) -> tuple[str, str]:
+    """(gRPC code, reason) of a call; ("OK", "") if it went through."""
+    method = METHODS[name]
+    metadata = [("authorization", f"Bearer {key}")] if key is not None else []
+    with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+        kind = {
+            (False, False): channel.unary_unary,
+            (False, True): channel.unary_stream,
+            (True, False): channel.stream_unary,
+            (True, True): channel.stream_stream,
+        }[method.client_streaming, method.server_streaming]
+        stub = kind(
+            f"/{name}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=method.output_type._concrete_class.FromString,
+        )
+        argument = iter([request]) if method.client_streaming else request
+        try:
+            answer = stub(argument, metadata=metadata, timeout=30)
+            if method.server_streaming:
+                next(answer, None)
+                answer.cancel()
+        except grpc.RpcError as error:
+            status = rpc_status.from_call(error)
+            assert status is not None, f"{name}: {error}"
+            detail = from_status(status)
+            assert detail.reason, f"{name} sent no ErrorInfo"
+            return detail.code, detail.reason
+    return "OK", ""
+
+
+def request_for(name: str, ids: dict[str, str]) -> Any:
+    """A valid request of a method that names things, with these ids."""
+    method = METHODS[name]
+    request = method.input_type._concrete_class()
+    if short(name) == "TrainingService/Submit":
+        request.operation.run_id = ids["run_id"]
+        request.operation.seq = 9
+        request.operation.optim_step.SetInParent()
+    for field in ("run_id", "operation_id", "artifact_id"):
+        if field in method.input_type.fields_by_name:
+            setattr(request, field, ids[field])
+    if "request_id" in method.input_type.fields_by_name:
+        request.request_id = uuid.uuid4().hex
+    return request
+
+
+@pytest.fixture(scope="module")
+def owned(service: LocalService) -> Iterator[dict[str, str]]:
+    """Ids of things of the first tenant."""
+    with ServiceClient(service.target, api_key=service.api_key) as client:
+        tc = client.create_training_client({"model_ref": "any"})
+        future = tc.save_state_async()
+        saved = future.result(30)
+        yield {
+            "run_id": tc.run_id,
+            "operation_id": str(future.operation_id),
+            "artifact_id": saved.artifact_id,
+        }
+
+
+@pytest.fixture(scope="module")
+def keys(service: LocalService) -> Iterator[dict[str, str]]:
+    """A key of each kind, and one that was revoked."""
+    with ServiceClient(service.target, api_key=service.admin_key) as operator:
+        operator.admin.create_tenant("stranger")
+        revoked = operator.admin.create_key("stranger")
+        operator.admin.revoke_key(revoked.key.id)
+        yield {
+            "tenant": service.api_key,
+            "stranger": operator.admin.create_key("stranger").secret,
+            "admin": service.admin_key,
+            "worker": operator.admin.create_key(kind="worker").secret,
+            "revoked": revoked.secret,
+        }
+
+
+def test_every_method_is_classified():
+    tenant = {
+        short(name) for name in METHODS if not name.startswith(("tensafe.v1.Admin", "tensafe.v1.W"))
+    }
+    assert tenant == set(NAMED) | UNNAMED
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_without_a_good_key_nothing_answers(service: LocalService, keys: dict[str, str], name: str):
+    request = METHODS[name].input_type._concrete_class()
+    for key in (None, "", "ts_wrong", keys["revoked"]):
+        assert call(service, name, request, key) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_service_takes_its_own_kind_of_key(
+    service: LocalService, keys: dict[str, str], name: str
+):
+    right = {"AdminService": "admin", "WorkerService": "worker"}.get(
+        short(name).partition("/")[0], "tenant"
+    )
+    request = METHODS[name].input_type._concrete_class()
+    for kind in {"tenant", "admin", "worker"} - {right}:
+        expected = ("PERMISSION_DENIED", "PERMISSION_DENIED")
+        assert call(service, name, request, keys[kind]) == expected
+
+
+@pytest.mark.parametrize("name", sorted(name for name in METHODS if short(name) in NAMED))
+def test_a_foreign_id_and_an_unknown_one_are_the_same(
+    service: LocalService, keys: dict[str, str], owned: dict[str, str], name: str
+):
+    unknown = {field: f"{value[:-6]}ffffff" for field, value in owned.items()}
+    expected = ("NOT_FOUND", NAMED[short(name)])
+    assert call(service, name, request_for(name, owned), keys["stranger"]) == expected
+    assert call(service, name, request_for(name, unknown), keys["tenant"]) == expected
+
+
+def test_listings_and_events_show_only_ones_own(
+    service: LocalService, keys: dict[str, str], owned: dict[str, str]
+):
+    with ServiceClient(service.target, api_key=keys["stranger"]) as stranger:
+        assert stranger.runs() == []
+        assert stranger.artifacts() == []
+        assert stranger.operations() == []
+
+
+def test_a_foreign_artifact_cannot_be_loaded_or_sampled(
+    service: LocalService, keys: dict[str, str], owned: dict[str, str]
+):
+    with ServiceClient(service.target, api_key=keys["stranger"]) as stranger:
+        tc = stranger.create_training_client({"model_ref": "any"})
+        for failure in (
+            tc.load_state_async(owned["artifact_id"]).exception(30),
+            tc.sample_async(["x"], artifact=owned["artifact_id"]).exception(30),
+        ):
+            assert failure is not None
+            assert failure.reason == "ARTIFACT_NOT_FOUND"  # type: ignore[attr-defined]
+
+
+def test_a_malformed_message_is_the_callers_fault(service: LocalService):
+    with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+        stub = channel.unary_unary("/tensafe.v1.TrainingService/GetRun")
+        with pytest.raises(grpc.RpcError) as raised:
+            stub(b"\xff\xff\xff", metadata=[("authorization", f"Bearer {service.api_key}")])
+    status = rpc_status.from_call(raised.value)
+    assert status is not None
+    assert from_status(status).reason == "INVALID_ARGUMENT"

