@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -128,7 +128,7 @@ class Api:
 
     async def metrics(
         self, run_id: str, since: int, follow: bool
-    ) -> AsyncIterator[list[StepMetrics]]:
+    ) -> AsyncGenerator[list[StepMetrics], None]:
         """Yields a run's metrics as the server pushes them; goes on after a break."""
         stubs = await self._session.stubs()
         backoff = Backoff()

@@ -147,7 +147,7 @@ def _stop_at_exit() -> None:
 
 def _forget_in_child() -> None:
     # Threads do not survive a fork: the child starts its own loop when it needs one.
-    global _instance, _lock, _forked_in_use
+    global _instance, _lock, _forked_in_use  # noqa: PLW0603
     _forked_in_use = _forked_in_use or (_instance is not None and _instance.used)
     _instance, _lock = None, threading.Lock()
 

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import TypeVar, cast
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from typing import Generic, TypeVar
 
 from tensafe_client.io_loop import IoLoop
 
 T = TypeVar("T")
 
 
-def iterate(io: IoLoop, source: AsyncIterator[list[T]]) -> Iterator[T]:
+class _Source(Generic[T]):
+    """A generator of the loop; closing it waits for a step that is being cancelled."""
+
+    def __init__(self, generator: AsyncGenerator[list[T], None]) -> None:
+        self._generator = generator
+        self._one_at_a_time = asyncio.Lock()
+
+    async def next(self) -> list[T] | None:
+        async with self._one_at_a_time:
+            return await anext(self._generator, None)
+
+    async def close(self) -> None:
+        async with self._one_at_a_time:
+            await self._generator.aclose()
+
+
+def iterate(io: IoLoop, generator: AsyncGenerator[list[T], None]) -> Iterator[T]:
     """Iterates a stream of the loop from a thread; leaving the iteration ends the stream."""
+    source = _Source(generator)
     try:
-        while (items := io.run(_next(source))) is not None:
+        while (items := io.run(source.next())) is not None:
             yield from items
     finally:
-        io.run(_close(source))
+        io.run(source.close())
 
 
-async def iterate_async(io: IoLoop, source: AsyncIterator[list[T]]) -> AsyncGenerator[T, None]:
+async def iterate_async(
+    io: IoLoop, generator: AsyncGenerator[list[T], None]
+) -> AsyncGenerator[T, None]:
     """Iterates a stream of the loop from another event loop."""
+    source = _Source(generator)
     try:
-        while (items := await io.bridge(_next(source))) is not None:
+        while (items := await io.bridge(source.next())) is not None:
             for item in items:
                 yield item
     finally:
-        await io.bridge(_close(source))
-
-
-async def _next(source: AsyncIterator[list[T]]) -> list[T] | None:
-    return await anext(source, None)
-
-
-async def _close(source: AsyncIterator[list[T]]) -> None:
-    await cast(AsyncGenerator[list[T], None], source).aclose()
+        await io.bridge(source.close())

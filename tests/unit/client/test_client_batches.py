@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def unpack(batch: Any) -> list[tuple[list[int], list[int], list[float]]]:
             tensors["target_tokens"][a:b].tolist(),
             tensors["weights"][a:b].tolist(),
         )
-        for a, b in zip(offsets, offsets[1:], strict=False)
+        for a, b in pairwise(offsets)
     ]
 
 
