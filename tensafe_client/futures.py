@@ -71,8 +71,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             OperationCancelledError: if it was cancelled before it ran.
             TenSafeError: what the operation failed with.
         """
-        self._wait(timeout)
         if self._converted is None:
+            self._wait(timeout)
             # Unpacked by whoever asks, so that the I/O thread only hands over.
             operation = super().result(0)
             self._converted = result_of(cast(pb.Operation, operation), self._offsets)

@@ -35,16 +35,18 @@ def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
 
 def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
     """Packs a forward pass."""
-    payload = pb.Payload(inline=batch.message)
-    return pb.OperationSpec(run_id=run_id, forward=pb.Forward(batch=payload, loss=loss))
+    spec = pb.OperationSpec(run_id=run_id)
+    spec.forward.batch.inline.CopyFrom(batch.message)
+    spec.forward.loss.CopyFrom(loss)
+    return spec
 
 
 def forward_backward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
     """Packs a forward and backward pass."""
-    payload = pb.Payload(inline=batch.message)
-    return pb.OperationSpec(
-        run_id=run_id, forward_backward=pb.ForwardBackward(batch=payload, loss=loss)
-    )
+    spec = pb.OperationSpec(run_id=run_id)
+    spec.forward_backward.batch.inline.CopyFrom(batch.message)
+    spec.forward_backward.loss.CopyFrom(loss)
+    return spec
 
 
 def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:

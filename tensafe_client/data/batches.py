@@ -21,6 +21,7 @@ from tensafe_client.errors import BatchError
 
 # Columns that tokenizers add and that change nothing in a causal language model's loss.
 _NEUTRAL = frozenset({"token_type_ids", "special_tokens_mask", "length"})
+_INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 _READ = ("input_ids", "attention_mask", "labels")
 
 
@@ -210,23 +211,20 @@ def _kept_pairs(mask: Array, ids: Array) -> tuple[Array | None, Array]:
 
 
 def _pack(offsets: Array, inputs: Array, targets: Array, weights: Array) -> EncodedBatch:
-    message = pb.Batch(
-        offsets=_tensor(types_pb2.DATA_TYPE_INT64, offsets, "<i8"),
-        input_tokens=_tensor(types_pb2.DATA_TYPE_INT32, inputs, "<i4"),
-        loss_inputs=(
-            types_pb2.NamedTensor(
-                name="target_tokens", tensor=_tensor(types_pb2.DATA_TYPE_INT32, targets, "<i4")
-            ),
-            types_pb2.NamedTensor(
-                name="weights", tensor=_tensor(types_pb2.DATA_TYPE_FLOAT32, weights, "<f4")
-            ),
-        ),
-    )
+    # Filled in place: messages that are built apart are copied when they are put together.
+    message = pb.Batch()
+    _fill(message.offsets, types_pb2.DATA_TYPE_INT64, offsets, _INT64)
+    _fill(message.input_tokens, types_pb2.DATA_TYPE_INT32, inputs, _INT32)
+    add = message.loss_inputs.add
+    _fill(add(name="target_tokens").tensor, types_pb2.DATA_TYPE_INT32, targets, _INT32)
+    _fill(add(name="weights").tensor, types_pb2.DATA_TYPE_FLOAT32, weights, _FLOAT32)
     return EncodedBatch(message, offsets)
 
 
-def _tensor(dtype: types_pb2.DataType.ValueType, array: Array, wire: str) -> types_pb2.Tensor:
+def _fill(
+    tensor: types_pb2.Tensor, kind: types_pb2.DataType.ValueType, array: Array, wire: np.dtype[Any]
+) -> None:
     # The types are known here, so this skips the checks of tensafe.wire.tensors.encode.
-    return types_pb2.Tensor(
-        dtype=dtype, shape=array.shape, data=array.astype(wire, copy=False).tobytes()
-    )
+    tensor.dtype = kind
+    tensor.shape.append(array.size)
+    tensor.data = array.astype(wire, copy=False).tobytes()

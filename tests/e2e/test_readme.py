@@ -65,6 +65,7 @@ def test_the_example_is_short():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_example_trains_a_real_model(tmp_path: Path):
     with local_service(backend="torch", models=["smollm2-135m"], directory=tmp_path) as service:
         ran = subprocess.run(

@@ -93,12 +93,17 @@ def call(service: LocalService, name: str, request: Any, key: str | None) -> tup
                 next(answer, None)
                 answer.cancel()
         except grpc.RpcError as error:
-            status = rpc_status.from_call(error)
-            assert status is not None, f"{name}: {error}"
-            detail = from_status(status)
-            assert detail.reason, f"{name} sent no ErrorInfo"
-            return detail.code, detail.reason
+            return reason_of(name, error)
     return "OK", ""
+
+
+def reason_of(name: str, error: grpc.RpcError) -> tuple[str, str]:
+    """(gRPC code, reason) of a failed call; a failure without them is a defect."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"{name}: {error}"
+    detail = from_status(status)
+    assert detail.reason, f"{name} sent no ErrorInfo"
+    return detail.code, detail.reason
 
 
 def request_for(name: str, ids: dict[str, str]) -> Any:

@@ -144,3 +144,23 @@ def test_runs_do_not_feel_each_other(base):
 
     assert train(shared, disturb) == expected
     assert torch.equal(shared._runs["mine"].adapter.weights, final)
+
+
+def test_a_new_run_with_other_targets_is_not_mixed_with_the_one_before(base):
+    backend = TorchBackend([base])
+    request = request_of(rows_of(4, [9, 17]))
+    plain = metric(backend_loss(backend, request), "loss")
+    backend.open_run("first", settings(lora={"target_modules": ("q_proj",)}), None)
+    backend.forward_backward("first", 1, request)
+    backend.optim_step("first", StepRequest(learning_rate=0.5))
+    assert metric(backend.forward("first", request), "loss") != pytest.approx(plain, abs=1e-3)
+    backend.open_run("second", settings(lora={"target_modules": ("gate_proj",)}), None)
+    assert metric(backend.forward("second", request), "loss") == pytest.approx(plain, abs=1e-6)
+
+
+def backend_loss(backend: TorchBackend, request):
+    """The base model's own loss: that of an adapter that was never trained."""
+    backend.open_run("untrained", settings(), None)
+    outcome = backend.forward("untrained", request)
+    backend.close_run("untrained")
+    return outcome

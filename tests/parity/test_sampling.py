@@ -60,6 +60,8 @@ def test_draws_do_not_depend_on_company(backend):
     assert [c.tokens.tolist() for c in other] != tokens
     assert [c.tokens.tolist() for c in fewer] == tokens[:2]
     assert tokens[0] != tokens[1]
+    same = base_sample(backend, [prompts[0], prompts[0]], max_tokens=12, seed=4)
+    assert same[0].tokens.tolist() != same[1].tokens.tolist()
 
 
 def test_end_tokens_and_stop_tokens(backend):

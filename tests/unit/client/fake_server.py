@@ -227,7 +227,8 @@ class FakeCoordinator(
         yield ops.WatchResponse(cursor=seen)
         while context.is_active():
             with self.lock:
-                self.lock.wait_for(lambda: len(self.events) > seen or self._cut != cut, timeout=30)
+                while len(self.events) <= seen and self._cut == cut and context.is_active():
+                    self.lock.wait(timeout=1)
                 if self._cut != cut:
                     context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
                 new, seen = self.events[seen:], len(self.events)
@@ -254,9 +255,8 @@ class FakeCoordinator(
             if not request.follow:
                 return
             with self.lock:
-                self.lock.wait_for(
-                    lambda: (steps and steps[-1].cursor > since) or self._cut != cut, timeout=30
-                )
+                while not (steps and steps[-1].cursor > since) and self._cut == cut:
+                    self.lock.wait(timeout=30)
                 if self._cut != cut:
                     context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
 
