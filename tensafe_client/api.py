@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from tensafe.v1 import (
     admin_pb2,
@@ -20,10 +19,7 @@ from tensafe.v1 import (
 from tensafe_client.backoff import Backoff, retryable
 from tensafe_client.config import TrainingConfig
 from tensafe_client.errors import (
-    ConnectionFailedError,
     InvalidArgumentError,
-    RequestTimeoutError,
-    TenSafeError,
     from_rpc_error,
 )
 from tensafe_client.futures import OperationFuture
@@ -40,7 +36,6 @@ from tensafe_client.results import StepMetrics
 from tensafe_client.session import RunSequence, Session, new_request_id
 
 _PAGE = 500
-_WAIT_S = 60.0
 
 
 class Api:
@@ -123,7 +118,7 @@ class Api:
         future = OperationFuture._rebuild(self._session, operation)
         if not future.done():
             self._session.follow(future)
-            self._session.spawn(self._wait_for(future, operation_id))
+            self._session.spawn(self._session.wait_for(future, operation_id))
         return future
 
     async def metrics(
@@ -189,25 +184,6 @@ class Api:
         response = await self._session.call(stubs.operations.GetOperation, request)
         operation: operations_pb2.Operation = response.operation
         return operation
-
-    async def _wait_for(self, future: OperationFuture[Any], operation_id: str) -> None:
-        stubs = await self._session.stubs()
-        request = operations_pb2.WaitOperationRequest(
-            operation_id=operation_id, timeout=Duration(seconds=int(_WAIT_S))
-        )
-        limit_s = _WAIT_S + self._session.connection.timeout_s
-        backoff = Backoff()
-        while not future.done():
-            try:
-                response = await self._session.call(
-                    stubs.operations.WaitOperation, request, timeout_s=limit_s
-                )
-                backoff.reset()
-                future._finish(response.operation)
-            except (ConnectionFailedError, RequestTimeoutError):
-                await asyncio.sleep(backoff.next_s())  # an outage only makes the future wait
-            except TenSafeError as error:
-                future._fail(error)
 
     async def _pages(
         self, method: Any, request: Callable[[int, str], Any], field: str, limit: int | None

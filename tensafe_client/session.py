@@ -12,15 +12,25 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
+
 from tensafe.v1 import operations_pb2, training_pb2
 from tensafe.wire.tensors import Array
+from tensafe_client.backoff import Backoff
 from tensafe_client.channel import Channel, Stubs
 from tensafe_client.connection import Connection
-from tensafe_client.errors import ClientClosedError, TenSafeError
+from tensafe_client.errors import (
+    ClientClosedError,
+    ConnectionFailedError,
+    RequestTimeoutError,
+    TenSafeError,
+)
 from tensafe_client.futures import OperationFuture
 from tensafe_client.io_loop import io_loop
 from tensafe_client.submission import Submission, Submitter, check_size
 from tensafe_client.watching import Watcher
+
+_WAIT_S = 60.0
 
 
 @dataclass
@@ -163,11 +173,34 @@ class Session:
         if future.operation_id is not None:
             self._by_id[future.operation_id] = future
 
+    async def wait_for(self, future: OperationFuture[Any], operation_id: str) -> None:
+        """Resolves a future whose end this session's stream may not tell; on the loop."""
+        stubs = await self.stubs()
+        request = operations_pb2.WaitOperationRequest(
+            operation_id=operation_id, timeout=Duration(seconds=int(_WAIT_S))
+        )
+        limit_s = _WAIT_S + self.connection.timeout_s
+        backoff = Backoff()
+        while not future.done():
+            try:
+                response = await self.call(
+                    stubs.operations.WaitOperation, request, timeout_s=limit_s
+                )
+                backoff.reset()
+                future._finish(response.operation)
+            except (ConnectionFailedError, RequestTimeoutError):
+                await asyncio.sleep(backoff.next_s())  # an outage only makes the future wait
+            except TenSafeError as error:
+                future._fail(error)
+
     # -- what the submitter and the watcher report; on the loop
 
-    def accepted(self, future: OperationFuture[Any], operation_id: str) -> None:
+    def accepted(self, future: OperationFuture[Any], outcome: training_pb2.SubmitOutcome) -> None:
         """The server has the operation on disk."""
+        operation_id = outcome.operation_id
         future._identify(operation_id)
+        if outcome.repeated and not future.done():
+            self.spawn(self.wait_for(future, operation_id))
         if not future.seq and not future.done():
             early = self._early.pop(operation_id, None)
             if early is not None:

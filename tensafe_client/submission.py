@@ -132,7 +132,7 @@ class Submitter:
         delay_s: float | None = None
         for submission, outcome in zip(batch, response.outcomes, strict=True):
             if not outcome.HasField("error"):
-                self._session.accepted(submission.future, outcome.operation_id)
+                self._session.accepted(submission.future, outcome)
                 continue
             error = from_status(outcome.error)
             if asks_for_retry(error):

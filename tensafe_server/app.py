@@ -201,7 +201,8 @@ class Coordinator:
             self.port = self._server.add_insecure_port(listen)
         except RuntimeError as error:
             raise AddressInUseError(
-                f"cannot listen on {listen}: the address is in use or not this machine's"
+                f"cannot listen on {listen}: the address is in use or not this machine's; "
+                "choose another with --listen, or port 0 for a free one"
             ) from error
         await self._server.start()
         for service in ("", *_SERVICES):

@@ -18,7 +18,8 @@ from typing import Any
 
 from tensafe_client.data.jsonl import Example
 
-# Modules whose import does nothing but define names.
+# Modules whose import does nothing but define names, and which no library of ours patches (torch
+# replaces a function of `inspect`).
 # fmt: off
 MODULES = (
     "abc", "argparse", "array", "ast", "asyncio", "base64", "bdb", "bisect", "bz2", "calendar",
@@ -28,7 +29,7 @@ MODULES = (
     "email.message", "email.utils", "enum", "filecmp", "fileinput", "fnmatch", "fractions",
     "ftplib", "functools", "getpass", "gettext", "glob", "graphlib", "gzip", "hashlib", "heapq",
     "hmac", "html", "html.parser", "http.client", "http.cookies", "imaplib",
-    "importlib.metadata", "importlib.resources", "inspect", "io", "ipaddress", "itertools",
+    "importlib.metadata", "importlib.resources", "io", "ipaddress", "itertools",
     "json", "keyword", "linecache", "locale", "logging", "logging.config", "logging.handlers",
     "lzma", "mailbox", "math", "mimetypes", "multiprocessing.pool", "netrc", "numbers",
     "operator", "os", "os.path", "pathlib", "pdb", "pickletools", "pkgutil", "platform",

@@ -96,7 +96,11 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         )
         return pb.SubmitBatchResponse(
             outcomes=[
-                pb.SubmitOutcome(operation_id=outcome.operation_id, error=outcome.error)
+                pb.SubmitOutcome(
+                    operation_id=outcome.operation_id,
+                    error=outcome.error,
+                    repeated=outcome.repeated,
+                )
                 for outcome in outcomes
             ]
         )

@@ -50,6 +50,7 @@ class Outcome:
 
     operation_id: str = ""
     error: Status | None = None
+    repeated: bool = False
 
 
 @dataclass(slots=True)
@@ -263,6 +264,7 @@ class Intake:
             outcome.error = to_status(_conflict(spec).detail)
         else:
             outcome.operation_id = row.id
+            outcome.repeated = True
             if row.state == FAILED and not row.executed and row.error is not None:
                 outcome.error = Status.FromString(row.error)
 

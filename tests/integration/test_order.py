@@ -174,3 +174,15 @@ def test_waiting_answers_when_the_operation_ends(raw: RawClient, service: LocalS
         submit(raw, passing(run, 1))
         operation = waiting.result(30).operation
     assert operation.state == ops.OPERATION_STATE_SUCCEEDED
+
+
+def test_two_processes_with_the_same_operation_both_hear_its_end(service: LocalService):
+    with (
+        ServiceClient(service.target, api_key=service.api_key) as one,
+        ServiceClient(service.target, api_key=service.api_key) as other,
+    ):
+        first = one.create_training_client({"model_ref": "any"})
+        second = other.training_client(first.run_id)
+        futures = [tc.save_state_async() for tc in (first, second)]
+        artifacts = {future.result(30).artifact_id for future in futures}
+    assert len(artifacts) == 1

@@ -141,7 +141,7 @@ class AdapterPool:
             self._delete(name)
             raise
         self._adapters[name] = adapter
-        # peft has frozen the other adapters, and switched only the layers that the new one is in.
+        # peft has frozen the other adapters and made the new one active; we say whose turn it is.
         for other in self._adapters.values():
             for tensor in other.tensors:
                 tensor.requires_grad_(True)

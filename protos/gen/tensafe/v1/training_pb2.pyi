@@ -1419,8 +1419,13 @@ class SubmitOutcome(_message.Message):
 
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    REPEATED_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Id of the operation; empty if it was refused before it had an identity."""
+    repeated: _builtins.bool
+    """It had been accepted before, maybe under another session: its end may have
+    been pushed already, so ask for it with WaitOperation.
+    """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Set if it was refused: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION,
@@ -1432,10 +1437,11 @@ class SubmitOutcome(_message.Message):
         *,
         operation_id: _builtins.str = ...,
         error: _status_pb2.Status | None = ...,
+        repeated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "operation_id", b"operation_id", "repeated", b"repeated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
