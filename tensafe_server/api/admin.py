@@ -11,7 +11,7 @@ from tensafe_server.events.translate import timestamp
 from tensafe_server.ids import new_id
 from tensafe_server.operations.validation import refused
 from tensafe_server.store.base import KeyRow, Store, TenantRow
-from tensafe_server.store.requests import first_request, new_request
+from tensafe_server.store.requests import first_request, new_request, uninterrupted
 from tensafe_server.tenants.identity import Identity
 
 _SCOPE = "admin"
@@ -26,14 +26,7 @@ class AdminServicer(rpc.AdminServiceServicer):
     async def CreateTenant(
         self, request: pb.CreateTenantRequest, context: Any
     ) -> pb.CreateTenantResponse:
-        async with self._creating:
-            known = await first_request(self._store, _SCOPE, request)
-            if known is not None:
-                row = self._identity.tenant(known.subject)
-            else:
-                record = new_request(_SCOPE, request, new_id("ten"))
-                row = await self._identity.create_tenant(request.name, record)
-        return pb.CreateTenantResponse(tenant=_tenant(row))
+        return pb.CreateTenantResponse(tenant=_tenant(await uninterrupted(self._tenant(request))))
 
     async def ListTenants(
         self, request: pb.ListTenantsRequest, context: Any
@@ -45,14 +38,7 @@ class AdminServicer(rpc.AdminServiceServicer):
         if for_tenant != bool(request.tenant):
             raise refused([("tenant", "is required for a tenant key and must be empty for others")])
         tenant_id = self._identity.tenant(request.tenant).id if for_tenant else None
-        async with self._creating:
-            known = await first_request(self._store, _SCOPE, request)
-            if known is not None:
-                await self._identity.revoke_key(known.subject)
-            record = new_request(_SCOPE, request, new_id("key"))
-            row, secret = await self._identity.create_key(
-                request.kind, tenant_id, request.name, record
-            )
+        row, secret = await uninterrupted(self._new_key(request, tenant_id))
         return pb.CreateKeyResponse(key=_key(row), secret=secret)
 
     async def ListKeys(self, request: pb.ListKeysRequest, context: Any) -> pb.ListKeysResponse:
@@ -61,6 +47,24 @@ class AdminServicer(rpc.AdminServiceServicer):
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:
         return pb.RevokeKeyResponse(key=_key(await self._identity.revoke_key(request.key_id)))
+
+    async def _tenant(self, request: pb.CreateTenantRequest) -> TenantRow:
+        async with self._creating:
+            known = await first_request(self._store, _SCOPE, request)
+            if known is not None:
+                return self._identity.tenant(known.subject)
+            record = new_request(_SCOPE, request, new_id("ten"))
+            return await self._identity.create_tenant(request.name, record)
+
+    async def _new_key(
+        self, request: pb.CreateKeyRequest, tenant_id: str | None
+    ) -> tuple[KeyRow, str]:
+        async with self._creating:
+            known = await first_request(self._store, _SCOPE, request)
+            if known is not None:
+                await self._identity.revoke_key(known.subject)
+            record = new_request(_SCOPE, request, new_id("key"))
+            return await self._identity.create_key(request.kind, tenant_id, request.name, record)
 
 
 def _tenant(row: TenantRow) -> pb.Tenant:

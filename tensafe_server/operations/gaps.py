@@ -63,9 +63,12 @@ class GapWatch:
         await self._outcomes.settle(endings)
         for operation in placeholders:
             operation.row.cursor = self._hub.next_cursor()
-        await self._store.add_operations([operation.row for operation in placeholders])
-        self._ledger.admit(placeholders)
-        self._hub.publish([ended_event(operation) for operation in placeholders])
+
+        def admit() -> None:
+            self._ledger.admit(placeholders)
+            self._hub.publish([ended_event(operation) for operation in placeholders])
+
+        await self._store.add_operations([operation.row for operation in placeholders], admit)
 
     def _placeholder(self, run: RunState, seq: int) -> PendingOperation:
         now = time.time_ns()

@@ -6,6 +6,7 @@ two calls with the same seq cannot both be first.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -106,16 +107,19 @@ class Intake:
                 rows.append(pending.row)
                 accepted.append(pending)
         if rows:
+            stored = self._store.add_operations(rows, lambda: self._admit(accepted))
             try:
-                await self._store.add_operations(rows)
-            except BaseException:
+                await asyncio.shield(stored)
+            except Exception:
                 self._ledger.withdraw(accepted)
                 raise
-            self._ledger.admit(accepted)
-            self._hub.publish(ended_event(pending) for pending in accepted if pending.void)
         for outcome, candidate in repeated:
             await self._answer_repeated(tenant_id, candidate, outcome)
         return outcomes
+
+    def _admit(self, accepted: Sequence[PendingOperation]) -> None:
+        self._ledger.admit(accepted)
+        self._hub.publish(ended_event(pending) for pending in accepted if pending.void)
 
     async def _prepare(self, tenant_id: str, spec: training.OperationSpec) -> _Candidate:
         data = spec.SerializeToString(deterministic=True)

@@ -85,20 +85,21 @@ class Outcomes:
             return told
         finish, events = self._book(endings, saved)
 
-        def tell(committed: asyncio.Future[None]) -> None:
-            error = committed.exception()
-            if error is not None:
-                log.critical("outcomes could not be stored", exc_info=error)
-                self.on_lost_store(error)
-                told.set_exception(error)
-                return
+        def tell() -> None:
             for ending in endings:
                 self._ledger.retire(ending.operation)
             self._hub.publish(events)
             self._ledger.on_ready()
             told.set_result(None)
 
-        self._store.finish(finish).add_done_callback(tell)
+        def check(committed: asyncio.Future[None]) -> None:
+            error = committed.exception()
+            if error is not None:
+                log.critical("outcomes could not be stored", exc_info=error)
+                self.on_lost_store(error)
+                told.set_exception(error)
+
+        self._store.finish(finish, tell).add_done_callback(check)
         return told
 
     async def _save(self, ending: Ending) -> tuple[bytes | None, str | None]:

@@ -12,7 +12,7 @@ from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RunState, run_state
 from tensafe_server.store.base import RunRow, Store
-from tensafe_server.store.requests import first_request, new_request
+from tensafe_server.store.requests import first_request, new_request, uninterrupted
 
 
 class RunBook:
@@ -30,6 +30,9 @@ class RunBook:
         Raises:
             TenSafeFault: REQUEST_ID_CONFLICT, or what `ModelRegistry.resolve_config` raises.
         """
+        return await uninterrupted(self._create(tenant_id, request))
+
+    async def _create(self, tenant_id: str, request: training.CreateRunRequest) -> RunState:
         async with self._creating:
             known = await first_request(self._store, tenant_id, request)
             if known is not None:

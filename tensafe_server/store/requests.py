@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.store.base import RequestRow, Store
+
+_T = TypeVar("_T")
+
+
+async def uninterrupted(mutation: Coroutine[Any, Any, _T]) -> _T:
+    """Runs a mutation to its end even if its caller goes away, so that what is on disk and what is
+    in memory stay the same."""
+    return await asyncio.shield(asyncio.ensure_future(mutation))
 
 
 async def first_request(store: Store, scope: str, request: Message) -> RequestRow | None:

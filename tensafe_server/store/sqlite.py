@@ -140,10 +140,14 @@ class SqliteStore:
 
     # The operation log.
 
-    def add_operations(self, rows: Sequence[OperationRow]) -> asyncio.Future[None]:
-        return self._write(_INSERT_OPERATION, [_values(row) for row in rows])
+    def add_operations(
+        self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
+        return self._write(_INSERT_OPERATION, [_values(row) for row in rows], then)
 
-    def finish(self, finish: Finish) -> asyncio.Future[None]:
+    def finish(
+        self, finish: Finish, then: Callable[[], None] | None = None
+    ) -> asyncio.Future[None]:
         operations = [
             (
                 row.state,
@@ -189,7 +193,7 @@ class SqliteStore:
                     runs,
                 )
 
-        return self._writer.submit(write)
+        return self._writer.submit(write, then)
 
     async def flushed(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -314,11 +318,16 @@ class SqliteStore:
 
         await self._writer.submit(write)
 
-    def _write(self, sql: str, values: Sequence[Sequence[Any]]) -> asyncio.Future[None]:
+    def _write(
+        self,
+        sql: str,
+        values: Sequence[Sequence[Any]],
+        then: Callable[[], None] | None = None,
+    ) -> asyncio.Future[None]:
         def write(connection: sqlite3.Connection) -> None:
             connection.executemany(sql, values)
 
-        return self._writer.submit(write)
+        return self._writer.submit(write, then)
 
     async def _execute(self, sql: str, values: Sequence[Any]) -> None:
         await self._write(sql, [values])

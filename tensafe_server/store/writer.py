@@ -16,7 +16,8 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 Write = Callable[[sqlite3.Connection], None]
-_Item = tuple[Write, "asyncio.Future[None]"]
+Then = Callable[[], None]
+_Item = tuple[Write, "asyncio.Future[None]", Then | None]
 
 
 class GroupCommitWriter:
@@ -33,10 +34,14 @@ class GroupCommitWriter:
         self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, write: Write) -> asyncio.Future[None]:
-        """Queues a write; call it from the event loop."""
+    def submit(self, write: Write, then: Then | None = None) -> asyncio.Future[None]:
+        """Queues a write; call it from the event loop.
+
+        `then` is called on the event loop after the commit, in the order of the writes, and before
+        anyone who awaits one of the group goes on.
+        """
         future: asyncio.Future[None] = self._loop.create_future()
-        self._queue.put((write, future))
+        self._queue.put((write, future, then))
         return future
 
     def close(self) -> None:
@@ -66,7 +71,7 @@ class GroupCommitWriter:
     def _commit(self, group: list[_Item]) -> list[Exception | None]:
         try:
             self._connection.execute("BEGIN IMMEDIATE")
-            for write, _ in group:
+            for write, _, _ in group:
                 write(self._connection)
             self._connection.execute("COMMIT")
         except Exception as error:
@@ -83,7 +88,10 @@ class GroupCommitWriter:
 
 
 def _resolve(group: list[_Item], outcomes: list[Exception | None]) -> None:
-    for (_, future), error in zip(group, outcomes, strict=True):
+    for (_, _, then), error in zip(group, outcomes, strict=True):
+        if then is not None and error is None:
+            then()
+    for (_, future, _), error in zip(group, outcomes, strict=True):
         if future.cancelled():
             continue
         if error is None:
