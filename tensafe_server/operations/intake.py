@@ -6,7 +6,6 @@ two calls with the same seq cannot both be first.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ from tensafe_server.events.hub import EventHub
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations import checks
+from tensafe_server.operations.gate import Gate
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
-from tensafe_server.operations.outcomes import ended_event
 from tensafe_server.operations.validation import check_rules
 from tensafe_server.store.base import OperationRow, Store
 
@@ -78,10 +77,10 @@ class Intake:
     ) -> None:
         self._store = store
         self._ledger = ledger
-        self._hub = hub
         self._models = models
         self._payloads = payloads
         self._limits = limits
+        self._gate = Gate(store, ledger, hub)
 
     async def submit(
         self, tenant_id: str, specs: Sequence[training.OperationSpec], session_id: str
@@ -89,7 +88,6 @@ class Intake:
         """Takes operations in and answers for each; what it accepted is on disk when it returns."""
         candidates = [await self._prepare(tenant_id, spec) for spec in specs]
         outcomes: list[Outcome] = []
-        rows: list[OperationRow] = []
         accepted: list[PendingOperation] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
         for candidate in candidates:
@@ -104,22 +102,12 @@ class Intake:
                 outcome.error = to_status(fault.detail)
                 continue
             if pending is not None:
-                rows.append(pending.row)
                 accepted.append(pending)
-        if rows:
-            stored = self._store.add_operations(rows, lambda: self._admit(accepted))
-            try:
-                await asyncio.shield(stored)
-            except Exception:
-                self._ledger.withdraw(accepted)
-                raise
+        if accepted:
+            await self._gate.stored(accepted)
         for outcome, candidate in repeated:
             await self._answer_repeated(tenant_id, candidate, outcome)
         return outcomes
-
-    def _admit(self, accepted: Sequence[PendingOperation]) -> None:
-        self._ledger.admit(accepted)
-        self._hub.publish(ended_event(pending) for pending in accepted if pending.void)
 
     async def _prepare(self, tenant_id: str, spec: training.OperationSpec) -> _Candidate:
         data = spec.SerializeToString(deterministic=True)
@@ -191,7 +179,6 @@ class Intake:
             row.state = FAILED
             row.error = outcome.error.SerializeToString()
             row.finished_ns = row.created_ns
-            row.cursor = self._hub.next_cursor()
             row.spec, row.spec_ref = None, None
             pending.void = True
             pending.spec = b""

@@ -66,6 +66,11 @@ class Ledger:
 
     # Operations.
 
+    @property
+    def unfinished(self) -> int:
+        """How many operations have not ended, of all tenants."""
+        return len(self._pending)
+
     def pending(self, operation_id: str) -> PendingOperation | None:
         return self._pending.get(operation_id)
 
