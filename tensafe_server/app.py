@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -74,6 +76,10 @@ class AddressInUseError(RuntimeError):
     """The address to listen on is taken or not ours."""
 
 
+class DataDirectoryError(RuntimeError):
+    """The data directory is in use by another coordinator, or cannot be used."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How to run a coordinator.
@@ -128,6 +134,7 @@ class Coordinator:
         outcomes.on_lost_store = self._fail
 
         self.port = 0
+        self._lock: IO[bytes] | None = None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[Guard(self.identity)], options=server_options()
@@ -175,12 +182,14 @@ class Coordinator:
 
         Raises:
             SchemaTooNewError: if a newer version wrote the store.
+            DataDirectoryError: if another coordinator uses the directory, or nobody can.
             AddressInUseError: if it cannot listen.
         """
-        settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = _lock(settings.data)
         store = await SqliteStore.open(settings.data / "tensafe.db")
         try:
             coordinator = cls(settings, store)
+            coordinator._lock = lock
             await coordinator._load()
             await coordinator._listen()
         except BaseException:
@@ -222,7 +231,28 @@ class Coordinator:
             link.close()
         await self._server.stop(self._settings.grace_s)
         await self._store.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
+
+
+def _lock(data: Path) -> IO[bytes]:
+    """Takes the data directory for this process; the lock ends with the file, or with us."""
+    try:
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (data / "lock").open("ab")
+    except OSError as error:
+        raise DataDirectoryError(
+            f"cannot use {data} as data directory: {error.strerror}; choose another with --data"
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise DataDirectoryError(
+            f"another coordinator is using {data}; stop it, or choose another with --data"
+        ) from error
+    return file

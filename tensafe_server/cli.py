@@ -11,18 +11,27 @@ from typing import Any
 
 import click
 
-from tensafe_server.app import AddressInUseError, Settings
+from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
 from tensafe_server.store.base import SchemaTooNewError
 
 _DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
 
+
+def _checked_address(context: click.Context, option: click.Parameter, value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not (host and separator and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise click.BadParameter(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+    return value
+
+
 _listen = click.option(
     "--listen",
     metavar="HOST:PORT",
     default="127.0.0.1:50051",
     show_default=True,
+    callback=_checked_address,
     help="Address to serve on; port 0 takes a free one.",
 )
 _data = click.option(
@@ -161,5 +170,10 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
     try:
         with runner:
             runner.run(main)
-    except (WorkerStartError, AddressInUseError, SchemaTooNewError) as error:
+    except (
+        WorkerStartError,
+        AddressInUseError,
+        DataDirectoryError,
+        SchemaTooNewError,
+    ) as error:
         raise click.ClickException(str(error)) from error

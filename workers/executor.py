@@ -320,7 +320,6 @@ class Executor:
             outcome = self._backend.save_state(spec.run_id, directory, complete)
             files = self._transfers.upload(planned.artifact_id, directory)
         artifact = artifact_message(planned.artifact_id, spec.run_id, outcome, complete, files)
-        artifact.metadata.CopyFrom(message.metadata)
         return operations_pb2.OperationResult(
             save_state=operations_pb2.SaveStateResult(artifact=artifact)
         )

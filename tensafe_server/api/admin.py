@@ -46,7 +46,10 @@ class AdminServicer(rpc.AdminServiceServicer):
         return pb.ListKeysResponse(keys=[_key(row) for row in self._identity.keys(tenant_id)])
 
     async def RevokeKey(self, request: pb.RevokeKeyRequest, context: Any) -> pb.RevokeKeyResponse:
-        return pb.RevokeKeyResponse(key=_key(await self._identity.revoke_key(request.key_id)))
+        await first_request(self._store, _SCOPE, request)
+        row = await self._identity.revoke_key(request.key_id)
+        await self._store.remember(new_request(_SCOPE, request, row.id))
+        return pb.RevokeKeyResponse(key=_key(row))
 
     async def _tenant(self, request: pb.CreateTenantRequest) -> TenantRow:
         async with self._creating:

@@ -57,8 +57,10 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> Any:
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or method.startswith(_OPEN_PREFIXES):
+        if method.startswith(_OPEN_PREFIXES):
             return handler
+        if handler is None:
+            return _unknown(method)
         try:
             principal = self._authenticate(handler_call_details)
         except TenSafeFault as fault:
@@ -170,6 +172,19 @@ def _refusing(handler: Any, fault: TenSafeFault) -> Any:
 
     serve = streaming if handler.response_streaming else unary
     return _handler(handler, serve, _tolerant(handler))
+
+
+def _unknown(method: str) -> Any:
+    fault = TenSafeFault(
+        "UNIMPLEMENTED",
+        f"this server has no method {method}; reflection lists those that it has",
+        method=method,
+    )
+
+    async def refuse(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _abort(context, fault, method)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 def _tolerant(handler: Any) -> Callable[[bytes], Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.store.base import Page
 
 _DEFAULT_SIZE = 100
+_POSITION = re.compile(r"[0-9]{1,19}")
 
 
 def page(size: int, token: str) -> Page:
@@ -17,7 +20,7 @@ def page(size: int, token: str) -> Page:
     if not token:
         return Page(size or _DEFAULT_SIZE)
     kind, _, position = token.partition(".")
-    if kind != "p1" or not position.isdecimal() or len(position) > 18:
+    if kind != "p1" or not _POSITION.fullmatch(position):
         raise TenSafeFault(
             "INVALID_PAGE_TOKEN",
             "page_token is not one that this server made; begin without one",

@@ -19,6 +19,7 @@ from tensafe_server.operations.intake import Intake
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
 from tensafe_server.operations.runs import RunBook, run_message
+from tensafe_server.store.requests import uninterrupted
 
 
 class TrainingServicer(rpc.TrainingServiceServicer):
@@ -53,18 +54,19 @@ class TrainingServicer(rpc.TrainingServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         wanted = page(request.page_size, request.page_token)
         runs = self._runs.of_tenant(caller().tenant_id, include_deleted=request.include_deleted)
-        start = wanted.before or 0
-        found = runs[start : start + wanted.size]
-        more = start + len(found) < len(runs)
+        if wanted.before is not None:
+            runs = [run for run in runs if run.row.created_ns < wanted.before]
+        found = runs[: wanted.size]
         return pb.ListRunsResponse(
             runs=[run_message(run) for run in found],
-            next_page_token=token(wanted, wanted.size if more else -1, start + len(found)),
+            next_page_token=token(wanted, len(found), found[-1].row.created_ns if found else 0),
         )
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
         run = self._ledger.run(caller().tenant_id, request.run_id)
-        if not run.deleted:
-            await self._runs.delete(run)
+        was_deleted = run.deleted
+        await uninterrupted(self._runs.delete(run, request))
+        if not was_deleted:
             await self._cancellation.cancel_run(run)
             if not run.in_flight:
                 self._dispatcher.release(run)

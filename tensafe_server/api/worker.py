@@ -51,7 +51,7 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                 reader.result()
         finally:
             reader.cancel()
-            self._reception.leave(link)
+            await asyncio.shield(asyncio.ensure_future(self._reception.leave(link)))
 
     async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.ConnectRequest]) -> None:
         try:

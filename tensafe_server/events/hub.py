@@ -1,8 +1,8 @@
 """Fan-out of events to watchers.
 
-The store is the buffer: a subscription holds only a bounded number of newest events, and one that
-falls further behind reads from the store again. So a slow watcher costs a constant amount of memory
-and holds nobody up.
+The store is the buffer: a subscription holds only a bounded number and size of newest events, and
+one that falls further behind reads from the store again. So a slow watcher costs a constant amount
+of memory and holds nobody up.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tensafe_server.events.translate import operation_message
 from tensafe_server.store.base import EventScope, Store
 
 _BUFFER_EVENTS = 2048
+_BUFFER_BYTES = 4 * 2**20
 _PAGE_EVENTS = 256
 _PAGE_BYTES = 2 * 2**20
 
@@ -32,6 +33,7 @@ class Event:
     run_id: str
     session_id: str
     message: pb.WatchEvent
+    size: int = 0
 
     @property
     def is_metrics(self) -> bool:
@@ -45,6 +47,7 @@ class Subscription:
         self.scope = scope
         self.cursor = cursor
         self.events: deque[Event] = deque()
+        self.size = 0
         self.behind = False
         self.closed = False
         self.wake = asyncio.Event()
@@ -52,12 +55,22 @@ class Subscription:
     def offer(self, event: Event) -> None:
         if not _matches(self.scope, event):
             return
-        if len(self.events) >= _BUFFER_EVENTS:
-            self.events.clear()
+        if len(self.events) >= _BUFFER_EVENTS or self.size > _BUFFER_BYTES:
+            self.clear()
             self.behind = True
         if not self.behind:
             self.events.append(event)
+            self.size += event.size
         self.wake.set()
+
+    def take(self) -> Event:
+        event = self.events.popleft()
+        self.size -= event.size
+        return event
+
+    def clear(self) -> None:
+        self.events.clear()
+        self.size = 0
 
 
 class EventHub:
@@ -139,7 +152,7 @@ class EventHub:
     ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
         while True:
             while subscription.behind:
-                subscription.events.clear()
+                subscription.clear()
                 subscription.behind = False
                 async for page in self._stored(subscription):
                     yield page
@@ -149,11 +162,11 @@ class EventHub:
                 events: list[pb.WatchEvent] = []
                 size = 0
                 while subscription.events and len(events) < _PAGE_EVENTS and size < _PAGE_BYTES:
-                    event = subscription.events.popleft()
+                    event = subscription.take()
                     if event.cursor > subscription.cursor:
                         subscription.cursor = event.cursor
                         events.append(event.message)
-                        size += event.message.ByteSize()
+                        size += event.size
                 if events:
                     yield events, subscription.cursor
             if subscription.behind:

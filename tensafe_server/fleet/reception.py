@@ -14,10 +14,12 @@ from tensafe_server.fleet.restore import Restorer
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
+from tensafe_server.operations.model import QUEUED, RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, cancelled
 
 log = logging.getLogger(__name__)
+
+_MOST_DEATHS = 1
 
 
 class Reception:
@@ -56,9 +58,24 @@ class Reception:
         )
         return link
 
-    def leave(self, link: WorkerLink) -> None:
+    async def leave(self, link: WorkerLink) -> None:
+        """Takes back what a worker had. An operation that was running when its worker was lost is
+        tried once more; then it fails, so that it cannot take one worker after the other."""
         link.close()
+        running = [
+            operation
+            for operation in map(self._ledger.pending, link.outstanding)
+            if operation is not None and operation.row.state == RUNNING
+        ]
         self._dispatcher.remove(link)
+        endings = []
+        for operation in running:
+            operation.deaths += 1
+            operation.row.state = QUEUED
+            if operation.deaths > _MOST_DEATHS:
+                operation.void = True
+                endings.append(Ending(operation, error=_deadly(operation).detail))
+        await self._outcomes.settle(endings)
 
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
@@ -131,3 +148,12 @@ class Reception:
             and held.epoch == run.epoch
             and held.last_seq >= run.executed_seq
         )
+
+
+def _deadly(operation: PendingOperation) -> TenSafeFault:
+    return TenSafeFault(
+        "INTERNAL",
+        f"operation {operation.row.id} was running both times when its worker was lost, so it is "
+        "not tried again; the run goes on from before it. Try a smaller batch, and tell the operator",
+        operation_id=operation.row.id,
+    )

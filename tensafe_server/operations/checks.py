@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+from google.protobuf.struct_pb2 import Struct
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
@@ -30,6 +31,8 @@ KINDS = {
 _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 _LOSS_INPUTS = {"cross_entropy": {"target_tokens": _INT32, "weights": _FLOAT32}}
 _MAX_METADATA_BYTES = 64 * 1024
+_MAX_METADATA_DEPTH = 16
+_LARGEST_SEQ = 2**53 - 1
 
 
 class _Paths:
@@ -67,6 +70,10 @@ def check_identity(spec: training.OperationSpec) -> None:
         source = spec.sample.weights.WhichOneof("source")
         needed, banned = ["request_id"], ["seq"]
         (needed if source == "version" else banned).append("run_id")
+    if spec.HasField("seq") and not 1 <= spec.seq <= _LARGEST_SEQ:
+        raise refused([("seq", f"must be from 1 to {_LARGEST_SEQ}")])
+    if spec.HasField("request_id") and not 8 <= len(spec.request_id) <= 64:
+        raise refused([("request_id", "must have from 8 to 64 characters")])
     broken = [(name, "is required here") for name in needed if not spec.HasField(name)]  # type: ignore[arg-type]
     broken += [(name, "must be unset here") for name in banned if spec.HasField(name)]  # type: ignore[arg-type]
     if broken:
@@ -86,9 +93,26 @@ def check_content(spec: training.OperationSpec, model: Model) -> float:
         return 3.0 * _check_batch(spec.forward_backward, "forward_backward", model)
     if kind == "sample":
         return _check_sample(spec.sample, model)
-    if kind == "save_state" and spec.save_state.metadata.ByteSize() > _MAX_METADATA_BYTES:
-        raise refused([("save_state.metadata", f"must be at most {_MAX_METADATA_BYTES} bytes")])
+    if kind == "save_state":
+        _check_metadata(spec.save_state.metadata)
     return 16.0
+
+
+def _check_metadata(metadata: Struct) -> None:
+    field = "save_state.metadata"
+    if metadata.ByteSize() > _MAX_METADATA_BYTES:
+        raise refused([(field, f"must be at most {_MAX_METADATA_BYTES} bytes")])
+    values = [(value, 1) for value in metadata.fields.values()]
+    while values:
+        value, depth = values.pop()
+        if depth > _MAX_METADATA_DEPTH:
+            raise refused([(field, f"must be nested at most {_MAX_METADATA_DEPTH} levels deep")])
+        if value.HasField("struct_value"):
+            values += [(inner, depth + 1) for inner in value.struct_value.fields.values()]
+        elif value.HasField("list_value"):
+            values += [(inner, depth + 1) for inner in value.list_value.values]
+        elif value.HasField("number_value") and not math.isfinite(value.number_value):
+            raise refused([(field, "must hold finite numbers only, as JSON does")])
 
 
 def _check_batch(
@@ -211,7 +235,7 @@ def _offsets(tensor: Tensor) -> Array:
         raise TensorError("must be an int64 vector")
     if len(offsets) < 2:
         raise TensorError("the batch is empty; send at least one datum")
-    if offsets.item(0) != 0 or np.minimum.reduce(offsets[1:] - offsets[:-1]) <= 0:
+    if offsets.item(0) != 0 or (offsets[1:] <= offsets[:-1]).any():
         raise TensorError("must begin at 0 and increase strictly: every datum has a token")
     return offsets
 

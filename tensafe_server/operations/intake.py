@@ -17,7 +17,7 @@ from tensafe.v1 import training_pb2 as training
 from tensafe.v1.artifacts_pb2 import Artifact
 from tensafe.wire.channel import MAX_MESSAGE_BYTES
 from tensafe.wire.status import TenSafeFault, to_status
-from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
+from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
@@ -60,6 +60,7 @@ class _Candidate:
     digest: bytes
     artifact: Artifact | None = None
     seen: bool = False
+    fault: TenSafeFault | None = None
     payload: tuple[bytes | None, str | None] = (None, None)
 
 
@@ -112,6 +113,11 @@ class Intake:
     async def _prepare(self, tenant_id: str, spec: training.OperationSpec) -> _Candidate:
         data = spec.SerializeToString(deterministic=True)
         candidate = _Candidate(spec, data, hashlib.blake2b(data, digest_size=16).digest())
+        try:
+            _check_spec(spec, len(data))
+        except TenSafeFault as fault:
+            candidate.fault = fault
+            return candidate
         artifact_id = _artifact_read(spec)
         if artifact_id:
             candidate.artifact = await self._store.artifact(tenant_id, artifact_id)
@@ -124,10 +130,7 @@ class Intake:
         if spec.HasField("request_id"):
             row = await self._store.operation_by_request(tenant_id, spec.request_id)
             candidate.seen = row is not None
-        if len(data) > INLINE_BYTES and len(data) <= MAX_MESSAGE_BYTES:
-            candidate.payload = await self._payloads.save(tenant_id, data)
-        else:
-            candidate.payload = (data, None)
+        candidate.payload = await self._payloads.save(tenant_id, data)
         return candidate
 
     def _accept(
@@ -140,8 +143,8 @@ class Intake:
             _SeenBeforeError: the store has to be asked.
         """
         spec = candidate.spec
-        if not spec.WhichOneof("operation"):
-            check_rules(spec)
+        if candidate.fault is not None and not spec.WhichOneof("operation"):
+            raise candidate.fault
         checks.check_identity(spec)
         run = self._ledger.run(tenant_id, spec.run_id) if spec.HasField("run_id") else None
         if self._known(tenant_id, run, candidate, outcome):
@@ -187,14 +190,8 @@ class Intake:
 
     def _check(self, candidate: _Candidate, run: RunState | None) -> tuple[str, float]:
         spec = candidate.spec
-        if len(candidate.data) > MAX_MESSAGE_BYTES:
-            raise TenSafeFault(
-                "MESSAGE_TOO_LARGE",
-                f"the operation has {len(candidate.data)} bytes, the limit is {MAX_MESSAGE_BYTES}; "
-                "split the batch over several calls",
-                field="operation",
-            )
-        check_rules(spec)
+        if candidate.fault is not None:
+            raise candidate.fault
         if _artifact_read(spec) and candidate.artifact is None:
             raise TenSafeFault(
                 "ARTIFACT_NOT_FOUND",
@@ -281,6 +278,17 @@ class Intake:
 
 class _SeenBeforeError(Exception):
     """The (run, seq) or request id was used before."""
+
+
+def _check_spec(spec: training.OperationSpec, size: int) -> None:
+    if size > MAX_MESSAGE_BYTES:
+        raise TenSafeFault(
+            "MESSAGE_TOO_LARGE",
+            f"the operation has {size} bytes, the limit is {MAX_MESSAGE_BYTES}; split the batch "
+            "over several calls",
+            field="operation",
+        )
+    check_rules(spec)
 
 
 def _artifact_id(candidate: _Candidate) -> str | None:

@@ -32,6 +32,7 @@ class PendingOperation:
         worker_id: where it was sent; None while it waits.
         void: it ended before it ran; its place only tells the worker that the window has a hole.
         finishing: its outcome is on the way to the disk; nothing may change it any more.
+        deaths: how many workers were lost while they ran it.
     """
 
     row: OperationRow
@@ -40,6 +41,7 @@ class PendingOperation:
     worker_id: str | None = None
     void: bool = False
     finishing: bool = False
+    deaths: int = 0
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
 

@@ -179,12 +179,14 @@ def ended_event(operation: PendingOperation, result: ops.OperationResult | None 
     message = bare_operation(row)
     if result is not None:
         message.result.CopyFrom(result)
+    event = ops.WatchEvent(operation=message)
     return Event(
         row.cursor or 0,
         row.tenant_id,
         row.run_id or "",
         row.session_id,
-        ops.WatchEvent(operation=message),
+        event,
+        event.ByteSize(),
     )
 
 

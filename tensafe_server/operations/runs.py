@@ -55,10 +55,16 @@ class RunBook:
             self._ledger.runs[run.id] = run
             return run
 
-    async def delete(self, run: RunState) -> None:
-        """Marks a run as deleted; from now on it takes nothing."""
-        run.status = training.RUN_STATUS_DELETED
-        await self._store.set_run_status(run.id, run.status)
+    async def delete(self, run: RunState, request: training.DeleteRunRequest) -> None:
+        """Marks a run as deleted; from now on it takes nothing.
+
+        Raises:
+            TenSafeFault: REQUEST_ID_CONFLICT.
+        """
+        if await first_request(self._store, run.tenant_id, request) is None:
+            run.status = training.RUN_STATUS_DELETED
+            await self._store.set_run_status(run.id, run.status)
+            await self._store.remember(new_request(run.tenant_id, request, run.id))
 
     def of_tenant(self, tenant_id: str, *, include_deleted: bool) -> list[RunState]:
         """A tenant's runs, newest first."""

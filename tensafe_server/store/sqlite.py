@@ -109,6 +109,9 @@ class SqliteStore:
             RequestRow, "requests WHERE scope = ? AND request_id = ?", (scope, request_id)
         )
 
+    async def remember(self, request: RequestRow) -> None:
+        await self._execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request))
+
     # Runs.
 
     async def add_run(self, row: RunRow, request: RequestRow | None = None) -> None:

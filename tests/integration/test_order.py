@@ -186,3 +186,46 @@ def test_two_processes_with_the_same_operation_both_hear_its_end(service: LocalS
         futures = [tc.save_state_async() for tc in (first, second)]
         artifacts = {future.result(30).artifact_id for future in futures}
     assert len(artifacts) == 1
+
+
+def test_a_bad_item_fails_alone(raw: RawClient, client: ServiceClient):
+    run = new_run(raw)
+    bad = pb.OperationSpec(
+        run_id=run,
+        request_id=uuid.uuid4().hex,
+        sample=pb.Sample(
+            prompts=[pb.Prompt(text="x")],
+            weights=pb.SampleWeights(version=pb.PinnedVersion(step=2**63)),
+        ),
+    )
+    outcomes = submit(raw, passing(run, 1), bad, stepping(run, 2))
+    assert [outcome.HasField("error") for outcome in outcomes] == [False, True, False]
+    assert client.future(outcomes[2].operation_id).result(30).step == 1
+
+
+def test_pages_of_runs_neither_repeat_nor_skip(raw: RawClient):
+    made = [new_run(raw) for _ in range(7)]
+    first = raw.stub.ListRuns(pb.ListRunsRequest(page_size=3), metadata=raw.metadata)
+    raw.stub.DeleteRun(
+        pb.DeleteRunRequest(run_id=made[-1], request_id=uuid.uuid4().hex), metadata=raw.metadata
+    )
+    new_run(raw)
+    second = raw.stub.ListRuns(
+        pb.ListRunsRequest(page_size=4, page_token=first.next_page_token), metadata=raw.metadata
+    )
+    assert [run.id for run in [*first.runs, *second.runs]] == made[::-1]
+
+
+def test_a_request_id_deletes_one_run_only(raw: RawClient):
+    one, other = new_run(raw), new_run(raw)
+    request_id = uuid.uuid4().hex
+    for _ in range(2):
+        answer = raw.stub.DeleteRun(
+            pb.DeleteRunRequest(run_id=one, request_id=request_id), metadata=raw.metadata
+        )
+        assert answer.run.status == pb.RUN_STATUS_DELETED
+    with pytest.raises(grpc.RpcError) as raised:
+        raw.stub.DeleteRun(
+            pb.DeleteRunRequest(run_id=other, request_id=request_id), metadata=raw.metadata
+        )
+    assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +110,33 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path):
     [worker] = worker_pids(service)  # type: ignore[arg-type]
     service.kill()
     wait_until_gone(worker)
+
+
+def test_an_operation_that_loses_two_workers_fails_by_itself(tmp_path: Path, tiny_model: Path):
+    tokens = np.random.default_rng(0).integers(3, 200, (1500, 100))
+    heavy = {"input_ids": tokens, "labels": tokens}
+    with (
+        local_service(
+            backend="torch",
+            models=[f"tiny={tiny_model}"],
+            options=["--dtype", "float32"],
+            directory=tmp_path,
+        ) as service,
+        ServiceClient(service.target, api_key=service.api_key) as client,
+    ):
+        tc = client.create_training_client({"model_ref": "tiny", "seed": 5})
+        deadly = tc.forward_backward(heavy)
+        killed: list[int] = []
+        while len(killed) < 2:
+            fresh = [pid for pid in worker_pids(service) if pid not in killed]
+            operation_id = deadly.operation_id
+            if fresh and operation_id and client.operation(operation_id).state == "running":
+                os.kill(fresh[0], signal.SIGKILL)
+                killed += fresh
+            assert not deadly.done()
+        error = deadly.exception(120)
+        assert error is not None
+        assert "worker was lost" in str(error)
+        assert tc.optim_step().exception(120) is not None  # its window has a hole
+        assert train(tc, range(1))
+        assert tc.refresh().step == 1

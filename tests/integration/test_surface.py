@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import grpc
@@ -13,11 +14,12 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from grpc_status import rpc_status
 from harness.wire import batch, forward_backward, int32, int64, raw_client
-from local_service import LocalService
+from local_service import LocalService, tensafe_command
 
 from tensafe.v1 import training_pb2 as pb
 from tensafe.v1 import training_pb2_grpc
 from tensafe.wire.channel import MAX_MESSAGE_BYTES
+from tensafe.wire.status import from_status
 
 SERVICES = {
     f"tensafe.v1.{name}Service"
@@ -91,3 +93,29 @@ def test_a_message_beyond_the_limit_is_refused_by_name(service: LocalService):
         assert error is not None
         assert (error.code, error.reason) == ("INVALID_ARGUMENT", "MESSAGE_TOO_LARGE")
         assert raw.next_seq(run.id) == 2
+
+
+def test_an_unknown_method_says_so(channel: grpc.Channel, key: list[tuple[str, str]]):
+    with pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary("/tensafe.v1.TrainingService/Nothing")(b"", metadata=key)
+    status = rpc_status.from_call(raised.value)
+    assert status is not None
+    detail = from_status(status)
+    assert (detail.code, detail.reason) == ("UNIMPLEMENTED", "UNIMPLEMENTED")
+
+
+def test_one_data_directory_has_one_coordinator(service: LocalService):
+    second = subprocess.run(
+        tensafe_command(
+            *("up", "--backend", "mock", "--listen", "127.0.0.1:0"),
+            *("--data", str(service.directory / "data"), "--no-profile"),
+        ),
+        env=service.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert "another coordinator is using" in second.stderr
+    assert "Traceback" not in second.stderr

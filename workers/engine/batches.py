@@ -180,7 +180,9 @@ def _last_scored(batch: ScoredBatch) -> Int64:
 
 
 def _check_offsets(offsets: Int64, count: int) -> None:
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != count or (np.diff(offsets) < 1).any():
+    # Compared, not subtracted: differences of int64 may wrap.
+    rising = len(offsets) > 1 and bool((offsets[1:] > offsets[:-1]).all())
+    if not rising or offsets[0] != 0 or offsets[-1] != count:
         raise _invalid(
             "batch.offsets",
             f"they must rise strictly from 0 to the {count} input tokens, one step per datum",

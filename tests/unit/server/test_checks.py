@@ -109,3 +109,41 @@ def test_an_operation_is_either_numbered_or_in_a_lane(spec: pb.OperationSpec, fi
     with pytest.raises(TenSafeFault) as raised:
         check_identity(spec)
     assert raised.value.detail.metadata["field"] == field
+
+
+def nested(depth: int) -> dict[str, object]:
+    inner: dict[str, object] = {"x": 1}
+    for _ in range(depth - 1):
+        inner = {"x": inner}
+    return inner
+
+
+@pytest.mark.parametrize(
+    "metadata", [nested(17), {"x": float("nan")}, {"x": [1.0, float("inf")]}, {"x": "y" * 70_000}]
+)
+def test_metadata_that_is_no_small_json_is_refused(metadata: dict[str, object]):
+    spec = pb.OperationSpec(run_id="r", seq=1, save_state=pb.SaveState())
+    spec.save_state.metadata.update(metadata)
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(spec, MODEL)
+    assert raised.value.detail.metadata["field"] == "save_state.metadata"
+
+
+def test_metadata_may_be_nested_sixteen_deep():
+    spec = pb.OperationSpec(run_id="r", seq=1, save_state=pb.SaveState())
+    spec.save_state.metadata.update(nested(16))
+    check_content(spec, MODEL)
+
+
+def test_offsets_that_wrap_around_are_refused():
+    spec = forward_backward([1, 2, 3], [0, 2**63 - 1, -(2**63), -1, 3])
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(spec, MODEL)
+    assert raised.value.detail.reason == "INVALID_BATCH"
+
+
+@pytest.mark.parametrize("seq", [0, 2**53, 2**64 - 1])
+def test_a_seq_outside_its_range_is_refused(seq: int):
+    with pytest.raises(TenSafeFault) as raised:
+        check_identity(pb.OperationSpec(run_id="r", seq=seq, optim_step=pb.OptimStep()))
+    assert raised.value.detail.metadata["field"] == "seq"

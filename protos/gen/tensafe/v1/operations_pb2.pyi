@@ -651,7 +651,7 @@ Global___ListOperationsResponse: _TypeAlias = ListOperationsResponse  # noqa: Y0
 
 @_typing.final
 class CancelOperationRequest(_message.Message):
-    """Asks to cancel an operation."""
+    """Asks to cancel an operation. Needs no request id: twice is the same as once."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
