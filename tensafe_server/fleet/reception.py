@@ -154,6 +154,7 @@ def _deadly(operation: PendingOperation) -> TenSafeFault:
     return TenSafeFault(
         "INTERNAL",
         f"operation {operation.row.id} was running both times when its worker was lost, so it is "
-        "not tried again; the run goes on from before it. Try a smaller batch, and tell the operator",
+        "not tried again; the run goes on from before it. Try a smaller batch, and tell the "
+        "operator",
         operation_id=operation.row.id,
     )
