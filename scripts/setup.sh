@@ -22,10 +22,12 @@ fi
     "Name another one: PYTHON=python3.12 make setup" >&2
   exit 1
 }
-if [ ! -x "$venv/bin/python" ]; then
-  "$python" -m venv "$venv" || {
+# Without its pip it is half-made: Debian's python3 without python3-venv leaves such a one.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  "$python" -m venv --clear "$venv" || {
+    rm -rf "$venv"
     echo "setup: $python cannot make a virtual environment; on Debian and Ubuntu:" \
-      "apt-get install python3-venv" >&2
+      "apt-get install python3-venv, then run this again" >&2
     exit 1
   }
 fi

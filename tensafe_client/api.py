@@ -17,6 +17,7 @@ from tensafe.v1 import (
     training_pb2,
 )
 from tensafe_client.backoff import Backoff, retryable
+from tensafe_client.checks import check_bool, check_count, check_string
 from tensafe_client.config import TrainingConfig
 from tensafe_client.errors import (
     InvalidArgumentError,
@@ -58,19 +59,20 @@ class Api:
     async def attach_run(self, run_id: str) -> tuple[RunInfo, RunSequence]:
         """Asks for a run's next seq."""
         stubs = await self._session.stubs()
-        request = training_pb2.AttachRunRequest(run_id=run_id)
+        request = training_pb2.AttachRunRequest(run_id=check_string("run_id", run_id))
         response = await self._session.call(stubs.training.AttachRun, request)
         return RunInfo.from_proto(response.run), self._session.sequence(response.run)
 
     async def run(self, run_id: str) -> RunInfo:
         """Reads a run."""
         stubs = await self._session.stubs()
-        request = training_pb2.GetRunRequest(run_id=run_id)
+        request = training_pb2.GetRunRequest(run_id=check_string("run_id", run_id))
         response = await self._session.call(stubs.training.GetRun, request)
         return RunInfo.from_proto(response.run)
 
     async def runs(self, include_deleted: bool, limit: int | None) -> list[RunInfo]:
         """Lists runs, newest first."""
+        check_bool("include_deleted", include_deleted)
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
@@ -84,7 +86,9 @@ class Api:
     async def delete_run(self, run_id: str) -> RunInfo:
         """Deletes a run."""
         stubs = await self._session.stubs()
-        request = training_pb2.DeleteRunRequest(run_id=run_id, request_id=new_request_id())
+        request = training_pb2.DeleteRunRequest(
+            run_id=check_string("run_id", run_id), request_id=new_request_id()
+        )
         response = await self._session.call(stubs.training.DeleteRun, request)
         return RunInfo.from_proto(response.run)
 
@@ -94,11 +98,12 @@ class Api:
 
     async def operations(self, run_id: str | None, limit: int | None) -> list[OperationInfo]:
         """Lists operations, newest first."""
+        of_run = check_string("run_id", run_id or "")
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
             return operations_pb2.ListOperationsRequest(
-                run_id=run_id or "", page_size=size, page_token=token
+                run_id=of_run, page_size=size, page_token=token
             )
 
         found = await self._pages(stubs.operations.ListOperations, request, "operations", limit)
@@ -107,7 +112,9 @@ class Api:
     async def cancel(self, operation_id: str) -> bool:
         """Cancels an operation; True only if it never ran."""
         stubs = await self._session.stubs()
-        request = operations_pb2.CancelOperationRequest(operation_id=operation_id)
+        request = operations_pb2.CancelOperationRequest(
+            operation_id=check_string("operation_id", operation_id)
+        )
         response = await self._session.call(stubs.operations.CancelOperation, request)
         cancelled: bool = response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED
         return cancelled
@@ -121,14 +128,24 @@ class Api:
             self._session.spawn(self._session.wait_for(future, operation_id))
         return future
 
-    async def metrics(
+    def metrics(
         self, run_id: str, since: int, follow: bool
     ) -> AsyncGenerator[list[StepMetrics], None]:
-        """Yields a run's metrics as the server pushes them; goes on after a break."""
-        stubs = await self._session.stubs()
+        """Yields a run's metrics as the server pushes them; goes on after a break.
+
+        Raises:
+            ConfigError: for arguments of a wrong type, before anything is iterated.
+        """
+        since = check_count("since", since, bits=64)
+        return self._metrics(run_id, since, check_bool("follow", follow))
+
+    async def _metrics(
+        self, run_id: str, since: int, follow: bool
+    ) -> AsyncGenerator[list[StepMetrics], None]:
         backoff = Backoff()
         ended = False
         while not ended:
+            stubs = await self._session.stubs()  # says so if the client was closed meanwhile
             request = metrics_pb2.StreamMetricsRequest(run_id=run_id, since=since, follow=follow)
             call = stubs.metrics.StreamMetrics(request, metadata=self._session.metadata)
             try:
@@ -149,17 +166,20 @@ class Api:
     async def artifact(self, artifact_id: str) -> ArtifactInfo:
         """Reads an artifact's description."""
         stubs = await self._session.stubs()
-        request = artifacts_pb2.GetArtifactRequest(artifact_id=artifact_id)
+        request = artifacts_pb2.GetArtifactRequest(
+            artifact_id=check_string("artifact_id", artifact_id)
+        )
         response = await self._session.call(stubs.artifacts.GetArtifact, request)
         return ArtifactInfo.from_proto(response.artifact)
 
     async def artifacts(self, run_id: str | None, limit: int | None) -> list[ArtifactInfo]:
         """Lists artifacts, newest first."""
+        of_run = check_string("run_id", run_id or "")
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
             return artifacts_pb2.ListArtifactsRequest(
-                run_id=run_id or "", page_size=size, page_token=token
+                run_id=of_run, page_size=size, page_token=token
             )
 
         found = await self._pages(stubs.artifacts.ListArtifacts, request, "artifacts", limit)
@@ -168,7 +188,7 @@ class Api:
     async def model(self, model_ref: str) -> ModelInfo:
         """Reads a model."""
         stubs = await self._session.stubs()
-        request = models_pb2.GetModelRequest(model_ref=model_ref)
+        request = models_pb2.GetModelRequest(model_ref=check_string("model_ref", model_ref))
         response = await self._session.call(stubs.models.GetModel, request)
         return ModelInfo.from_proto(response.model)
 
@@ -180,7 +200,9 @@ class Api:
 
     async def _get_operation(self, operation_id: str) -> operations_pb2.Operation:
         stubs = await self._session.stubs()
-        request = operations_pb2.GetOperationRequest(operation_id=operation_id)
+        request = operations_pb2.GetOperationRequest(
+            operation_id=check_string("operation_id", operation_id)
+        )
         response = await self._session.call(stubs.operations.GetOperation, request)
         operation: operations_pb2.Operation = response.operation
         return operation
@@ -188,7 +210,7 @@ class Api:
     async def _pages(
         self, method: Any, request: Callable[[int, str], Any], field: str, limit: int | None
     ) -> list[Any]:
-        if limit is not None and limit < 1:
+        if limit is not None and check_count("limit", limit, bits=63) < 1:
             raise InvalidArgumentError(f"limit must be 1 or more, got {limit}")
         found: list[Any] = []
         token = ""
@@ -210,7 +232,9 @@ class AdminApi:
     async def create_tenant(self, name: str) -> TenantInfo:
         """Creates a tenant."""
         stubs = await self._session.stubs()
-        request = admin_pb2.CreateTenantRequest(request_id=new_request_id(), name=name)
+        request = admin_pb2.CreateTenantRequest(
+            request_id=new_request_id(), name=check_string("name", name)
+        )
         response = await self._session.call(stubs.admin.CreateTenant, request)
         return TenantInfo.from_proto(response.tenant)
 
@@ -227,11 +251,14 @@ class AdminApi:
             "admin": admin_pb2.KEY_KIND_ADMIN,
             "worker": admin_pb2.KEY_KIND_WORKER,
         }
-        if kind not in kinds:
+        if check_string("kind", kind) not in kinds:
             raise InvalidArgumentError(f"no kind of key {kind!r}; use {', '.join(kinds)}")
         stubs = await self._session.stubs()
         request = admin_pb2.CreateKeyRequest(
-            request_id=new_request_id(), kind=kinds[kind], tenant=tenant or "", name=name
+            request_id=new_request_id(),
+            kind=kinds[kind],
+            tenant=check_string("tenant", tenant or ""),
+            name=check_string("name", name),
         )
         response = await self._session.call(stubs.admin.CreateKey, request)
         return NewKey(KeyInfo.from_proto(response.key), response.secret)
@@ -239,13 +266,15 @@ class AdminApi:
     async def keys(self, tenant: str | None) -> list[KeyInfo]:
         """Lists keys."""
         stubs = await self._session.stubs()
-        request = admin_pb2.ListKeysRequest(tenant=tenant or "")
+        request = admin_pb2.ListKeysRequest(tenant=check_string("tenant", tenant or ""))
         response = await self._session.call(stubs.admin.ListKeys, request)
         return [KeyInfo.from_proto(message) for message in response.keys]
 
     async def revoke_key(self, key_id: str) -> KeyInfo:
         """Revokes a key."""
         stubs = await self._session.stubs()
-        request = admin_pb2.RevokeKeyRequest(key_id=key_id, request_id=new_request_id())
+        request = admin_pb2.RevokeKeyRequest(
+            key_id=check_string("key_id", key_id), request_id=new_request_id()
+        )
         response = await self._session.call(stubs.admin.RevokeKey, request)
         return KeyInfo.from_proto(response.key)

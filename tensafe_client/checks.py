@@ -30,9 +30,14 @@ def check_fields(what: str, given: Mapping[str, Any], config: type[Any], path: s
 
 
 def check_string(field: str, value: object) -> str:
-    """Returns a string, or raises ConfigError."""
+    """Returns a string that UTF-8 can hold, or raises ConfigError."""
     if not isinstance(value, str):
         raise _wrong(field, "a string", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        text = f"has half of a surrogate pair at character {error.start}, which UTF-8 cannot hold"
+        raise ConfigError(f"{field} {text}", violations=[(field, text)]) from None
     return value
 
 
@@ -57,7 +62,10 @@ def check_number(field: str, value: object) -> float:
     """Returns a real number as float, or raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong(field, "a number", value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise _wrong(field, "a number below 1.8e308", value) from None
 
 
 def check_strings(field: str, value: object) -> list[str]:

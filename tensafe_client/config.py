@@ -155,7 +155,7 @@ class OptimizerConfig(_Given):
                 if getattr(self, name) is not None
             }
         )
-        if self.given("betas"):
+        if self.given("betas") and self.betas is not None:
             message.beta1, message.beta2 = self.betas
         return message
 

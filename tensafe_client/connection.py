@@ -14,6 +14,7 @@ from tensafe_client.profiles import ProfileFile, read_profiles
 
 DEFAULT_TIMEOUT_S = 30.0
 
+_KEY = re.compile(r"[\x21-\x7e]+")
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>[0-9]{1,5})")
 
 
@@ -84,7 +85,7 @@ def resolve(config: ClientConfig) -> Connection:
     """Fills in from environment and profiles what the config leaves open.
 
     Raises:
-        ConfigError: if no target is known, or it cannot be read.
+        ConfigError: if no target is known, or target or key cannot be read.
     """
     file = read_profiles()
     named = config.profile or os.environ.get("TENSAFE_PROFILE")
@@ -107,7 +108,7 @@ def resolve(config: ClientConfig) -> Connection:
     api_key = config.api_key or os.environ.get("TENSAFE_API_KEY")
     if not api_key:
         api_key = _saved_key(file, named or file.default_profile, host_port)
-    return Connection(host_port, api_key, config.timeout_s)
+    return Connection(host_port, _checked_key(api_key), config.timeout_s)
 
 
 def parse_target(target: str) -> str:
@@ -121,6 +122,17 @@ def parse_target(target: str) -> str:
     if match is None or not 0 < int(match["port"]) < 65536:
         raise ConfigError(f"target {target!r} is not HOST:PORT or grpc://HOST:PORT")
     return text
+
+
+def _checked_key(api_key: str | None) -> str | None:
+    """Strips what copying or a file's last line adds; gRPC takes printable ASCII only."""
+    key = (api_key or "").strip()
+    if key and not _KEY.fullmatch(key):
+        raise ConfigError(
+            "the API key has characters outside printable ASCII (0x21 to 0x7e)",
+            remedy="pass the secret as it was shown, `ts_…`, without quotes or line breaks in it",
+        )
+    return key or None
 
 
 def _saved_key(file: ProfileFile, first: str, host_port: str) -> str | None:

@@ -14,6 +14,7 @@ import grpc
 from tensafe.v1 import artifacts_pb2, models_pb2
 from tensafe_client.api import Api
 from tensafe_client.backoff import Backoff, retryable
+from tensafe_client.checks import check_string
 from tensafe_client.errors import ChecksumMismatchError, ServerError, from_rpc_error
 from tensafe_client.infos import ArtifactFile
 from tensafe_client.session import Session
@@ -81,12 +82,12 @@ class Downloads:
 
     async def _fill(self, artifact_id: str, file: ArtifactFile, writer: _PartWriter) -> None:
         """Fetches from where the part ends, again after a break as long as bytes still come."""
-        stubs = await self._session.stubs()
         backoff = Backoff()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._session.connection.timeout_s
         while writer.size_bytes < file.size_bytes:
             before = writer.size_bytes
+            stubs = await self._session.stubs()  # says so if the client was closed meanwhile
             request = artifacts_pb2.DownloadArtifactRequest(
                 artifact_id=artifact_id, file=file.name, offset=before
             )
@@ -118,7 +119,7 @@ class Downloads:
     async def _tokenizer_once(self, model_ref: str) -> dict[str, bytes]:
         stubs = await self._session.stubs()
         files: dict[str, bytearray] = {}
-        request = models_pb2.GetTokenizerRequest(model_ref=model_ref)
+        request = models_pb2.GetTokenizerRequest(model_ref=check_string("model_ref", model_ref))
         call = stubs.models.GetTokenizer(
             request, metadata=self._session.metadata, timeout=self._session.connection.timeout_s
         )

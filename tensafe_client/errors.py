@@ -323,6 +323,16 @@ def from_status(status: status_pb2.Status) -> TenSafeError:
     return from_detail(detail_of_status(status))
 
 
+def unexpected(doing: str, error: Exception) -> TenSafeError:
+    """Makes the error of a fault of the SDK itself, so that futures end instead of waiting."""
+    made = TenSafeError(
+        f"{doing} failed unexpectedly: {error!r}",
+        remedy="attach to the run again with client.training_client(run_id); please report this",
+    )
+    made.__cause__ = error
+    return made
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> TenSafeError:
     """Makes the exception of a failed call, with or without rich details in its trailers."""
     try:

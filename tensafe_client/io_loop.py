@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import os
 import threading
@@ -35,6 +36,7 @@ class IoLoop:
 
         Raises:
             RuntimeError: on the loop's own thread, where blocking would never end.
+            ClientClosedError: if the client was closed meanwhile.
         """
         try:
             self.check_process()
@@ -49,6 +51,10 @@ class IoLoop:
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            if future.cancelled():  # and nobody here did it: its channel was closed
+                raise _closed_meanwhile() from None
+            raise
         except BaseException:  # Ctrl-C while waiting: do not leave the call behind
             future.cancel()
             raise
@@ -63,7 +69,13 @@ class IoLoop:
             coroutine.close()
             raise
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # the caller's own task is being cancelled
+            raise _closed_meanwhile() from None
 
     def is_current_thread(self) -> bool:
         """Tells whether the caller runs on the loop's thread."""
@@ -104,6 +116,12 @@ class IoLoop:
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+
+def _closed_meanwhile() -> ClientClosedError:
+    return ClientClosedError(
+        "the client was closed while this call went on", remedy="make a new ServiceClient"
+    )
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

@@ -51,7 +51,7 @@ def read_profiles(path: Path | None = None) -> ProfileFile:
     """Reads the file; one that does not exist has no profiles.
 
     Raises:
-        ConfigError: if the file is not what `save_profile` writes.
+        ConfigError: if the file cannot be read, or is not what `save_profile` writes.
     """
     path = path or config_path()
     try:
@@ -60,6 +60,11 @@ def read_profiles(path: Path | None = None) -> ProfileFile:
         return ProfileFile({})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"the profiles' file {path} cannot be read: {error.strerror}",
+            remedy="make it a file that you may read, or name another one in TENSAFE_CONFIG",
+        ) from error
     default = document.pop("default_profile", "default")
     tables = document.pop("profiles", {})
     if document or not isinstance(tables, dict) or not isinstance(default, str):

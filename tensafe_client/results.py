@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from google.protobuf import json_format, struct_pb2, timestamp_pb2
+from google.protobuf import struct_pb2, timestamp_pb2
 
 from tensafe.v1 import metrics_pb2, operations_pb2, types_pb2
 from tensafe.wire.tensors import Array, decode
@@ -206,9 +207,12 @@ def to_datetime(stamp: timestamp_pb2.Timestamp) -> datetime:
 
 
 def to_dict(message: struct_pb2.Struct) -> dict[str, Any]:
-    """Converts a JSON object; whole numbers come back as int."""
-    plain: dict[str, Any] = _whole_numbers(json_format.MessageToDict(message))
-    return plain
+    """Converts a JSON object; whole numbers come back as int.
+
+    What JSON lacks and another client may have stored all the same comes back as the string "NaN",
+    "Infinity" or "-Infinity".
+    """
+    return {key: _plain(item) for key, item in message.fields.items()}
 
 
 def enum_name(enum: Any, number: int) -> str:
@@ -342,11 +346,20 @@ def _pieces(item: types_pb2.NamedTensor, offsets: Array | None) -> list[Array]:
     return [whole[a:b] for a, b in pairwise(bounds)]
 
 
-def _whole_numbers(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, dict):
-        return {key: _whole_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_whole_numbers(item) for item in value]
-    return value
+def _plain(value: struct_pb2.Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        return to_dict(value.struct_value)
+    if kind == "list_value":
+        return [_plain(item) for item in value.list_value.values]
+    if kind == "number_value":
+        return _plain_number(value.number_value)
+    return None if kind in (None, "null_value") else getattr(value, kind)
+
+
+def _plain_number(number: float) -> float | str:
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return int(number) if number.is_integer() else number

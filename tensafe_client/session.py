@@ -23,7 +23,9 @@ from tensafe_client.errors import (
     ClientClosedError,
     ConnectionFailedError,
     RequestTimeoutError,
+    SequenceGapError,
     TenSafeError,
+    unexpected,
 )
 from tensafe_client.futures import OperationFuture
 from tensafe_client.io_loop import io_loop
@@ -35,11 +37,16 @@ _WAIT_S = 60.0
 
 @dataclass
 class RunSequence:
-    """The numbering of one run's operations, shared by all its clients of one session."""
+    """The numbering of one run's operations, shared by all its clients of one session.
+
+    `lost`: why the server may never have seen some of its seqs. Until the run is attached to again
+    nothing more is numbered: the server would only wait for the gap to be filled.
+    """
 
     run_id: str
     next_seq: int
     step: int
+    lost: TenSafeError | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -104,7 +111,10 @@ class Session:
         with known.lock:
             known.step = run.step
             in_flight = self.has_pending(run.id)
-            known.next_seq = max(run.next_seq, known.next_seq) if in_flight else run.next_seq
+            if known.lost is not None or not in_flight:
+                known.next_seq, known.lost = run.next_seq, None
+            else:
+                known.next_seq = max(run.next_seq, known.next_seq)
         return known
 
     def has_pending(self, run_id: str) -> bool:
@@ -122,9 +132,12 @@ class Session:
 
         Raises:
             MessageTooLargeError: if it is too large; no seq is used up.
+            SequenceGapError: if earlier operations of the run were lost.
         """
         self.check_open()
         with sequence.lock:
+            if sequence.lost is not None:
+                raise _gap(sequence.run_id, sequence.lost)
             seq = sequence.next_seq
             spec.seq = seq
             data = spec.SerializeToString()
@@ -175,6 +188,14 @@ class Session:
 
     async def wait_for(self, future: OperationFuture[Any], operation_id: str) -> None:
         """Resolves a future whose end this session's stream may not tell; on the loop."""
+        try:
+            await self._wait_for(future, operation_id)
+        except TenSafeError as error:
+            future._fail(error)
+        except Exception as error:  # nobody else would end it
+            future._fail(unexpected(f"waiting for {operation_id}", error))
+
+    async def _wait_for(self, future: OperationFuture[Any], operation_id: str) -> None:
         stubs = await self.stubs()
         request = operations_pb2.WaitOperationRequest(
             operation_id=operation_id, timeout=Duration(seconds=int(_WAIT_S))
@@ -190,8 +211,6 @@ class Session:
                 future._finish(response.operation)
             except (ConnectionFailedError, RequestTimeoutError):
                 await asyncio.sleep(backoff.next_s())  # an outage only makes the future wait
-            except TenSafeError as error:
-                future._fail(error)
 
     # -- what the submitter and the watcher report; on the loop
 
@@ -215,6 +234,17 @@ class Session:
         self._by_place.pop((future.run_id, future.seq), None)
         future._fail(error)
         self._tell_id(future)
+
+    def lost(self, run_id: str, error: TenSafeError) -> None:
+        """The server may never have seen some seqs of a run: ends what would wait for them."""
+        sequence = self._sequences.get(run_id)
+        if sequence is None:
+            return
+        with sequence.lock:
+            sequence.lost = error
+            later = self._submitter.take_out(run_id)
+        for submission in later:
+            self.refused(submission.future, "", _gap(run_id, error))
 
     def batch_answered(self) -> None:
         """All ids of what was submitted are known: an unknown end is nobody's."""
@@ -347,6 +377,16 @@ class Session:
         told = self._awaiting_id.get(future)
         if told is not None:
             told.set()
+
+
+def _gap(run_id: str, cause: TenSafeError) -> SequenceGapError:
+    error = SequenceGapError(
+        f"earlier operations of {run_id} did not reach the server ({cause.message}), so that this "
+        "one was not sent",
+        metadata={"run_id": run_id},
+    )
+    error.__cause__ = cause
+    return error
 
 
 def new_request_id() -> str:

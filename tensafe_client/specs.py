@@ -10,11 +10,12 @@ from google.protobuf import struct_pb2
 
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.tensors import encode
-from tensafe_client.checks import check_count, check_number, check_string
+from tensafe_client.checks import check_bool, check_count, check_number, check_string
 from tensafe_client.data.batches import EncodedBatch
 from tensafe_client.data.datum import token_array
 from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
 
+_MAX_METADATA_DEPTH = 16
 _REDUCTIONS = {
     "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
     "sum": pb.LOSS_REDUCTION_SUM,
@@ -23,7 +24,7 @@ _REDUCTIONS = {
 
 def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
     """Packs the loss; a reduction that is None stays unset."""
-    if reduction is not None and reduction not in _REDUCTIONS:
+    if reduction is not None and check_string("reduction", reduction) not in _REDUCTIONS:
         raise InvalidArgumentError(
             f"no reduction {reduction!r}; use {' or '.join(map(repr, _REDUCTIONS))}"
         )
@@ -65,7 +66,7 @@ def save_state(
     Raises:
         InvalidArgumentError: if the metadata is no JSON object.
     """
-    message = pb.SaveState(include_optimizer=include_optimizer)
+    message = pb.SaveState(include_optimizer=_flag(include_optimizer))
     if metadata is not None:
         message.metadata.CopyFrom(_json_object(metadata))
     return pb.OperationSpec(run_id=run_id, save_state=message)
@@ -74,7 +75,8 @@ def save_state(
 def load_state(run_id: str, artifact_id: str, include_optimizer: bool | None) -> pb.OperationSpec:
     """Packs a restore."""
     message = pb.LoadState(
-        artifact_id=check_string("artifact_id", artifact_id), include_optimizer=include_optimizer
+        artifact_id=check_string("artifact_id", artifact_id),
+        include_optimizer=_flag(include_optimizer),
     )
     return pb.OperationSpec(run_id=run_id, load_state=message)
 
@@ -116,7 +118,7 @@ def run_weights(step: int | None, artifact: str | None) -> pb.SampleWeights:
     if step is not None and artifact is not None:
         raise InvalidArgumentError("pass step= or artifact=, not both")
     if step is not None:
-        version = pb.PinnedVersion(step=check_count("step", step, bits=64))
+        version = pb.PinnedVersion(step=check_count("step", step, bits=53))
         return pb.SampleWeights(version=version)
     if artifact is not None:
         return pb.SampleWeights(artifact_id=check_string("artifact", artifact))
@@ -146,7 +148,7 @@ def _prompts(prompts: Any) -> list[pb.Prompt]:
 
 def _prompt(index: int, prompt: Any) -> pb.Prompt:
     if isinstance(prompt, str):
-        return pb.Prompt(text=prompt)
+        return pb.Prompt(text=check_string(f"prompts[{index}]", prompt))
     if _is_list(prompt) and len(prompt) and isinstance(prompt[0], Mapping):
         return pb.Prompt(chat=pb.Chat(messages=[_message(index, item) for item in prompt]))
     if _is_list(prompt):
@@ -177,7 +179,7 @@ def _stop(stop: Any) -> pb.Stop:
         raise InvalidArgumentError(f"stop must be texts or token ids, got {stop!r}")
     for item in items:
         if isinstance(item, str):
-            message.strings.append(item)
+            message.strings.append(check_string("stop", item))
         else:
             message.tokens.append(check_count("stop", item, bits=31))
     return message
@@ -188,29 +190,48 @@ def _is_list(value: Any) -> bool:
     return not isinstance(value, str | bytes | Mapping) and hasattr(value, "__getitem__")
 
 
+def _flag(include_optimizer: object) -> bool | None:
+    return None if include_optimizer is None else check_bool("include_optimizer", include_optimizer)
+
+
 def _json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
     if not isinstance(metadata, Mapping):
         raise InvalidArgumentError(f"metadata must be a dict, got {type(metadata).__name__}")
-    _check_json("metadata", metadata)
     struct = struct_pb2.Struct()
-    struct.update(dict(metadata))
+    struct.update(_plain_json("metadata", metadata, 0))
     return struct
 
 
-def _check_json(path: str, value: Any) -> None:
-    if value is None or isinstance(value, str | bool):
-        return
+def _plain_json(path: str, value: Any, depth: int) -> Any:
+    """Copies a JSON value into dicts and lists; `depth` counts the values around it."""
+    if depth > _MAX_METADATA_DEPTH:
+        raise InvalidArgumentError(
+            f"metadata is nested more than {_MAX_METADATA_DEPTH} levels deep",
+            violations=[("metadata", f"must be nested at most {_MAX_METADATA_DEPTH} levels deep")],
+            remedy="flatten it, or keep the deep part as a string: json.dumps(part)",
+        )
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return check_string(path, value)
     if isinstance(value, int | float):
-        # A Struct holds binary64 numbers: no NaN, and no integer that would be rounded.
-        if not math.isfinite(value) or (isinstance(value, int) and abs(value) > 2**53):
-            raise ConfigError(f"{path} is {value!r}, which JSON numbers cannot hold exactly")
-        return
+        return _json_number(path, value)
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_json(f"{path}.{check_string(f'key of {path}', key)}", item)
-        return
+        return {
+            check_string(f"key of {path}", key): _plain_json(f"{path}.{key}", item, depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_json(f"{path}[{index}]", item)
-        return
+        return [_plain_json(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
     raise ConfigError(f"{path} is a {type(value).__name__}, which is no JSON value")
+
+
+def _json_number(path: str, value: float) -> float:
+    # A Struct holds binary64 numbers: no NaN, and no integer that would be rounded.
+    exact = abs(value) <= 2**53 if isinstance(value, int) else math.isfinite(value)
+    if not exact:
+        raise ConfigError(
+            f"{path} is {value!r}, which JSON numbers cannot hold exactly",
+            remedy="store it as a string",
+        )
+    return value

@@ -21,6 +21,7 @@ from tensafe_client.errors import (
     TenSafeError,
     from_rpc_error,
     from_status,
+    unexpected,
 )
 from tensafe_client.futures import OperationFuture
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_OPERATIONS = 256
 MAX_BATCH_BYTES = 3 * 2**20
+_INTERNAL_ATTEMPTS = 5
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 _ENVELOPE_BYTES = 128  # session id, tags and lengths around the operations
 
 
@@ -93,6 +96,8 @@ class Submitter:
                     await self._send(batch)
                 except TenSafeError as error:
                     self._fail(batch, error)
+                except Exception as error:  # the next batch is sent all the same
+                    self._fail(batch, unexpected("sending operations", error))
                 except asyncio.CancelledError:
                     self._waiting.extendleft(reversed(batch))
                     raise
@@ -109,8 +114,19 @@ class Submitter:
 
     def fail_all(self, error: TenSafeError) -> None:
         """Ends everything that still waits; on the loop."""
+        waiting: list[Submission] = []
         while self._waiting:
-            self._fail([self._waiting.popleft()], error)
+            waiting.append(self._waiting.popleft())
+        self._fail(waiting, error)
+
+    def take_out(self, run_id: str) -> list[Submission]:
+        """Takes out a run's numbered operations that still wait; on the loop."""
+        # Other threads append meanwhile, and a deque must not be iterated then.
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        out = [one for one in waiting if one.future.seq and one.future.run_id == run_id]
+        taken = {id(one) for one in out}
+        self._waiting.extendleft(one for one in reversed(waiting) if id(one) not in taken)
+        return out
 
     def _take(self) -> list[Submission]:
         batch = [self._waiting.popleft()]
@@ -147,18 +163,28 @@ class Submitter:
             self._backoff.reset()
 
     async def _call(self, request: bytes) -> pb.SubmitBatchResponse:
-        """Repeats the call until the server has answered it; an outage only makes it wait."""
+        """Repeats the call until the server has answered it; an outage only makes it wait.
+
+        A fault of the server may pass, and repeating is safe: that is tried a few times.
+        """
         backoff = Backoff()
+        faults = 0
         while True:
             try:
                 return await self._session.submit_batch(request)
             except grpc.aio.AioRpcError as error:
-                if not retryable(error) and error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                again = retryable(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if error.code() in _FAULTS:
+                    faults += 1
+                    again = faults < _INTERNAL_ATTEMPTS
+                if not again:
                     raise from_rpc_error(error) from None
                 delay_s = from_rpc_error(error).retry_delay_s
             await asyncio.sleep(backoff.next_s(delay_s))
 
     def _fail(self, batch: list[Submission], error: TenSafeError) -> None:
+        for run_id in {one.future.run_id for one in batch if one.future.seq}:
+            self._session.lost(run_id, error)
         for submission in batch:
             self._session.refused(submission.future, "", error)
 

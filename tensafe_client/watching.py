@@ -13,7 +13,7 @@ import grpc
 
 from tensafe.v1 import operations_pb2 as pb
 from tensafe_client.backoff import Backoff
-from tensafe_client.errors import ClientClosedError, TenSafeError, from_rpc_error
+from tensafe_client.errors import ClientClosedError, TenSafeError, from_rpc_error, unexpected
 
 if TYPE_CHECKING:
     from tensafe_client.session import Session
@@ -64,10 +64,15 @@ class Watcher:
         try:
             await self._stay_connected()
         except TenSafeError as error:
-            self._session.watch_error = error
-            self._session.fail_all(error)
+            self._end(error)
+        except Exception as error:  # whatever it is, futures must not wait for a stream that ended
+            self._end(unexpected("watching the operations", error))
         finally:
             self._changed.set()
+
+    def _end(self, error: TenSafeError) -> None:
+        self._session.watch_error = error
+        self._session.fail_all(error)
 
     async def _stay_connected(self) -> None:
         backoff = Backoff()

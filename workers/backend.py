@@ -74,7 +74,13 @@ class Backend(ABC):
 
     @abstractmethod
     def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
-        """Generates text. `operation` (seq or id) seeds the draws where no seed is given."""
+        """Generates text.
+
+        Draws come from `params.seed`. Without one, they come from the run's seed and `operation`
+        (its seq) for current weights; from the saved run's seed and step for an artifact or a
+        saved version, so that the same call gives the same text; and from `operation` (its id)
+        for a base model.
+        """
 
     @abstractmethod
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
@@ -84,4 +90,8 @@ class Backend(ABC):
     def load_state(
         self, run_id: str, directory: Path, include_optimizer: bool | None
     ) -> LoadOutcome:
-        """Replaces the run's weights, or all of its state, by an artifact's."""
+        """Replaces the run's weights, or all of its state, by an artifact's.
+
+        Weights alone (`include_optimizer` False, or an artifact without more) drop the open
+        accumulation window: its gradient belongs to the weights that are gone.
+        """

@@ -180,6 +180,9 @@ class MockBackend(Backend):
         restore = complete if include_optimizer is None else include_optimizer
         if restore:
             _restore(run, state)
+        else:
+            run.window.clear()
+            run.norms.clear()
         return LoadOutcome(run.window.step, restore)
 
 

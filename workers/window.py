@@ -66,9 +66,10 @@ class Window:
         self._accumulation_steps = accumulation_steps
         self._max_steps = max_steps
         self.step = 0
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets the window, not `step`; the caller clears its accumulator."""
         self.calls = 0
         self.backwards = 0
         self.poisoned = False
@@ -147,7 +148,7 @@ class Window:
             self.tokens,
             self.compute_ms,
         )
-        self._clear()
+        self.clear()
         if poisoned:
             raise TenSafeFault(
                 "WINDOW_POISONED",

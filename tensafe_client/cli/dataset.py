@@ -10,7 +10,7 @@ import click
 
 from tensafe_client.data import Datum, Example, docstring_pairs, read_jsonl, split_by_module
 from tensafe_client.data.chat import ChatTokenizer
-from tensafe_client.errors import BatchError
+from tensafe_client.errors import BatchError, ContextExceededError, NoChatTemplateError
 
 STDLIB_DOCSTRINGS = "stdlib-docstrings"
 
@@ -45,17 +45,43 @@ def read_examples(data: str, eval_data: Path | None) -> Examples:
 
 
 def encode_examples(
-    tokenizer: ChatTokenizer, examples: Sequence[Example], *, source: str, max_tokens: int | None
+    tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+    *,
+    source: str,
+    max_tokens: int | None,
+    context_length: int,
 ) -> list[Datum]:
     """Tokenises the examples in their order.
 
+    Args:
+        tokenizer: the model's.
+        examples: what `read_examples` gives.
+        source: the file's name, for messages.
+        max_tokens: cut longer examples to so many tokens. None: never cut.
+        context_length: longest sequence that the model takes, tokens; 0 if it takes any.
+
     Raises:
-        BatchError: naming the number of an example that cannot be encoded.
+        BatchError: naming the line of an example that cannot be encoded.
+        NoChatTemplateError: naming the line that needs one.
+        ContextExceededError: naming the first line that is too long, and how many are.
     """
     datums = []
+    too_long: list[str] = []
     for number, example in enumerate(examples, start=1):
+        place = f"example {number}" if example.line is None else f"line {example.line}"
         try:
-            datums.append(tokenizer.datum(example, max_tokens=max_tokens))
-        except BatchError as error:
-            raise BatchError(f"{source}, example {number}: {error.message}") from error
+            datum = tokenizer.datum(example, max_tokens=max_tokens)
+        except (BatchError, NoChatTemplateError) as error:
+            text = f"{source}, {place}: {error.message}"
+            raise type(error)(text, remedy=error.remedy) from error
+        if context_length and len(datum) > context_length:
+            too_long.append(f"{place} has {len(datum)} tokens")
+        datums.append(datum)
+    if too_long:
+        others = f"; {len(too_long) - 1} more are too long" if len(too_long) > 1 else ""
+        raise ContextExceededError(
+            f"{source}: {too_long[0]}, the model's context is {context_length}{others}",
+            remedy=f"cut by --max-tokens {context_length}, or shorten or split what is too long",
+        )
     return datums

@@ -16,9 +16,10 @@ COMMANDS = {
         "tensafe_server.cli:up",
         "Start a coordinator and its workers on this machine.",
         extra="server,worker",
+        serves=True,
     ),
     "server": LazyCommand(
-        "tensafe_server.cli:server", "Start a coordinator alone.", extra="server"
+        "tensafe_server.cli:server", "Start a coordinator alone.", extra="server", serves=True
     ),
     "worker": LazyCommand(
         "workers.cli:worker", "Start a worker and connect it to a coordinator.", extra="worker"

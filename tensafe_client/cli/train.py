@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from tensafe_client.cli.progress import choose_progress
 from tensafe_client.cli.sft_loop import SftLoop, stopping_on_signals
 from tensafe_client.data import DataLoader, Datum
 from tensafe_client.data.chat import ChatTokenizer
-from tensafe_client.errors import TenSafeError
+from tensafe_client.errors import ConfigError, TenSafeError
+from tensafe_client.schedules import Schedule
 from tensafe_client.training import TrainingClient
 
 _FIXED_BY_THE_RUN = ("model", "batch_size", "rank", "alpha", "dropout", "seed", "name")
@@ -136,22 +139,30 @@ def sft(
     """
     given = {"model": model, "batch_size": batch_size, **options}
     _check(resume, given, eval_data, eval_every, data)
+    shape = _schedule(schedule, steps, warmup)
     found = read_examples(data, eval_data)
     client = connect(ctx)
-    run = client.training_client(resume) if resume else _create(client, given, learning_rate)
-    rate = run.config.optimizer.learning_rate if learning_rate is None else learning_rate
-    if run.step >= steps:
+    attached = client.training_client(resume) if resume else None
+    if attached is not None and attached.step >= steps:
         raise click.BadParameter(
-            f"{run.run_id} has {run.step} steps already; name more to go on", param_hint="--steps"
+            f"{attached.run_id} has {attached.step} steps already; name more to go on",
+            param_hint="--steps",
         )
-    tokenizer = ChatTokenizer(client.tokenizer_files(run.config.model_ref))
-    datums = encode_examples(tokenizer, found.train, source=data, max_tokens=max_tokens)
-    held_out = encode_examples(
-        tokenizer,
-        found.held_out[:eval_examples] if eval_every else (),
-        source=str(eval_data or data),
+    # The whole data is encoded before a run is created: no bad line is met in the middle of one.
+    model_ref = model if attached is None else attached.config.model_ref
+    assert model_ref is not None, "_check asks for one"
+    encode = partial(
+        encode_examples,
+        _tokenizer(client, model_ref),
         max_tokens=max_tokens,
+        context_length=client.model(model_ref).context_length,
     )
+    datums = encode(found.train, source=data)
+    held_out = encode(
+        found.held_out[:eval_examples] if eval_every else (), source=str(eval_data or data)
+    )
+    run = _create(client, given, learning_rate) if attached is None else attached
+    rate = run.config.optimizer.learning_rate if learning_rate is None else learning_rate
     progress = choose_progress(as_json)
     again = _resume_command(ctx, run.run_id)
     try:
@@ -159,7 +170,7 @@ def sft(
             artifact_id = SftLoop(
                 run=run,
                 batches=iter(_loader(datums, run)),
-                learning_rate=_schedule(schedule, rate, steps, warmup),
+                learning_rate=replace(shape, learning_rate=rate),
                 total_steps=steps,
                 stop=stop,
                 progress=progress,
@@ -199,6 +210,17 @@ def _check(
         raise click.UsageError("--eval-every needs --eval-data")
 
 
+def _tokenizer(client: ServiceClient, model_ref: str) -> ChatTokenizer:
+    files = client.tokenizer_files(model_ref)
+    if "tokenizer.json" not in files:
+        raise ConfigError(
+            f"model {model_ref!r} has no tokenizer, and `tensafe train sft` needs one to read text",
+            remedy="choose a model that has one, or start the service with one: "
+            "`tensafe up --backend torch --model smollm2-135m`",
+        )
+    return ChatTokenizer(files)
+
+
 def _create(
     client: ServiceClient, given: dict[str, Any], learning_rate: float | None
 ) -> TrainingClient:
@@ -222,11 +244,18 @@ def _loader(datums: Sequence[Datum], run: TrainingClient) -> DataLoader[Datum]:
     )
 
 
-def _schedule(kind: str, rate: float, steps: int, warmup: int) -> Callable[[int], float]:
+def _schedule(kind: str, steps: int, warmup: int) -> Schedule:
+    """The schedule with a full rate of 1: the run's own is known once the run is."""
     if kind == "constant":
-        return schedules.constant(rate, warmup_steps=warmup)
+        return schedules.constant(1.0, warmup_steps=warmup)
+    if warmup >= steps:
+        raise click.BadParameter(
+            f"a warm-up of {warmup} steps leaves none for the {kind} schedule to go down; "
+            f"it must be below --steps {steps}",
+            param_hint="--warmup",
+        )
     make = schedules.linear if kind == "linear" else schedules.cosine
-    return make(rate, total_steps=steps, warmup_steps=warmup)
+    return make(1.0, total_steps=steps, warmup_steps=warmup)
 
 
 def _cut(datums: Sequence[Datum], size: int) -> list[Sequence[Datum]]:

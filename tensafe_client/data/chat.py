@@ -14,11 +14,12 @@ import numpy as np
 
 from tensafe.wire.tensors import Array
 from tensafe_client.data.datum import Datum
-from tensafe_client.data.jsonl import Example
+from tensafe_client.data.jsonl import Example, check_characters
 from tensafe_client.errors import BatchError, ConfigError, NoChatTemplateError
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from tokenizers import Encoding
 
 
 class ChatTokenizer:
@@ -56,6 +57,9 @@ class ChatTokenizer:
         source = files.get("chat_template.jinja")
         self._source = source.decode() if source else _template(self._config.get("chat_template"))
         self._compiled: Template | None = None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._markers = {token for token, kind in added.items() if kind.special}
+        self._markers.update(self._end())
 
     @property
     def eos_token_id(self) -> int | None:
@@ -63,9 +67,12 @@ class ChatTokenizer:
         return self._id_of("eos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Turns text into token ids."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        """Turns text into token ids.
+
+        Raises:
+            BatchError: if the text has half of a surrogate pair.
+        """
+        return list(self._encoding(text, add_special_tokens).ids)
 
     def decode(self, tokens: Sequence[int] | Array, *, skip_special_tokens: bool = True) -> str:
         """Turns token ids into text."""
@@ -97,8 +104,10 @@ class ChatTokenizer:
     def datum(self, example: Example, *, max_tokens: int | None = None) -> Datum:
         """Encodes one example; only what is to be learned has a weight.
 
-        Of a conversation that is the assistant's turns with the token that ends each; of a prompt
-        and completion, the completion and the end token; of a text, all of it and the end token.
+        Of a conversation that is the assistant's turns, each up to and including the special token
+        that ends it. White space that the template puts after that token is not learned; where the
+        template ends a turn by no special token, all that it puts there is. Of a prompt and
+        completion, it is the completion and the end token; of a text, all of it and the end token.
 
         Args:
             example: what `read_jsonl` gives.
@@ -106,6 +115,7 @@ class ChatTokenizer:
 
         Raises:
             BatchError: if nothing is left to learn, or the template cannot be masked.
+            NoChatTemplateError: for a conversation, if the model has no chat template.
         """
         if example.messages is not None:
             ids, learned = self._conversation(example.messages, example.prompt_messages)
@@ -119,7 +129,10 @@ class ChatTokenizer:
         if max_tokens is not None:
             ids, learned = ids[: max_tokens + 1], learned[: max_tokens + 1]
         if not any(learned[1:]):
-            raise BatchError("nothing of the example is left to learn; raise max_tokens")
+            why = "one token has none to be predicted from; make it longer"
+            if max_tokens is not None:
+                why = f"what is learned comes after the first {max_tokens} tokens; raise max_tokens"
+            raise BatchError(f"nothing of the example is left to learn: {why}")
         weights = np.asarray(learned[1:], np.float32)
         return Datum(ids[:-1], ids[1:], weights)
 
@@ -140,12 +153,22 @@ class ChatTokenizer:
                     "assistant's turns cannot be told apart; mask the tokens yourself with Datum"
                 )
             spans.append((len(before), len(after)))
-        encoding = self._tokenizer.encode(whole, add_special_tokens=False)
+        encoding = self._encoding(whole, add_special_tokens=False)
+        markers = [
+            place
+            for token, place in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self._markers
+        ]
+        spans = [(start, _turn_end(whole, start, end, markers)) for start, end in spans]
         learned = [
             any(start < end_ and end > start_ for start_, end_ in spans)
             for start, end in encoding.offsets
         ]
         return list(encoding.ids), learned
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        check_characters("the text", text)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _end(self) -> list[int]:
         end = self.eos_token_id
@@ -167,6 +190,12 @@ class ChatTokenizer:
         if self._compiled is None:
             self._compiled = _compile(self._source)
         return self._compiled
+
+
+def _turn_end(text: str, start: int, end: int, markers: Sequence[tuple[int, int]]) -> int:
+    """Where a turn's last special token ends, if nothing but white space follows it there."""
+    inside = [stop for first, stop in markers if start <= first and stop <= end]
+    return inside[-1] if inside and not text[inside[-1] : end].strip() else end
 
 
 def _compile(source: str) -> Template:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Example:
         text: text that is learned whole.
         prompt_messages: how many of `messages` are the prompt, so that assistant turns among them
             are not learned; 0 if every assistant turn is.
+        line: number of its line in the file it was read from; None if it was not. Examples that
+            differ in it alone are equal.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -39,6 +41,7 @@ class Example:
     completion: str | None = None
     text: str | None = None
     prompt_messages: int = 0
+    line: int | None = field(default=None, compare=False)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -71,6 +74,21 @@ def parse_example(record: Mapping[str, Any]) -> Example:
     raise BatchError(f"needs `messages`, `prompt` and `completion`, or `text`; it has {found}")
 
 
+def check_characters(what: str, text: str) -> None:
+    """Refuses half of a surrogate pair: JSON can spell it, and no tokenizer can read it.
+
+    Raises:
+        BatchError: naming `what` and the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BatchError(
+            f"{what} has half of a surrogate pair, {half}, at character {error.start}"
+        ) from None
+
+
 def _read(path: Path) -> Iterator[Example]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -80,14 +98,18 @@ def _read(path: Path) -> Iterator[Example]:
                 record = json.loads(line)
                 if not isinstance(record, dict):
                     raise BatchError("is not a JSON object")
-                yield parse_example(record)
-            except (BatchError, ValueError) as error:
-                text = error.message if isinstance(error, BatchError) else f"is no JSON: {error}"
-                raise BatchError(f"{path}, line {number}: {text}") from error
+                yield replace(parse_example(record), line=number)
+            except BatchError as error:
+                raise BatchError(f"{path}, line {number}: {error.message}") from error
+            except ValueError as error:
+                raise BatchError(f"{path}, line {number}: is no JSON: {error}") from error
+            except RecursionError:  # its traceback is as deep as the line: not chained
+                raise BatchError(f"{path}, line {number}: is nested too deeply") from None
 
 
 def _prompt_completion(prompt: Any, completion: Any) -> Example:
     if isinstance(prompt, str) and isinstance(completion, str):
+        check_characters("`prompt`", prompt)
         return Example(prompt=prompt, completion=_string("completion", completion))
     if isinstance(prompt, list) and isinstance(completion, list):
         before = _messages("prompt", prompt, learned=False)
@@ -106,6 +128,7 @@ def _messages(field: str, value: Any, *, learned: bool) -> tuple[Message, ...]:
         for key in ("role", "content"):
             if not isinstance(item.get(key), str):
                 raise BatchError(f"`{field}[{index}].{key}` must be a string")
+            check_characters(f"`{field}[{index}].{key}`", item[key])
         extra = item.keys() - {"role", "content"}
         if extra:
             raise BatchError(f"`{field}[{index}]` has {sorted(extra)}, which is not supported")
@@ -118,4 +141,5 @@ def _messages(field: str, value: Any, *, learned: bool) -> tuple[Message, ...]:
 def _string(field: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise BatchError(f"`{field}` must be a string, not empty")
+    check_characters(f"`{field}`", value)
     return value

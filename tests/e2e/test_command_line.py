@@ -122,6 +122,58 @@ def test_a_bad_line_is_named(tiny_service: LocalService, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "a", "completion": "\\ud800"}', "surrogate"),
+        ("[" * 100_000, "nested"),
+        ('{"text": "%s"}' % ("x" * 200), "--max-tokens 128"),
+    ],
+    ids=["surrogate", "nested", "longer than the context"],
+)
+def test_a_bad_line_is_named_before_a_run_is_created(
+    tiny_service: LocalService, tmp_path: Path, line: str, says: str
+):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"text": "good"}}\n\n{line}\n')
+    before = run_json(tiny_service, "runs", "list")
+    ran = run_tensafe(tiny_service, "train", "sft", str(path), "--model", "tiny", expect=6)
+    assert "line 3" in ran.stderr
+    assert says in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert run_json(tiny_service, "runs", "list") == before
+
+
+def test_a_line_that_is_too_long_can_be_cut(tiny_service: LocalService, tmp_path: Path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"text": "x" * 200}) + "\n")
+    events = train(tiny_service, path, "--steps", "1", "--max-tokens", "128")
+    assert [event["tokens"] for event in events if event["event"] == "step"] == [128]
+
+
+def test_held_out_lines_are_measured_too(tiny_service: LocalService, data: Path, tmp_path: Path):
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"text": "x" * 200}) + "\n")
+    held_out = ["--eval-data", str(path), "--eval-every", "1"]
+    ran = run_tensafe(
+        tiny_service, "train", "sft", str(data), "--model", "tiny", *held_out, expect=6
+    )
+    assert "held_out.jsonl: line 1 has 200 tokens" in ran.stderr
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_that_is_all_warm_up_creates_no_run(
+    tiny_service: LocalService, data: Path, schedule: str
+):
+    before = run_json(tiny_service, "runs", "list")
+    options = ["--schedule", schedule, "--warmup", "3", "--steps", "3"]
+    ran = run_tensafe(
+        tiny_service, "train", "sft", str(data), "--model", "tiny", *options, expect=2
+    )
+    assert "--warmup" in ran.stderr
+    assert run_json(tiny_service, "runs", "list") == before
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
         (["runs", "show", "run-none"], 5, "run-none"),

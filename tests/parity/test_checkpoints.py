@@ -89,6 +89,51 @@ def test_weights_alone_leave_counters_and_moments(base, tmp_path):
     assert torch.equal(backend._runs["run"].optimizer.state()["exp_avg"], moment)
 
 
+def test_weights_alone_drop_the_open_window(base, tmp_path):
+    """Its gradient is that of other weights; what comes next starts a window of its own."""
+    backend = TorchBackend([base])
+    request = request_of(rows_of(7, [9, 17]))
+    for run in ("run", "twin"):
+        backend.open_run(run, settings(accumulation_steps=2), None)
+        train(backend, run, range(2))
+    backend.save_state("run", tmp_path, include_optimizer=False)
+    for poison in (False, True):
+        backend.forward_backward("run", 5, request_of(rows_of(8, [30])))
+        assert not backend.optim_step("run", StepRequest()).applied
+        if poison:
+            backend.poison("run")
+        backend.load_state("run", tmp_path, None)
+        assert backend._runs["run"].accumulator is None
+        norms = []
+        for run in ("run", "twin"):
+            backend.forward_backward(run, 7, request)
+            assert not backend.optim_step(run, StepRequest()).applied
+            backend.forward_backward(run, 9, request)
+            norms.append(backend.optim_step(run, StepRequest()).grad_norm)
+        assert norms[0] == norms[1]
+        ours, theirs = (backend._runs[run].adapter.weights for run in ("run", "twin"))
+        assert torch.equal(ours, theirs)
+        assert backend._runs["run"].window.step == backend._runs["twin"].window.step
+        backend.save_state("run", tmp_path, include_optimizer=False)
+
+
+def test_the_whole_state_brings_its_seed(base, tmp_path):
+    """Dropout masks go on as they would have, in a run that was made with another seed."""
+    backend = TorchBackend([base])
+    for run, seed in (("run", 5), ("other", 6)):
+        backend.open_run(run, settings(seed=seed, lora={"dropout": 0.3}), None)
+        train(backend, run, range(2))
+    backend.save_state("run", tmp_path, include_optimizer=True)
+    expected = train(backend, "run", range(2, 5))
+    backend.load_state("other", tmp_path, True)
+    assert train(backend, "other", range(2, 5)) == expected
+    # It keeps the seed when it is saved again.
+    again = tmp_path / "again"
+    again.mkdir()
+    backend.save_state("other", again, include_optimizer=False)
+    assert json.loads((again / "state.json").read_text())["seed"] == 5
+
+
 @pytest.mark.parametrize(
     ("other", "include", "says"),
     [

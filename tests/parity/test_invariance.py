@@ -146,6 +146,136 @@ def test_runs_do_not_feel_each_other(base):
     assert torch.equal(shared._runs["mine"].adapter.weights, final)
 
 
+def test_forward_goes_through_its_own_runs_adapter(base):
+    """Whichever run was at work before, of equal shape as of another."""
+    backend = TorchBackend([base])
+    request = request_of(rows_of(4, [9, 17]))
+    options = {"a": {"seed": 1}, "b": {"seed": 2}, "c": {"seed": 3, "lora": {"rank": 2}}}
+    alone = {}
+    for name, own in options.items():
+        backend.open_run(name, settings(**own), None)
+        backend.forward_backward(name, 1, request)
+        backend.optim_step(name, StepRequest())
+        alone[name] = backend.forward(name, request).logprobs
+    assert not np.allclose(alone["a"], alone["b"])
+    for name in ("a", "b", "a", "c", "b", "c", "a"):
+        np.testing.assert_array_equal(backend.forward(name, request).logprobs, alone[name])
+
+
+def test_a_refused_windows_gradient_is_gone(base):
+    backend = TorchBackend([base])
+    request = request_of(rows_of(4, [9, 17]))
+    for name in ("run", "clean"):
+        backend.open_run(name, settings(accumulation_steps=2), None)
+    backend.forward_backward("run", 1, request_of(rows_of(5, [30])))
+    assert not backend.optim_step("run", StepRequest()).applied
+    backend.poison("run")
+    with pytest.raises(TenSafeFault, match="forward_backward of this"):
+        backend.optim_step("run", StepRequest())
+    assert backend._runs["run"].accumulator is None
+    outcomes = []
+    for name in ("run", "clean"):
+        backend.forward_backward(name, 5, request)
+        assert not backend.optim_step(name, StepRequest()).applied
+        backend.forward_backward(name, 7, request_of(rows_of(6, [12])))
+        outcomes.append(backend.optim_step(name, StepRequest()))
+    assert outcomes[0].applied
+    assert outcomes[0].grad_norm == outcomes[1].grad_norm
+    assert metric(outcomes[0], "loss") == metric(outcomes[1], "loss")
+    weights = [backend._runs[name].adapter.weights for name in ("run", "clean")]
+    assert torch.equal(*weights)
+
+
+OVERFLOWS = {
+    "learning rate": ({}, StepRequest(learning_rate=1e39)),
+    "weight decay": ({}, StepRequest(weight_decay=1e300)),
+    "eps": ({"eps": 1e-50}, StepRequest()),
+    "sgd": (
+        {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "momentum": 0.9},
+        StepRequest(learning_rate=1e39),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "steps_before"),
+    # A run whose own options overflow never makes a first step.
+    [*((case, 0) for case in OVERFLOWS), *((case, 2) for case in OVERFLOWS if case != "eps")],
+)
+def test_an_update_that_overflows_is_not_applied(base, case, steps_before):
+    """The weights and the optimizer's state stay as they were, bit for bit."""
+    optimizer, wrecking = OVERFLOWS[case]
+    backend = TorchBackend([base])
+    request = request_of(rows_of(4, [9, 17]))
+    for name in ("run", "twin"):
+        backend.open_run(name, settings(optimizer=optimizer), None)
+
+    def step(name: str) -> None:
+        backend.forward_backward(name, 1, request)
+        backend.optim_step(name, StepRequest())
+
+    for _ in range(steps_before):
+        step("run")
+        step("twin")
+    run, twin = (backend._runs[name] for name in ("run", "twin"))
+    backend.forward_backward("run", 3, request)
+    with pytest.raises(TenSafeFault, match="nothing was applied") as caught:
+        backend.optim_step("run", wrecking)
+    assert caught.value.detail.reason == "NON_FINITE_GRADIENT"
+    assert "lower the learning rate" in str(caught.value)
+    assert run.window.step == steps_before
+    assert run.accumulator is None
+    assert torch.equal(run.adapter.weights, twin.adapter.weights)
+    ours, theirs = run.optimizer.state(), twin.optimizer.state()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if case != "eps":
+        step("run")
+        step("twin")
+        assert torch.equal(run.adapter.weights, twin.adapter.weights)
+        assert run.window.step == steps_before + 1
+
+
+def test_moments_that_overflow_are_not_kept(base):
+    """A second moment at infinity would hold the weights still from then on."""
+    backend = TorchBackend([base])
+    backend.open_run("run", settings(), None)
+    run = backend._runs["run"]
+    before = run.adapter.weights.detach().clone()
+    assert not run.optimizer.step(torch.full_like(before, 1e25), 1e-2, 0.0)
+    assert torch.equal(run.adapter.weights, before)
+    assert run.optimizer.state() == {}
+    assert run.optimizer.step(torch.ones_like(before), 1e-2, 0.0)
+    assert not torch.equal(run.adapter.weights, before)
+
+
+def test_an_update_that_runs_out_of_memory_leaves_nothing_behind(base, monkeypatch):
+    backend = TorchBackend([base])
+    backend.open_run("run", settings(), None)
+    run = backend._runs["run"]
+    request = request_of(rows_of(4, [9, 17]))
+    backend.forward_backward("run", 1, request)
+    before = run.adapter.weights.detach().clone()
+    optimizer = run.optimizer._optimizer
+
+    def half_way() -> None:
+        # As the first step does: it makes one moment, and has no room for the next.
+        optimizer.state[run.adapter.weights]["exp_avg"] = torch.zeros_like(before)
+        with torch.no_grad():
+            run.adapter.weights[0] += 1
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "step", half_way)
+        with pytest.raises(TenSafeFault) as caught:
+            backend.optim_step("run", StepRequest())
+    assert caught.value.detail.reason == "OUT_OF_MEMORY"
+    assert torch.equal(run.adapter.weights, before)
+    assert run.optimizer.state() == {}
+    backend.forward_backward("run", 3, request)
+    assert backend.optim_step("run", StepRequest()).step == 1
+
+
 def test_a_new_run_with_other_targets_is_not_mixed_with_the_one_before(base):
     backend = TorchBackend([base])
     request = request_of(rows_of(4, [9, 17]))

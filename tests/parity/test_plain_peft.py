@@ -82,6 +82,10 @@ def test_loss_logprobs_and_every_gradient(base, budget):
             lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
         ),
         (
+            {"name": "adamw", "beta1": 0.8, "beta2": 0.95, "eps": 0.1},
+            lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.8, 0.95), eps=0.1, weight_decay=0.01),
+        ),
+        (
             {"name": "adam", "weight_decay": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
             lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
         ),
@@ -90,7 +94,7 @@ def test_loss_logprobs_and_every_gradient(base, budget):
             lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.01, momentum=0.9),
         ),
     ],
-    ids=["adamw", "adam", "sgd"],
+    ids=["adamw", "adamw-options", "adam", "sgd"],
 )
 def test_ten_step_curve(base, optimizer, create):
     backend = TorchBackend([base])

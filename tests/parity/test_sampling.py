@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity.tiny_runs import request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import VOCABULARY, request_of, rows_of, settings, tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 from workers.engine.sampling import pick
 from workers.operations import (
@@ -176,6 +180,113 @@ def test_the_options_shape_the_distribution():
     assert shares(min_p=0.3) == pytest.approx([*two, 0, 0], abs=1e-3)
     assert shares(temperature=0) == [1, 0, 0, 0]
     assert shares(top_k=99) == shares()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-12])
+def test_a_tiny_temperature_is_greedy(backend, temperature):
+    prompts = token_prompts(5, 9)
+    greedy = base_sample(backend, prompts, temperature=0, max_tokens=8, stop=Stop())
+    tiny = base_sample(backend, prompts, temperature=temperature, max_tokens=8, stop=Stop())
+    shaped = base_sample(
+        backend, prompts, temperature=temperature, max_tokens=8, top_p=0.9, top_k=3, min_p=0.1
+    )
+    for ours in (tiny, shaped):
+        for expected, completion in zip(greedy, ours, strict=True):
+            assert completion.tokens.tolist() == expected.tokens.tolist()
+            assert not completion.logprobs.any()
+
+
+def test_a_tiny_temperature_takes_extreme_logits():
+    logits = torch.tensor([[3e38, -3e38, 0.0, -torch.inf], [-1.0, -1.5, -2.0, -3.0]])
+    tokens, logprobs = pick(logits, SamplingParams(temperature=1e-40), [0.5, 0.999])
+    assert tokens.tolist() == [0, 0]
+    assert logprobs.tolist() == [0, 0]
+
+
+def test_seed_zero_is_a_seed(backend):
+    """It is neither the run's nor none at all."""
+    backend.open_run("run", settings(seed=5), None)
+    prompts = token_prompts(5)
+
+    def draw(seq: int, seed: int | None) -> list[int]:
+        params = SamplingParams(max_tokens=16, stop=Stop(), seed=seed)
+        request = SampleRequest(prompts, params, run_id="run")
+        return backend.sample(seq, request).completions[0].tokens.tolist()
+
+    assert draw(3, 0) == draw(4, 0) == draw(9, 0)
+    assert draw(3, 0) != draw(3, None)
+    assert draw(3, 0) != draw(3, 1)
+    assert draw(3, None) != draw(4, None)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_saved_versions_draws_are_fixed_by_its_runs_seed_and_step(base, tmp_path, complete):
+    prompts = token_prompts(5)
+    request = request_of(rows_of(1, [20]))
+
+    def saved(name: str, seed: int, steps: int, backend: TorchBackend) -> ArtifactWeights:
+        backend.open_run(name, settings(seed=seed), None)
+        backend._runs[name].adapter.initialize(1)
+        for seq in range(steps):
+            backend.forward_backward(name, seq, request)
+            # The weights stay, so that only seed and step can tell the draws apart.
+            backend.optim_step(name, StepRequest(learning_rate=0.0))
+        directory = tmp_path / name
+        directory.mkdir()
+        backend.save_state(name, directory, include_optimizer=complete)
+        return ArtifactWeights(f"art-{name}", directory)
+
+    def draw(backend: TorchBackend, artifact: ArtifactWeights, operation: str, seed=None):
+        params = SamplingParams(max_tokens=16, stop=Stop(), seed=seed)
+        outcome = backend.sample(operation, SampleRequest(prompts, params, artifact=artifact))
+        return outcome.completions[0].tokens.tolist()
+
+    backend = TorchBackend([base])
+    run = saved("run", 7, 1, backend)
+    first = draw(backend, run, "op-1")
+    assert draw(backend, run, "op-2") == first
+    assert draw(TorchBackend([base]), run, "op-3") == first
+    assert draw(backend, saved("twin", 7, 1, backend), "op-1") == first
+    assert draw(backend, saved("other", 8, 1, backend), "op-1") != first
+    assert draw(backend, saved("later", 7, 2, backend), "op-1") != first
+    assert draw(backend, run, "op-1", seed=0) != first
+    # Current weights at the seq that equals the step draw otherwise.
+    params = SamplingParams(max_tokens=16, stop=Stop())
+    current = backend.sample(1, SampleRequest(prompts, params, run_id="run"))
+    assert current.completions[0].tokens.tolist() != first
+
+
+def test_a_base_models_draws_come_from_the_operation(backend):
+    def draw(operation: str) -> list[int]:
+        request = SampleRequest(
+            token_prompts(5), SamplingParams(max_tokens=16, stop=Stop()), model_ref="tiny"
+        )
+        return backend.sample(operation, request).completions[0].tokens.tolist()
+
+    assert draw("op-1") == draw("op-1")
+    assert draw("op-1") != draw("op-2")
+
+
+def test_stop_texts_end_a_completion():
+    words = {f"w{number:02d}": number for number in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)))
+    backend = TorchBackend([freeze("tiny", tiny_llama(), tokenizer=tokenizer)])
+    prompts = token_prompts(5, 8)
+    free = base_sample(backend, prompts, temperature=0, max_tokens=12, stop=Stop())
+    names = free[0].text.split()
+    assert len(names) == 12
+    at = next(i for i in range(3, 12) if names[i] not in names[:i])
+    # The text spans two tokens and ends within the second.
+    text = free[0].text[free[0].text.index(names[at]) - 2 :][:4]
+    ours, beside = base_sample(
+        backend, prompts, temperature=0, max_tokens=12, stop=Stop(strings=("absent", text))
+    )
+    assert ours.stopped
+    assert ours.text == free[0].text[: free[0].text.index(text)]
+    assert ours.tokens.tolist() == free[0].tokens[:at].tolist()
+    assert len(ours.logprobs) == at
+    assert beside.tokens.tolist() == free[1].tokens.tolist()
+    assert not beside.stopped
 
 
 def test_nan_weights_are_an_error_not_a_completion(backend):

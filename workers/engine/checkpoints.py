@@ -54,6 +54,7 @@ def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str])
         "complete": complete,
         "model": run.model.name,
         "step": run.window.step,
+        "seed": run.seed,
         "lora": asdict(lora),
         "fingerprint": fingerprint,
     }
@@ -61,7 +62,6 @@ def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str])
         state |= {
             "run_id": run.run_id,
             "run": run.settings.as_json(),
-            "seed": run.seed,
             "backwards": run.backwards,
             "window": run.window.as_json(),
         }
@@ -75,7 +75,9 @@ def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str])
 def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutcome:
     """Replaces the run's weights and, if asked and there, everything else.
 
-    Everything is read and checked before anything is replaced.
+    Weights alone drop the open accumulation window, poisoned or not: its gradient belongs to the
+    weights that are gone. Step, optimizer and seed stay. Everything is read and checked before
+    anything is replaced.
 
     Raises:
         TenSafeFault: ARTIFACT_MISMATCH.
@@ -95,6 +97,9 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     restore = complete if include_optimizer is None else include_optimizer
     if restore:
         _load_rest(run, directory, state)
+    else:
+        run.window.clear()
+        run.accumulator = None
     with torch.no_grad():
         run.adapter.weights.copy_(weights)
     return LoadOutcome(run.window.step, restore)

@@ -74,6 +74,9 @@ def keep_mask(tokens: Tensor, features: int, p: float) -> Tensor:
     bits ^= (bits >> 15) & 0x1FFFF
     bits *= _MULTIPLY_2
     threshold = round(p * 2**32) - 2**31
+    if threshold >= 2**31:
+        # p rounds to 1, and the comparison would wrap round to keeping everything.
+        return torch.zeros_like(bits, dtype=torch.bool)
     return bits >= threshold
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -40,6 +41,16 @@ _KEPT_ADAPTERS = 4
 _SAMPLED_TOKENS = 32_768
 
 
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What to sample from: the step of the weights, and the seed that draws come from."""
+
+    model: BaseModel
+    adapter: Adapter | None
+    step: int
+    seed: int
+
+
 class TorchBackend(Backend):
     """Runs on frozen base models.
 
@@ -57,7 +68,7 @@ class TorchBackend(Backend):
         self._cards = [model_card(model) for model in models]
         self._token_budget = token_budget or (2048 if self.device == "cpu" else 16_384)
         self._runs: dict[str, training.Run] = {}
-        self._sampled: OrderedDict[str, tuple[BaseModel, Adapter, int]] = OrderedDict()
+        self._sampled: OrderedDict[str, _Weights] = OrderedDict()
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -122,15 +133,19 @@ class TorchBackend(Backend):
 
     def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
         with memory_faults("sample"):
-            model, adapter, step, seed = self._weights(request)
-            encoded = prompts.encode(model, request.prompts)
+            weights = self._weights(request)
+            seed = weights.seed
+            encoded = prompts.encode(weights.model, request.prompts)
             if request.params.seed is not None:
                 seed, operation = request.params.seed, "call"
-            model.adapters.activate(adapter)
+            elif request.artifact is not None:
+                operation = f"step {weights.step}"
+            model = weights.model
+            model.adapters.activate(weights.adapter)
             completions = sampling.generate(
                 model, encoded, request.params, seed, operation, _SAMPLED_TOKENS
             )
-        return SampleOutcome(completions, step)
+        return SampleOutcome(completions, weights.step)
 
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
         run = self._runs[run_id]
@@ -141,17 +156,15 @@ class TorchBackend(Backend):
     ) -> LoadOutcome:
         return checkpoints.load(self._runs[run_id], directory, include_optimizer)
 
-    def _weights(self, request: SampleRequest) -> tuple[BaseModel, Adapter | None, int, int]:
-        """Model, adapter, step of the weights, and the seed that draws come from."""
+    def _weights(self, request: SampleRequest) -> _Weights:
         if request.artifact is not None:
-            model, adapter, step = self._artifact_adapter(request.artifact)
-            return model, adapter, step, 0
+            return self._artifact_weights(request.artifact)
         if request.run_id is not None:
             run = self._runs[request.run_id]
-            return run.model, run.adapter, run.window.step, run.seed
-        return self._model(request.model_ref), None, 0, 0
+            return _Weights(run.model, run.adapter, run.window.step, run.seed)
+        return _Weights(self._model(request.model_ref), None, 0, 0)
 
-    def _artifact_adapter(self, artifact: ArtifactWeights) -> tuple[BaseModel, Adapter, int]:
+    def _artifact_weights(self, artifact: ArtifactWeights) -> _Weights:
         if artifact.artifact_id in self._sampled:
             self._sampled.move_to_end(artifact.artifact_id)
             return self._sampled[artifact.artifact_id]
@@ -166,12 +179,14 @@ class TorchBackend(Backend):
         except BaseException:
             model.adapters.remove(adapter)
             raise
-        entry = (model, adapter, int(state["step"]))
-        self._sampled[artifact.artifact_id] = entry
+        # Artifacts saved without optimizer had no seed at first.
+        weights = _Weights(model, adapter, int(state["step"]), int(state.get("seed", 0)))
+        self._sampled[artifact.artifact_id] = weights
         if len(self._sampled) > _KEPT_ADAPTERS:
-            _, (old_model, old_adapter, _) = self._sampled.popitem(last=False)
-            old_model.adapters.remove(old_adapter)
-        return entry
+            _, oldest = self._sampled.popitem(last=False)
+            if oldest.adapter is not None:
+                oldest.model.adapters.remove(oldest.adapter)
+        return weights
 
     def _model(self, reference: str) -> BaseModel:
         model = self._models.get(reference)

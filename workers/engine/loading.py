@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from workers.engine.base_model import BaseModel, UnsupportedModelError, freeze
 from workers.engine.cards import tokenizer_files
@@ -17,6 +18,8 @@ from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
 __all__ = ["ModelLoadError", "load_backend", "load_model", "pick_device", "pick_dtype"]
 
 log = logging.getLogger(__name__)
+
+_NAMED_KEYS = 5
 
 
 def load_backend(
@@ -55,9 +58,17 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
 
     try:
         # trust_remote_code stays off: a model brings no code.
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        module: Any
+        module, loaded = AutoModelForCausalLM.from_pretrained(
+            source.location,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Told by name below, instead of in transformers' log.
+            ignore_mismatched_sizes=True,
         )
+        _check_complete(source, loaded)
         tokenizer = _load_tokenizer(source)
         model = freeze(
             source.name,
@@ -66,7 +77,7 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
             references=source.references,
             tokenizer_files={} if tokenizer is None else tokenizer_files(tokenizer),
         )
-    except (OSError, ValueError, RuntimeError, UnsupportedModelError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnsupportedModelError) as error:
         raise ModelLoadError(
             f"cannot load model {source.name}: {error}. {source.remedy}"
         ) from error
@@ -78,6 +89,27 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
         device,
     )
     return model
+
+
+def _check_complete(source: ModelSource, loaded: Mapping[str, Any]) -> None:
+    """`transformers` fills what a checkpoint lacks with random numbers and goes on; we do not.
+
+    Tied weights count as there: `transformers` leaves them out of what is missing.
+
+    Raises:
+        ModelLoadError: naming the weights.
+    """
+    for fault, keys in (
+        ("lacks", sorted(loaded["missing_keys"])),
+        ("has other shapes for", sorted(str(key) for key, *_ in loaded["mismatched_keys"])),
+    ):
+        if keys:
+            named = ", ".join(keys[:_NAMED_KEYS])
+            more = f" and {len(keys) - _NAMED_KEYS} more" if len(keys) > _NAMED_KEYS else ""
+            raise ModelLoadError(
+                f"cannot load model {source.name}: its checkpoint {fault} {named}{more}. "
+                f"{source.remedy}"
+            )
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

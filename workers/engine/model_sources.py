@@ -42,12 +42,15 @@ _ALIASES = {"smollm2-135m": _Alias("HuggingFaceTB/SmolLM2-135M-Instruct", prepar
 def resolve(reference: str) -> ModelSource:
     """Reads `[NAME=]REF`: an alias, a local directory, or a hub id.
 
-    An alias may convert its model into the cache first, once.
+    An alias may convert its model into the cache first, once. A directory whose path holds a `=`
+    means itself, not a name and a reference.
 
     Raises:
         ModelLoadError: neither of the three.
     """
     given, separator, rest = reference.partition("=")
+    if separator and Path(reference).expanduser().is_dir():
+        separator = ""
     ref = rest if separator else reference
     for alias, known in _ALIASES.items():
         if ref in (alias, known.reference):

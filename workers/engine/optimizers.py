@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,15 +24,35 @@ class RunOptimizer:
         self._weights = weights
         self._optimizer = _create(settings, weights)
 
-    def step(self, gradient: Tensor, learning_rate: float, weight_decay: float) -> None:
-        """Applies one update."""
+    @torch.no_grad()
+    def step(self, gradient: Tensor, learning_rate: float, weight_decay: float) -> bool:
+        """Applies one update if all of its numbers are finite in float32.
+
+        Returns:
+            Whether it did; if not, weights and state are what they were, as after an exception.
+        """
+        # An optimizer's options can be finite and still overflow, so only the result tells.
+        weights = self._weights.detach().clone()
+        state = {name: value.clone() for name, value in self.state().items()}
+        applied = False
         (group,) = self._optimizer.param_groups
         group["lr"], group["weight_decay"] = learning_rate, weight_decay
         self._weights.grad = gradient
         try:
             self._optimizer.step()
+            applied = self._is_finite()
         finally:
             self._weights.grad = None
+            if not applied:
+                self._weights.copy_(weights)
+                self.restore(state)
+        return applied
+
+    def _is_finite(self) -> bool:
+        # The largest magnitude is NaN or infinite if any number is, and is one pass over each.
+        vectors = [self._weights, *(v for v in self.state().values() if v.ndim)]
+        largest = torch.stack([torch.linalg.vector_norm(v, ord=torch.inf) for v in vectors])
+        return math.isfinite(float(largest.max()))
 
     def state(self) -> dict[str, Tensor]:
         """Moments [P] and counters [] by torch's names; empty before the first update."""

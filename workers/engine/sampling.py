@@ -23,6 +23,7 @@ from workers.engine.stops import StopRule
 from workers.operations import Completion, SamplingParams
 
 _KEEP_SHARE = 0.75
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(slots=True)
@@ -193,7 +194,10 @@ def pick(logits_RV: Tensor, params: SamplingParams, uniforms: list[float]) -> tu
     if params.temperature == 0:
         best = logits_RV.max(dim=1)
         return best.indices, best.values - best.values
-    scaled = _keep_likely(logits_RV / params.temperature, params)
+    # The maximum goes first and the divisor stays in float32's range, so that a tiny temperature
+    # only makes all but the likeliest impossible instead of overflowing.
+    below_best = logits_RV - logits_RV.amax(dim=1, keepdim=True)
+    scaled = _keep_likely(below_best / max(params.temperature, _LEAST_TEMPERATURE), params)
     logprobs = torch.log_softmax(scaled, dim=1)
     cumulative = logprobs.double().exp_().cumsum_(dim=1)
     points = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)[:, None]

@@ -157,7 +157,12 @@ def optim_step(run: Run, request: StepRequest) -> StepOutcome:
             )
         if clip is not None and norm > clip:
             gradient *= clip / norm
-        run.optimizer.step(gradient, rate, decay)
+        if not run.optimizer.step(gradient, rate, decay):
+            raise TenSafeFault(
+                "NON_FINITE_GRADIENT",
+                "the update made the weights or the optimizer's state NaN or infinite; nothing was "
+                "applied and the window is closed; lower the learning rate, or raise eps",
+            )
     metrics = closed.metrics(norm, rate, (time.perf_counter() - begin) * 1e3)
     return StepOutcome(run.window.applied(), True, rate, norm, metrics)
 

@@ -77,6 +77,7 @@ class FakeCoordinator(
         hold: operations are accepted and do not run until `release`.
         gate: SubmitBatch waits for it before it does anything.
         lose_replies: so many SubmitBatch calls are carried out and then answered UNAVAILABLE.
+        internal_errors: so many SubmitBatch calls fail INTERNAL before anything is recorded.
         queue_full: so many operations are refused with QUEUE_FULL first.
         fail: seqs that end FAILED, with the fault.
         refuse: seqs that are refused at submission, with the fault.
@@ -90,6 +91,7 @@ class FakeCoordinator(
         self.gate = threading.Event()
         self.gate.set()
         self.lose_replies = 0
+        self.internal_errors = 0
         self.queue_full = 0
         self.cut_download_after: int | None = None
         self.fail: dict[int, TenSafeFault] = {}
@@ -177,6 +179,9 @@ class FakeCoordinator(
         self._authenticate(context)
         self.gate.wait(timeout=30)
         with self.lock:
+            if self.internal_errors:
+                self.internal_errors -= 1
+                self._abort(context, TenSafeFault("INTERNAL", "the server failed, error id 1"))
             self.batches.append([spec.seq for spec in request.operations])
             self.requests.append(request.SerializeToString(deterministic=True))
             outcomes = [self._submit(spec, request.session_id) for spec in request.operations]

@@ -45,6 +45,22 @@ def test_betas_that_the_user_set_reach_the_server_and_default_ones_do_not() -> N
     assert (given.beta1, given.beta2) == (0.9, 0.999)
 
 
+def test_none_is_unset() -> None:
+    config = OptimizerConfig(betas=None, eps=None)  # type: ignore[arg-type]
+    assert not config.to_proto().ListFields()
+    nested = TrainingConfig.of({"model_ref": "m", "optimizer": {"betas": None}}).to_proto()
+    assert not nested.optimizer.ListFields()
+
+
+def test_profiles_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "below"):
+        monkeypatch.setenv("TENSAFE_CONFIG", str(path))
+        with pytest.raises(ConfigError, match="TENSAFE_CONFIG") as caught:
+            read_profiles()
+        assert str(path) in str(caught.value)
+
+
 def test_replace_and_copies_keep_presence() -> None:
     config = OptimizerConfig(name="sgd").replace(learning_rate=0.1)
     for made in (config, copy.copy(config), copy.deepcopy(config)):

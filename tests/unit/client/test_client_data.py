@@ -55,6 +55,15 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         ({"prompt": "p", "completion": [1]}, "both"),
         ({"text": "t", "prompt": "p", "completion": "c"}, "text"),
         ({"question": "q"}, "question"),
+        ({"prompt": "a", "completion": "\ud800"}, "`completion` has half of a surrogate pair"),
+        (
+            {"prompt": "ab\udfff", "completion": "c"},
+            r"`prompt` has half of a surrogate pair, \udfff",
+        ),
+        ({"text": "\ud800"}, "surrogate"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "messages[0].content"),
+        ('{"text": "\ud83d\ude00 \ud83d"}', "at character 1"),
+        pytest.param("[" * 100_000, "nested too deeply", id="nested"),
     ],
 )
 def test_a_bad_line_is_named_by_number(tmp_path: Path, record: Any, why: str) -> None:
@@ -63,6 +72,13 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, record: Any, why: str) ->
         read_jsonl(path)
     assert "line 2" in str(caught.value)
     assert why in str(caught.value)
+
+
+def test_an_example_keeps_the_number_of_its_line(tmp_path: Path) -> None:
+    path = lines(tmp_path / "d.jsonl", "", {"text": "a"}, " ", {"prompt": "p", "completion": "c"})
+    first, second = read_jsonl(path)
+    assert (first.line, second.line) == (2, 4)
+    assert first == Example(text="a")
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
@@ -103,13 +119,35 @@ def conversation(*contents: str) -> tuple[dict[str, str], ...]:
 def test_only_the_assistant_is_learned(files: dict[str, bytes]) -> None:
     tokenizer = ChatTokenizer(files)
     messages = conversation("ask ☃", "answer é", "more", "end")
-    assert learned(tokenizer, Example(messages=messages)) == "answer é<|im_end|>\nend<|im_end|>\n"
+    assert learned(tokenizer, Example(messages=messages)) == "answer é<|im_end|>end<|im_end|>"
     late = Example(messages=messages, prompt_messages=3)
-    assert learned(tokenizer, late) == "end<|im_end|>\n"
+    assert learned(tokenizer, late) == "end<|im_end|>"
     datum = tokenizer.datum(Example(messages=messages))
     assert datum.tokens[1:].tolist() == datum.target_tokens[:-1].tolist()
     whole = tokenizer.decode([*datum.tokens, datum.target_tokens[-1]], skip_special_tokens=False)
     assert whole == tokenizer.render(messages)
+
+
+def test_all_that_a_template_puts_after_a_turn_is_learned_if_no_special_token_ends_it(
+    files: dict[str, bytes],
+) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = ChatTokenizer({**files, "chat_template.jinja": source.encode()})
+    assert learned(tokenizer, Example(messages=conversation("q", "a", "q"))) == "a\n\n"
+
+
+def test_a_special_token_inside_a_turn_does_not_end_it(files: dict[str, bytes]) -> None:
+    tokenizer = ChatTokenizer(files)
+    messages = conversation("q", "a<|im_start|>b ")
+    assert learned(tokenizer, Example(messages=messages)) == "a<|im_start|>b <|im_end|>"
+
+
+def test_text_that_is_none_is_refused(files: dict[str, bytes]) -> None:
+    tokenizer = ChatTokenizer(files)
+    for example in (Example(text="a\ud800"), Example(messages=conversation("\ud800", "a"))):
+        with pytest.raises(BatchError, match="surrogate"):
+            tokenizer.datum(example)
 
 
 def test_completion_and_text(files: dict[str, bytes]) -> None:

@@ -49,6 +49,16 @@ def test_share_scale_and_independence(p):
     assert (columns - (1 - p)).abs().max() < 5 * (variance / 1024) ** 0.5
 
 
+@pytest.mark.parametrize("p", [1 - 1e-12, 1 - 2**-53])
+def test_p_just_below_one_drops_everything(p):
+    assert not masked([0, 1], 64, p=p).any()
+
+
+def test_the_largest_p_that_keeps_anything_still_keeps_its_share():
+    outputs = masked([0, 1, 2, 3], 256, features=256, p=1 - 2**-10)
+    assert outputs.mean().item() == pytest.approx(1, abs=0.35)
+
+
 def test_gradient_goes_where_the_input_went():
     scope = DropoutScope(token_keys(1, 1, torch.zeros(1, dtype=torch.int32), 8))
     inputs = torch.randn(1, 8, 16, requires_grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tensafe.wire.status import TenSafeFault
@@ -58,6 +59,71 @@ def test_pickled_weights_are_not_loaded(directory):
     torch.save({}, directory / "pytorch_model.bin")
     with pytest.raises(ModelLoadError, match="tiny-llama"):
         load_backend([str(directory)], device="cpu", dtype="float32", threads=1)
+
+
+def rewrite(directory, change, *, tied: bool) -> None:
+    """Saves a model whose checkpoint was changed afterwards."""
+    config = LlamaConfig(**SIZES, tie_word_embeddings=tied)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_one(directory):
+    return load_backend([str(directory)], device="cpu", dtype="float32", threads=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(directory, lost, tied):
+    rewrite(directory, lambda tensors: tensors.pop(lost), tied=tied)
+    with pytest.raises(ModelLoadError, match=rf"tiny-llama.*lacks.*{lost}.*Check the directory"):
+        load_one(directory)
+
+
+def test_a_missing_head_is_an_error_unless_it_is_tied(directory):
+    rewrite(directory, lambda tensors: tensors.pop("lm_head.weight"), tied=False)
+    with pytest.raises(ModelLoadError, match=r"lacks lm_head\.weight"):
+        load_one(directory)
+    rewrite(directory, lambda tensors: tensors.pop("lm_head.weight", None), tied=True)
+    model = load_one(directory)._model("tiny-llama")
+    assert model.head.weight is model.module.get_input_embeddings().weight
+
+
+def test_a_checkpoint_of_other_shapes_is_refused_by_name(directory):
+    rewrite(directory, lambda t: t.update({"model.norm.weight": torch.ones(8)}), tied=False)
+    with pytest.raises(ModelLoadError, match=r"other shapes for model\.norm\.weight\. Check"):
+        load_one(directory)
+
+
+def test_a_long_list_of_missing_weights_is_cut(directory):
+    def strip(tensors) -> None:
+        for name in [name for name in tensors if ".mlp." in name]:
+            del tensors[name]
+
+    rewrite(directory, strip, tied=False)
+    with pytest.raises(ModelLoadError, match=r"lacks (model\.layers\S+, ){4}\S+ and 1 more"):
+        load_one(directory)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"\xff" * len(data)])
+def test_a_damaged_checkpoint_names_the_remedy(directory, damage):
+    path = directory / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ModelLoadError, match=r"tiny-llama.*Check the directory's files"):
+        load_one(directory)
+
+
+def test_a_directory_with_an_equals_sign_means_itself(directory, monkeypatch):
+    (directory.parent / "a=b").mkdir()
+    directory.rename(directory.parent / "a=b" / "tiny")
+    monkeypatch.chdir(directory.parent)
+    source = resolve("a=b/tiny")
+    assert (source.name, source.location) == ("tiny", "a=b/tiny")
+    # A name may still be put before it.
+    source = resolve("mine=a=b/tiny")
+    assert (source.name, source.location) == ("mine", "a=b/tiny")
 
 
 def test_directories_that_are_none(tmp_path):

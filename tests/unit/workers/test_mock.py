@@ -106,6 +106,20 @@ def test_saved_runs_go_on_alike(tmp_path, accumulation_steps):
     assert saved.model_step == 3 // accumulation_steps
 
 
+def test_weights_alone_drop_the_open_window(tmp_path):
+    backend = MockBackend()
+    backend.open_run("run", RunSettings("any", seed=5, accumulation_steps=2), None)
+    backend.save_state("run", tmp_path, include_optimizer=True)
+    backend.forward_backward("run", 1, request())
+    backend.optim_step("run", StepRequest())
+    backend.poison("run")
+    assert not backend.load_state("run", tmp_path, False).optimizer_restored
+    assert not backend.optim_step("run", StepRequest()).applied
+    with pytest.raises(TenSafeFault) as caught:
+        backend.optim_step("run", StepRequest())
+    assert caught.value.detail.reason == "EMPTY_WINDOW"
+
+
 def test_it_refuses_what_it_cannot_mean(backend, tmp_path):
     odd = request()
     odd.loss = "dpo"

@@ -80,6 +80,21 @@ def test_any_history(events, accumulation_steps, max_steps):
         assert window.is_open == any(kind != "poison" for kind in members)
 
 
+def test_clear_forgets_the_window_and_keeps_the_step():
+    window = Window(2)
+    for _ in range(2):
+        add(window)
+        window.call()
+    window.applied()
+    fresh = window.as_json()
+    assert fresh == Window(2).as_json() | {"step": 1}
+    add(window, SUM)
+    assert window.call() is None
+    window.poison()
+    window.clear()
+    assert window.as_json() == fresh
+
+
 def test_metrics_of_a_mean_and_of_a_sum():
     window = Window()
     add(window, loss_sum=6.0, denominator=2.0)

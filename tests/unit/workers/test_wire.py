@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import protovalidate
 import pytest
 from unit.workers.planned import batch
 
@@ -17,6 +18,34 @@ def test_an_empty_configuration_is_the_pages_defaults():
     settings = wire.run_settings(training_pb2.RunConfig(model_ref="m"))
     assert settings == RunSettings("m")
     assert settings.lora.target_modules == ("q_proj", "v_proj", "k_proj", "o_proj")
+
+
+BOUNDS = {
+    "alpha": (training_pb2.LoraConfig, 1e-3, 1e6),
+    "learning_rate": (training_pb2.OptimizerConfig, 0.0, 1e6),
+    "weight_decay": (training_pb2.OptimizerConfig, 0.0, 1e6),
+    "eps": (training_pb2.OptimizerConfig, 1e-30, 1.0),
+    "grad_clip_norm": (training_pb2.OptimizerConfig, 1e-30, 1e30),
+    "step's learning_rate": (training_pb2.OptimStep, 0.0, 1e6),
+    "step's weight_decay": (training_pb2.OptimStep, 0.0, 1e6),
+    "step's grad_clip_norm": (training_pb2.OptimStep, 1e-30, 1e30),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_the_contract_keeps_numbers_within_float32(name):
+    """The engine computes in float32; what is out of its range is refused before it queues."""
+    kind, least, most = BOUNDS[name]
+    field = name.removeprefix("step's ")
+    for value in (least, most):
+        protovalidate.validate(kind(**{field: value}))
+        assert np.isfinite(np.float32(value))
+        assert value == 0 or np.float32(value) > 0
+    # The least is itself excluded for alpha, whose bound is 0.
+    below = 0.0 if field == "alpha" else least * 0.5 or -1e-9
+    for value in (below, most * 1.001, 1e39, float("nan"), float("inf")):
+        with pytest.raises(protovalidate.ValidationError, match=field):
+            protovalidate.validate(kind(**{field: value}))
 
 
 def test_presence_is_not_truth():

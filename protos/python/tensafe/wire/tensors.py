@@ -56,7 +56,8 @@ def decode(tensor: types.Tensor) -> Array:
         _check_length(tensor, shape, 2)
         upper = np.frombuffer(tensor.data, dtype="<u2").astype("<u4") << 16
         return upper.view("<f4").reshape(shape)
-    raise TensorError("dtype is not set; use one of the DataType values")
+    given = f"{tensor.dtype} is unknown" if tensor.dtype else "is not set"
+    raise TensorError(f"dtype {given}; use one of the DataType values")
 
 
 def _check_length(tensor: types.Tensor, shape: tuple[int, ...], itemsize: int) -> None:

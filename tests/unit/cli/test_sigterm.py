@@ -1,0 +1,82 @@
+"""SIGTERM while a serving command is still being imported, or builds its service, ends it with 0."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from tensafe_client.cli.lazy import LazyCommand, LazyGroup
+
+SLOW = """
+import sys, types
+from tensafe_client.cli import main
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensafe_server":
+            print("importing", flush=True)
+            sys.stdin.read()
+
+sys.meta_path.insert(0, Slow())
+main.main(prog_name="tensafe")
+"""
+STARTING = """
+import sys, click
+from tensafe_client.cli.lazy import LazyCommand, LazyGroup
+
+@click.command()
+def serve():
+    try:
+        print("starting", flush=True)
+        sys.stdin.read()
+    finally:
+        print("cleaned up", flush=True)
+
+lazy = LazyCommand("__main__:serve", "Serves.", serves=True)
+LazyGroup("main", lazy_commands={"serve": lazy})()
+"""
+
+
+def terminate(script: str, command: str) -> tuple[int, str]:
+    """Sends SIGTERM after the first line of output; returns exit status and output after it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        try:
+            status = process.wait(timeout=30)
+        finally:
+            process.kill()
+        return status, process.stdout.read()
+
+
+@pytest.mark.parametrize("command", ["up", "server"])
+def test_during_the_import(command: str):
+    assert terminate(SLOW, command) == (0, "")
+
+
+def test_after_the_import_what_began_is_cleaned_up():
+    assert terminate(STARTING, "serve") == (0, "cleaned up\n")
+
+
+@click.command()
+def probe() -> None:
+    assert callable(signal.getsignal(signal.SIGTERM))
+
+
+def test_the_handler_goes_with_the_command():
+    before = signal.getsignal(signal.SIGTERM)
+    lazy = LazyCommand(f"{__name__}:probe", "Looks.", serves=True)
+    shown = CliRunner().invoke(LazyGroup("main", lazy_commands={"probe": lazy}), ["probe"])
+    assert shown.exit_code == 0, shown.output
+    assert signal.getsignal(signal.SIGTERM) is before
