@@ -62,7 +62,7 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         ),
         ({"text": "\ud800"}, "surrogate"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "messages[0].content"),
-        ('{"text": "\ud83d\ude00 \ud83d"}', "at character 1"),
+        (r'{"text": "\ud83d\ude00 \ud83d"}', "at character 2"),
         pytest.param("[" * 100_000, "nested too deeply", id="nested"),
     ],
 )

@@ -757,7 +757,11 @@ class SamplingParams(_message.Message):
     Unset: 0.
     """
     seed: _builtins.int
-    """Seed of this call. Unset: derived from the run's seed and the operation."""
+    """Seed of this call. Unset: for `current` derived from the run's seed and the
+    operation; for a saved version or an artifact from its run's seed and its
+    step, so that the same call gives the same text; for a base model from the
+    operation.
+    """
     num_samples: _builtins.int
     """Completions for each prompt. Unset: 1."""
     @_builtins.property
@@ -974,7 +978,9 @@ class LoadState(_message.Message):
     """The artifact: one of the tenant's, on the same model and LoRA shape."""
     include_optimizer: _builtins.bool
     """Also restore optimizer, counters and open window. Unset: true if the
-    artifact has them. True for an artifact without them is an error.
+    artifact has them. True for an artifact without them is an error. False
+    replaces the weights only, and drops the run's open window: its gradient was
+    of other weights.
     """
     def __init__(
         self,
