@@ -1,4 +1,4 @@
-"""SIGTERM while a serving command is still being imported, or builds its service, ends it with 0."""
+"""SIGTERM while a serving command is still being imported or builds its service ends it with 0."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_metadata_is_bounded_in_depth(tc: TrainingClient, server: FakeCoordinato
     endless: dict[str, Any] = {}
     endless["itself"] = endless
     for deep in (nested(17), nested(34), nested(2000), endless):
-        with pytest.raises(InvalidArgumentError, match="metadata.*16 levels") as caught:
+        with pytest.raises(InvalidArgumentError, match=r"metadata.*16 levels") as caught:
             tc.save_state_async(metadata=deep)
         assert "json.dumps" in str(caught.value)
     assert len(server.stored) == 1
@@ -229,7 +229,7 @@ def test_bad_arguments_get_typed_errors(
 ) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         BAD_ARGUMENTS[named](client, tc)
-    assert named.split(" ")[-1] in str(caught.value)
+    assert named.rsplit(" ", maxsplit=1)[-1] in str(caught.value)
     str(caught.value).encode()  # what is shown can be printed
     assert not server.stored
     assert tc.optim_step().seq == 1
