@@ -1,4 +1,4 @@
-"""SIGTERM while a serving command is still being imported or builds its service ends it with 0."""
+"""SIGTERM ends a serving command with 0 from the first moment: importing, or starting up."""
 
 from __future__ import annotations
 
