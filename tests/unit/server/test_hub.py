@@ -56,10 +56,11 @@ async def make(path: Path) -> tuple[SqliteStore, EventHub]:
     return store, hub
 
 
+@pytest.mark.parametrize(("limit", "value"), [("_BUFFER_EVENTS", 3), ("_BUFFER_BYTES", 100)])
 def test_a_watcher_that_comes_late_or_falls_behind_misses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ):
-    monkeypatch.setattr(hub_module, "_BUFFER_EVENTS", 3)
+    monkeypatch.setattr(hub_module, limit, value)
 
     async def main() -> list[str]:
         store, hub = await make(tmp_path)
@@ -133,5 +134,21 @@ def test_a_cursor_from_the_future_is_refused(tmp_path: Path):
             await anext(hub.stream(SCOPE, 5))
         assert raised.value.detail.reason == "CURSOR_OUT_OF_RANGE"
         await store.close()
+
+    asyncio.run(main())
+
+
+def test_what_a_watcher_leaves_unread_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub_module, "_BUFFER_BYTES", 200)
+
+    async def main() -> None:
+        subscription = hub_module.Subscription(SCOPE, 0)
+        for number in range(100):
+            item = row(number)
+            item.cursor = number + 1
+            subscription.offer(ended_event(PendingOperation(item, b"", "")))
+            largest = max((event.size for event in subscription.events), default=0)
+            assert sum(event.size for event in subscription.events) <= 200 + largest
+        assert subscription.behind
 
     asyncio.run(main())
