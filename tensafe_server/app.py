@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tensafe import failpoints
 from tensafe.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -185,6 +186,7 @@ class Coordinator:
             DataDirectoryError: if another coordinator uses the directory, or nobody can.
             AddressInUseError: if it cannot listen.
         """
+        failpoints.warn_if_armed(log)
         lock = _lock(settings.data)
         store = await SqliteStore.open(settings.data / "tensafe.db")
         try:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tensafe import failpoints
 from tensafe.v1 import operations_pb2, training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault, to_status
 from workers import wire
@@ -275,9 +276,11 @@ class Executor:
                 backend.poison(run_id)
                 raise
             loss = backend.forward_backward(run_id, spec.seq, request)
+            failpoints.hit("mid-step")
             done.result.CopyFrom(wire.forward_backward_result(loss))
         elif kind == "optim_step":
             step = backend.optim_step(run_id, wire.step_request(spec.optim_step))
+            failpoints.hit("mid-step")
             done.result.CopyFrom(wire.optim_step_result(step))
             if step.applied:
                 done.step_metrics.extend(wire.step_metrics(step))

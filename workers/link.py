@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from tensafe import failpoints
 from tensafe.v1 import worker_pb2, worker_pb2_grpc
 from tensafe.wire.channel import client_options
 from workers import wire
@@ -85,6 +86,7 @@ class Link:
         Raises:
             LinkError: the coordinator refused the key, the models or the call itself.
         """
+        failpoints.warn_if_armed(log)
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self.stop)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from tensafe import failpoints
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1 import worker_pb2_grpc as rpc
 from tensafe.wire.status import TenSafeFault
@@ -47,6 +48,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             while messages := await link.next_messages():
                 for message in messages:
                     yield message
+                    if message.HasField("plan"):
+                        failpoints.hit("after-dispatch")
             if reader.done():
                 reader.result()
         finally:

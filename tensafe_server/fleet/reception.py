@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 from tensafe.v1 import worker_pb2 as pb
@@ -85,18 +86,18 @@ class Reception:
                 operation.row.state = RUNNING
                 operation.notify_started()
         endings: list[Ending] = []
+        turns = _Turns(self._ledger)
         for done in report.done:
             operation = self._current(link, done.operation_id, done.epoch)
-            if operation is None:
+            if operation is None or not turns.take(operation, done.cancelled):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
                 )
                 continue
-            link.outstanding.discard(done.operation_id)
             endings.append(self._ending(operation, done))
         if endings:
-            await self._outcomes.settle(endings)
-            self._dispatcher.kick()
+            told = await self._outcomes.settle(endings)
+            told.add_done_callback(lambda _: _free(link, endings))
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""
@@ -148,6 +149,43 @@ class Reception:
             and held.epoch == run.epoch
             and held.last_seq >= run.executed_seq
         )
+
+
+class _Turns:
+    """Whose outcome is next in each run, while one report is read.
+
+    A worker that was away goes on with what it had, and tells of an operation that we have just
+    sent again before it answers the one before that from memory. Taken in as it comes, a crash
+    between the two would leave a log whose replay lacks the first. It is answered once more in its
+    turn.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._waiting: dict[str, deque[PendingOperation]] = {}
+
+    def take(self, operation: PendingOperation, cancelled: bool) -> bool:
+        """Whether the outcome may be taken in now; what was cancelled has no turn to wait for."""
+        run = self._ledger.runs.get(operation.row.run_id or "")
+        if run is None or operation.row.seq is None:
+            return True
+        if run.id not in self._waiting:
+            self._waiting[run.id] = deque(op for op in run.in_flight if not op.finishing)
+        waiting = self._waiting[run.id]
+        if cancelled and operation in waiting:
+            waiting.remove(operation)
+            return True
+        if waiting and waiting[0] is operation:
+            waiting.popleft()
+            return True
+        return False
+
+
+def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
+    """Gives the worker its credits back. Not before the commit: it remembers outcomes for as many
+    operations as it has credits, and after a crash it is asked for those that were not committed.
+    """
+    link.outstanding.difference_update(ending.operation.row.id for ending in endings)
 
 
 def _deadly(operation: PendingOperation) -> TenSafeFault:

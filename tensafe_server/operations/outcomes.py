@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from google.rpc.status_pb2 import Status
 
+from tensafe import failpoints
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
@@ -89,8 +90,8 @@ class Outcomes:
             for ending in endings:
                 self._ledger.retire(ending.operation)
             self._hub.publish(events)
-            self._ledger.on_ready()
             told.set_result(None)
+            self._ledger.on_ready()
 
         def check(committed: asyncio.Future[None]) -> None:
             error = committed.exception()
@@ -99,6 +100,7 @@ class Outcomes:
                 self.on_lost_store(error)
                 told.set_exception(error)
 
+        failpoints.hit("after-result-before-commit")
         self._store.finish(finish, tell).add_done_callback(check)
         return told
 

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tensafe import failpoints
 from tensafe.v1.artifacts_pb2 import Artifact
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
@@ -146,7 +147,13 @@ class SqliteStore:
     def add_operations(
         self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]:
-        return self._write(_INSERT_OPERATION, [_values(row) for row in rows], then)
+        values = [_values(row) for row in rows]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany(_INSERT_OPERATION, values)
+            failpoints.hit("before-commit")
+
+        return self._writer.submit(write, then)
 
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
