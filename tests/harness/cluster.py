@@ -24,6 +24,7 @@ class Process:
     Attributes:
         starts: how often it was started.
         ready: set while it serves.
+        being_revived: killed, and about to be started again.
     """
 
     def __init__(self, name: str, home: Path, command: Sequence[str], ready_line: str) -> None:
@@ -31,6 +32,7 @@ class Process:
         self.home = home
         self.starts = 0
         self.ready = threading.Event()
+        self.being_revived = False
         self._command = command
         self._ready_line = ready_line
         self._process: subprocess.Popen[str] | None = None
