@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +24,12 @@ from tensafe_server.store.base import (
     RequestRow,
     RunProgress,
     RunRow,
-    SchemaTooNewError,
     TenantRow,
 )
+from tensafe_server.store.migrations import migrate
 from tensafe_server.store.writer import GroupCommitWriter
 
-SCHEMA_VERSION = 1
-_SCHEMA = Path(__file__).with_name("schema.sql")
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _R = TypeVar("_R", TenantRow, KeyRow, RunRow, OperationRow, RequestRow)
 
@@ -42,6 +42,10 @@ _OPERATION = _columns(OperationRow)
 _INSERT_OPERATION = (
     f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
+)
+_INSERT_RUN = (
+    f"INSERT INTO runs ({_columns(RunRow)}) "  # noqa: S608 - names of our own fields
+    f"VALUES ({', '.join('?' * len(fields(RunRow)))})"
 )
 _FINISH_OPERATION = """
     UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
@@ -61,7 +65,13 @@ class SqliteStore:
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
         writing = _connect(path)
-        _prepare(writing)
+        try:
+            before, after = migrate(writing)
+        except BaseException:
+            writing.close()
+            raise
+        if 0 < before < after:
+            log.info("brought the store %s from schema %d to %d", path, before, after)
         self._writer = GroupCommitWriter(writing, loop)
         self._write_connection = writing
         self._reading = _connect(path)
@@ -116,7 +126,7 @@ class SqliteStore:
     # Runs.
 
     async def add_run(self, row: RunRow, request: RequestRow | None = None) -> None:
-        await self._add("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row, request)
+        await self._add(_INSERT_RUN, row, request)
 
     async def runs(self) -> list[RunRow]:
         return await self._rows(RunRow, "runs ORDER BY created_ns")
@@ -376,24 +386,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA busy_timeout = 5000")
     return connection
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone()
-    if known is None:
-        connection.executescript(
-            f"BEGIN; {_SCHEMA.read_text()}"  # noqa: S608 - our own file and number
-            f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'); COMMIT;"
-        )
-        return
-    (version,) = connection.execute(
-        "SELECT value FROM meta WHERE key = 'schema_version'"
-    ).fetchone()
-    if int(version) > SCHEMA_VERSION:
-        raise SchemaTooNewError(
-            f"the store has schema {version}, this version of TenSafe knows up to "
-            f"{SCHEMA_VERSION}; start the version that wrote it, or a newer one"
-        )
 
 
 def _values(row: Any) -> tuple[Any, ...]:

@@ -21,11 +21,10 @@ from tensafe_server.store.base import (
     RequestRow,
     RunRow,
     RunUpdate,
-    SchemaTooNewError,
     Store,
     TenantRow,
 )
-from tensafe_server.store.sqlite import SCHEMA_VERSION, SqliteStore
+from tensafe_server.store.sqlite import SqliteStore
 
 FINISHED = ops.OPERATION_STATE_SUCCEEDED
 QUEUED = ops.OPERATION_STATE_QUEUED
@@ -194,18 +193,3 @@ def test_a_request_is_remembered_with_what_it_made(path: Path):
         assert await store.request("ten-2", "request-1") is None
 
     run_test(path, body)
-
-
-def test_a_newer_schema_is_refused(path: Path):
-    async def nothing(store: Store) -> None:
-        await store.flushed()
-
-    run_test(path, nothing)
-    connection = sqlite3.connect(path)
-    connection.execute(
-        "UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION + 1),)
-    )
-    connection.commit()
-    connection.close()
-    with pytest.raises(SchemaTooNewError, match="newer one"):
-        run_test(path, nothing)
