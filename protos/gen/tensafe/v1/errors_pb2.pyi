@@ -106,6 +106,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: the service or method does not exist at this address."""
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
     """NOT_FOUND: no such key (admin calls only)."""
+    ERROR_REASON_RUN_STATE_LOST: _ErrorReason.ValueType  # 50
+    """DATA_LOSS: no intact snapshot or artifact of the run is left from which its
+    state could be rebuilt.
+    """
+    ERROR_REASON_NO_WORKER: _ErrorReason.ValueType  # 51
+    """UNAVAILABLE: no worker is connected that could do this, or it was lost."""
+    ERROR_REASON_RESULT_EXPIRED: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: the big parts of the operation's result are past the
+    server's retention.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an operation failed: `google.rpc.ErrorInfo.reason` is the name
@@ -197,4 +207,14 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 38
 """UNIMPLEMENTED: the service or method does not exist at this address."""
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: no such key (admin calls only)."""
+ERROR_REASON_RUN_STATE_LOST: ErrorReason.ValueType  # 50
+"""DATA_LOSS: no intact snapshot or artifact of the run is left from which its
+state could be rebuilt.
+"""
+ERROR_REASON_NO_WORKER: ErrorReason.ValueType  # 51
+"""UNAVAILABLE: no worker is connected that could do this, or it was lost."""
+ERROR_REASON_RESULT_EXPIRED: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: the big parts of the operation's result are past the
+server's retention.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -52,6 +52,12 @@ class TrainingServiceStub:
     """Tells the next seq, so that another process can go on with the run.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
     """
+    VerifyRun: _grpc.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]
+    """Replays the run from its log on a worker, beside the run itself, and says
+    whether it gives the recorded results. Progress comes as it is made; the last
+    message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+    RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+    """
     Submit: _grpc.UnaryUnaryMultiCallable[_training_pb2.SubmitRequest, _training_pb2.SubmitResponse]
     """Queues one operation; the answer means that it is on disk. A retry with the
     same (run, seq) or request id gets the same operation back. A refused
@@ -88,6 +94,12 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     AttachRun: _aio.UnaryUnaryMultiCallable[_training_pb2.AttachRunRequest, _training_pb2.AttachRunResponse]  # type: ignore[assignment]
     """Tells the next seq, so that another process can go on with the run.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
+    """
+    VerifyRun: _aio.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]  # type: ignore[assignment]
+    """Replays the run from its log on a worker, beside the run itself, and says
+    whether it gives the recorded results. Progress comes as it is made; the last
+    message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+    RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
     """
     Submit: _aio.UnaryUnaryMultiCallable[_training_pb2.SubmitRequest, _training_pb2.SubmitResponse]  # type: ignore[assignment]
     """Queues one operation; the answer means that it is on disk. A retry with the
@@ -152,6 +164,18 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_pb2.AttachRunResponse, _abc.Awaitable[_training_pb2.AttachRunResponse]]:
         """Tells the next seq, so that another process can go on with the run.
         Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyRun(
+        self,
+        request: _training_pb2.VerifyRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.VerifyRunResponse], _abc.AsyncIterator[_training_pb2.VerifyRunResponse]]:
+        """Replays the run from its log on a worker, beside the run itself, and says
+        whether it gives the recorded results. Progress comes as it is made; the last
+        message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+        RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
         """
 
     @_abc_1.abstractmethod

@@ -49,6 +49,15 @@ class WorkerServiceStub:
     """
     FetchArtifact: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    UploadSnapshot: _grpc.StreamUnaryMultiCallable[_worker_pb2.UploadSnapshotRequest, _worker_pb2.UploadSnapshotResponse]
+    """Stores a recovery point of a run. It is kept only while the worker holds the
+    run under the epoch that it names, and once every operation that it contains
+    is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+    """
+    FetchSnapshot: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchSnapshotRequest, _worker_pb2.FetchSnapshotResponse]
+    """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    DATA_LOSS CHECKSUM_MISMATCH.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -71,6 +80,15 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """
     FetchArtifact: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]  # type: ignore[assignment]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    UploadSnapshot: _aio.StreamUnaryMultiCallable[_worker_pb2.UploadSnapshotRequest, _worker_pb2.UploadSnapshotResponse]  # type: ignore[assignment]
+    """Stores a recovery point of a run. It is kept only while the worker holds the
+    run under the epoch that it names, and once every operation that it contains
+    is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+    """
+    FetchSnapshot: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchSnapshotRequest, _worker_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
+    """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    DATA_LOSS CHECKSUM_MISMATCH.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What workers call; needs a worker key."""
@@ -114,5 +132,26 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchArtifactResponse], _abc.AsyncIterator[_worker_pb2.FetchArtifactResponse]]:
         """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def UploadSnapshot(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.UploadSnapshotRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.UploadSnapshotResponse, _abc.Awaitable[_worker_pb2.UploadSnapshotResponse]]:
+        """Stores a recovery point of a run. It is kept only while the worker holds the
+        run under the epoch that it names, and once every operation that it contains
+        is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchSnapshot(
+        self,
+        request: _worker_pb2.FetchSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchSnapshotResponse], _abc.AsyncIterator[_worker_pb2.FetchSnapshotResponse]]:
+        """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        DATA_LOSS CHECKSUM_MISMATCH.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
