@@ -26,7 +26,8 @@ class BlobWriter(Protocol):
 
 
 class BlobStore(Protocol):
-    """Bytes by key."""
+    """Bytes by key. Whatever writes raises TenSafeFault STORAGE_FULL or STORAGE_UNAVAILABLE if the
+    disk does not take it; nothing is seen of the blob then."""
 
     def writer(self, key: str) -> BlobWriter: ...
 

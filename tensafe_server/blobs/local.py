@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from tensafe_server.blobs.base import KEY_PATTERN, BlobNotFoundError
+from tensafe_server.storage_faults import disk_writes
 
 _KEY = re.compile(KEY_PATTERN)
 
@@ -60,26 +62,32 @@ class LocalBlobStore:
 
 class LocalBlobWriter:
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = path
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        self._file: IO[bytes] = open(self._partial, "xb")  # noqa: SIM115 - closed by commit or abort
+        with disk_writes():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            # Unbuffered: what a full disk did not take must not be tried again by `close`.
+            self._file: IO[bytes] = open(self._partial, "xb", buffering=0)  # noqa: SIM115
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        rest = memoryview(data)
+        with disk_writes():
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def commit(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with disk_writes():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._partial.replace(self._path)
+            directory = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
     def abort(self) -> None:
         if not self._file.closed:
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self._partial.unlink()

@@ -68,7 +68,8 @@ class GapWatch:
             self._ledger.admit(placeholders)
             self._hub.publish([ended_event(operation) for operation in placeholders])
 
-        await self._store.add_operations([operation.row for operation in placeholders], admit)
+        rows = [operation.row for operation in placeholders]
+        await self._store.add_operations(rows, admit, insist=True)
 
     def _placeholder(self, run: RunState, seq: int) -> PendingOperation:
         now = time.time_ns()

@@ -165,8 +165,15 @@ class Store(Protocol):
 
     # The operation log.
     # `then` is called after the commit, in the order of the calls, before anyone who awaits it.
+    # A disk that does not take a write (full, read-only, locked) fails it with TenSafeFault
+    # STORAGE_FULL or STORAGE_UNAVAILABLE; one that insists, `finish` and `set_run_epoch` wait
+    # until it does, and so keep their order.
     def add_operations(
-        self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
+        self,
+        rows: Sequence[OperationRow],
+        then: Callable[[], None] | None = None,
+        *,
+        insist: bool = False,
     ) -> asyncio.Future[None]: ...
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None

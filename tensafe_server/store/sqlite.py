@@ -150,12 +150,19 @@ class SqliteStore:
         await self._execute("UPDATE runs SET status = ? WHERE id = ?", (status, run_id))
 
     def set_run_epoch(self, run_id: str, epoch: int) -> asyncio.Future[None]:
-        return self._write("UPDATE runs SET epoch = ? WHERE id = ?", [(epoch, run_id)])
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE runs SET epoch = ? WHERE id = ?", (epoch, run_id))
+
+        return self._writer.submit(write, insist=True)
 
     # The operation log.
 
     def add_operations(
-        self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
+        self,
+        rows: Sequence[OperationRow],
+        then: Callable[[], None] | None = None,
+        *,
+        insist: bool = False,
     ) -> asyncio.Future[None]:
         values = [_values(row) for row in rows]
 
@@ -163,7 +170,7 @@ class SqliteStore:
             connection.executemany(_INSERT_OPERATION, values)
             failpoints.hit("before-commit")
 
-        return self._writer.submit(write, then)
+        return self._writer.submit(write, then, insist=insist)
 
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
@@ -213,7 +220,7 @@ class SqliteStore:
                     runs,
                 )
 
-        return self._writer.submit(write, then)
+        return self._writer.submit(write, then, insist=True)
 
     async def flushed(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -338,19 +345,11 @@ class SqliteStore:
 
         await self._writer.submit(write)
 
-    def _write(
-        self,
-        sql: str,
-        values: Sequence[Sequence[Any]],
-        then: Callable[[], None] | None = None,
-    ) -> asyncio.Future[None]:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.executemany(sql, values)
-
-        return self._writer.submit(write, then)
-
     async def _execute(self, sql: str, values: Sequence[Any]) -> None:
-        await self._write(sql, [values])
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(sql, values)
+
+        await self._writer.submit(write)
 
     async def _read(self, read: Callable[[sqlite3.Connection], _T]) -> _T:
         return await self._loop.run_in_executor(self._readers, read, self._reading)

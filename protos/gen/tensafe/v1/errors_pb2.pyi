@@ -116,6 +116,22 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the big parts of the operation's result are past the
     server's retention.
     """
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 60
+    """RESOURCE_EXHAUSTED: the server's disk is full; nothing of the call was
+    stored. RetryInfo says when to try again.
+    """
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 61
+    """UNAVAILABLE: the server's disk cannot be written (read-only, locked or
+    failing); nothing of the call was stored. RetryInfo says when to try again.
+    """
+    ERROR_REASON_ARTIFACT_EXPIRED: _ErrorReason.ValueType  # 62
+    """NOT_FOUND: the artifact's time to live is over, or it was deleted."""
+    ERROR_REASON_ARTIFACT_IN_USE: _ErrorReason.ValueType  # 63
+    """FAILED_PRECONDITION: a run's recovery or an operation still needs the
+    artifact.
+    """
+    ERROR_REASON_UPLOAD_NOT_FOUND: _ErrorReason.ValueType  # 64
+    """NOT_FOUND: no such upload, or it was finished or given up."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an operation failed: `google.rpc.ErrorInfo.reason` is the name
@@ -217,4 +233,20 @@ ERROR_REASON_RESULT_EXPIRED: ErrorReason.ValueType  # 52
 """FAILED_PRECONDITION: the big parts of the operation's result are past the
 server's retention.
 """
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 60
+"""RESOURCE_EXHAUSTED: the server's disk is full; nothing of the call was
+stored. RetryInfo says when to try again.
+"""
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 61
+"""UNAVAILABLE: the server's disk cannot be written (read-only, locked or
+failing); nothing of the call was stored. RetryInfo says when to try again.
+"""
+ERROR_REASON_ARTIFACT_EXPIRED: ErrorReason.ValueType  # 62
+"""NOT_FOUND: the artifact's time to live is over, or it was deleted."""
+ERROR_REASON_ARTIFACT_IN_USE: ErrorReason.ValueType  # 63
+"""FAILED_PRECONDITION: a run's recovery or an operation still needs the
+artifact.
+"""
+ERROR_REASON_UPLOAD_NOT_FOUND: ErrorReason.ValueType  # 64
+"""NOT_FOUND: no such upload, or it was finished or given up."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
