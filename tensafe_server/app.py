@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -188,7 +189,11 @@ class Coordinator:
         """
         failpoints.warn_if_armed(log)
         lock = _lock(settings.data)
-        store = await SqliteStore.open(settings.data / "tensafe.db")
+        path = settings.data / "tensafe.db"
+        try:
+            store = await SqliteStore.open(path)
+        except sqlite3.Error as error:
+            raise DataDirectoryError(f"cannot open the store {path}: {_explain(error)}") from error
         try:
             coordinator = cls(settings, store)
             coordinator._lock = lock
@@ -239,6 +244,18 @@ class Coordinator:
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
+
+
+def _explain(error: sqlite3.Error) -> str:
+    code = error.sqlite_errorcode & 0xFF
+    remedy = {
+        sqlite3.SQLITE_BUSY: "end the other process that uses it, and start again",
+        sqlite3.SQLITE_FULL: "free space on its disk, and start again",
+        sqlite3.SQLITE_READONLY: "make it writable, and start again",
+        sqlite3.SQLITE_NOTADB: "restore it from a backup",
+        sqlite3.SQLITE_CORRUPT: "restore it from a backup",
+    }.get(code, "look at its disk and its permissions")
+    return f"{error}; {remedy}"
 
 
 def _lock(data: Path) -> IO[bytes]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
-from tensafe_server.store.base import SchemaTooNewError
+from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
 
 _DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
 
@@ -175,5 +176,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         AddressInUseError,
         DataDirectoryError,
         SchemaTooNewError,
+        StoreDamagedError,
+        TenSafeFault,
     ) as error:
         raise click.ClickException(str(error)) from error

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+from grpc_status import rpc_status
 
 from tensafe.v1 import artifacts_pb2, types_pb2, worker_pb2
 from tensafe.wire.channel import CHUNK_BYTES
-from tensafe.wire.status import TenSafeFault
+from tensafe.wire.status import REASON_CODES, TenSafeFault, from_status
 
 if TYPE_CHECKING:
     from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
@@ -93,21 +94,15 @@ class GrpcTransfers:
             finally:
                 call.cancel()
 
-        try:
-            self._run(attempt)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
-                raise TenSafeFault(
-                    "ARTIFACT_NOT_FOUND",
-                    f"no artifact {artifact_id}; list the artifacts to see what there is",
-                    artifact_id=artifact_id,
-                ) from error
-            raise
+        self._run(attempt)
 
     def _run(self, attempt: Callable[[], Awaitable[T]]) -> T:
         moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt), self._loop)
         self._moving = moving
-        return moving.result()
+        try:
+            return moving.result()
+        except grpc.aio.AioRpcError as error:
+            raise _named(error) from error
 
 
 async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
@@ -119,6 +114,16 @@ async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
                 raise
             await asyncio.sleep(min(10.0, 0.2 * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
     raise AssertionError("unreachable")
+
+
+def _named(error: grpc.aio.AioRpcError) -> Exception:
+    """The coordinator's own fault, where it has told one."""
+    status = rpc_status.from_call(error)
+    detail = from_status(status) if status is not None else None
+    if detail is None or detail.reason not in REASON_CODES:
+        return error
+    metadata: dict[str, Any] = {k: v for k, v in detail.metadata.items() if k != "field"}
+    return TenSafeFault(detail.reason, detail.message, **metadata)
 
 
 def _digest(path: Path) -> str:

@@ -22,7 +22,8 @@ class LocalBlobStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with disk_writes():
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def writer(self, key: str) -> LocalBlobWriter:
         return LocalBlobWriter(self._path(key))

@@ -21,6 +21,10 @@ class SchemaTooNewError(RuntimeError):
     """The store was written by a newer version of TenSafe."""
 
 
+class StoreDamagedError(RuntimeError):
+    """Committed transactions cannot be read, and starting would drop them."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRow:
     """A mutation's idempotency key, the hash of what was asked, and the id of what was made."""

@@ -26,6 +26,7 @@ from tensafe_server.store.base import (
     RunRow,
     TenantRow,
 )
+from tensafe_server.store.connection import connect, connect_and_recover
 from tensafe_server.store.migrations import migrate
 from tensafe_server.store.writer import GroupCommitWriter
 
@@ -64,7 +65,7 @@ class SqliteStore:
     """
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
-        writing = _connect(path)
+        writing = connect_and_recover(path)
         try:
             before, after = migrate(writing)
         except BaseException:
@@ -74,7 +75,7 @@ class SqliteStore:
             log.info("brought the store %s from schema %d to %d", path, before, after)
         self._writer = GroupCommitWriter(writing, loop)
         self._write_connection = writing
-        self._reading = _connect(path)
+        self._reading = connect(path)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._loop = loop
 
@@ -374,17 +375,6 @@ class SqliteStore:
             (*values, _before(page), page.size),
         )
         return [(first, row(*rest)) for first, *rest in rows]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, isolation_level=None, check_same_thread=False, cached_statements=256
-    )
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA busy_timeout = 5000")
-    return connection
 
 
 def _values(row: Any) -> tuple[Any, ...]:

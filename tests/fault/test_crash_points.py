@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from harness.cluster import Cluster, Process
 
 from tensafe import failpoints
 from tensafe_client import Datum, ServiceClient
+from tensafe_server.store import migrations
 
 STEPS = 6
 CONFIG = {
@@ -97,8 +101,36 @@ def test_a_death_at_this_point_changes_nothing(
     assert (tmp_path / point).exists(), "the point was hit"
 
 
+def test_a_death_in_a_migration_leaves_the_old_store_whole(tmp_path: Path):
+    with Cluster(tmp_path / "home") as cluster:
+        first = tmp_path / "first-migration"
+        first.mkdir()
+        shutil.copy(next(Path(migrations.__file__).parent.glob("0001_*.sql")), first)
+        cluster.data.mkdir(parents=True)
+        old = sqlite3.connect(cluster.data / "tensafe.db", isolation_level=None)
+        migrations.migrate(old, first)
+        old.execute("INSERT INTO tenants VALUES ('ten-1', 'old', 1)")
+        tables = old.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+        armed = {
+            failpoints.VARIABLE: "mid-migration=kill",
+            failpoints.ONCE_VARIABLE: str(first),
+        }
+        cluster.coordinator.start(armed)
+        assert cluster.coordinator.wait_ended() == -9
+        assert (first / "mid-migration").exists()
+        assert migrations.schema_version(old) == 1
+        assert old.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == tables
+        old.close()
+        cluster.start()
+        cluster.coordinator.wait_said("from schema 1 to")
+        assert cluster.new_tenant("new")
+        assert cluster.stop() == [0]
+        tenants = sqlite3.connect(cluster.data / "tensafe.db").execute("SELECT name FROM tenants")
+        assert {name for (name,) in tenants} == {"old", "new"}
+
+
 def test_every_point_has_a_test():
-    assert {*COORDINATORS_POINTS, *WORKERS_POINTS} == set(failpoints.POINTS)
+    assert {*COORDINATORS_POINTS, *WORKERS_POINTS, "mid-migration"} == set(failpoints.POINTS)
 
 
 class Supervisor:
@@ -110,8 +142,6 @@ class Supervisor:
         self._statuses: list[int] = []
 
     def __enter__(self) -> None:
-        import threading
-
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 

@@ -6,7 +6,7 @@ import queue
 from pathlib import Path
 
 import grpc
-from harness.cluster import Cluster
+from harness.cluster import Cluster, wait_accepted
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
@@ -63,8 +63,11 @@ def test_an_outcome_that_comes_before_its_turn_waits_for_it(tmp_path: Path):
             other = client.create_training_client({"model_ref": "scripted"})
             futures = [tc.optim_step() for _ in range(3)]
             mark = other.optim_step()
+            wait_accepted(client)
             mine = {one.operation_id: one for one in worker.planned(4)}
-            first, second, third, marked = (mine[_id(future)] for future in (*futures, mark))
+            first, second, third, marked = (
+                mine[future.operation_id] for future in (*futures, mark)
+            )
             worker.report(succeeded(second, 2), succeeded(third, 3), succeeded(marked, 1))
             mark.result(30)  # what came with it has been read
             assert not any(future.done() for future in futures)
@@ -72,9 +75,3 @@ def test_an_outcome_that_comes_before_its_turn_waits_for_it(tmp_path: Path):
             worker.report(succeeded(second, 2), succeeded(third, 3), succeeded(third, 3))
             assert [future.result(30).step for future in futures] == [1, 2, 3]
         worker.close()
-
-
-def _id(future) -> str:
-    while future.operation_id is None:  # the answer to its submission is on its way
-        assert not future.done()
-    return future.operation_id

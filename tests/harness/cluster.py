@@ -33,6 +33,7 @@ class Process:
         self.starts = 0
         self.ready = threading.Event()
         self.being_revived = False
+        self._spoke = threading.Condition()
         self._command = command
         self._ready_line = ready_line
         self._process: subprocess.Popen[str] | None = None
@@ -82,6 +83,11 @@ class Process:
         self._reader.join(timeout_s)
         return status
 
+    def wait_said(self, text: str, timeout_s: float = 60.0) -> None:
+        """Returns when its log, of all of its lives, has a line with this text."""
+        with self._spoke:
+            assert self._spoke.wait_for(lambda: text in self.log, timeout_s), self.log[-3000:]
+
     def signal(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)
@@ -104,9 +110,16 @@ class Process:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
+                with self._spoke:
+                    self._spoke.notify_all()
                 if self._ready_line in line:
                     ready.set()
         ready.clear()
+
+
+def wait_accepted(client: ServiceClient) -> None:
+    """Returns when the coordinator has answered for everything that the client has submitted."""
+    client._session.io.run(client._session._submitter.flush())
 
 
 class Cluster:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from tensafe import failpoints
 from tensafe_server.store.base import SchemaTooNewError
 
 _DIRECTORY = Path(__file__).parent
@@ -43,6 +44,7 @@ def migrate(connection: sqlite3.Connection, directory: Path = _DIRECTORY) -> tup
         try:
             for statement in _statements(script.read_text()):
                 connection.execute(statement)
+            failpoints.hit("mid-migration")
             connection.execute(
                 "INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (str(version),)
             )
