@@ -46,15 +46,19 @@ from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.reception import Reception
+from tensafe_server.fleet.replay import Comparer, ReplayWatch
 from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.gaps import GapWatch
 from tensafe_server.operations.intake import Intake, Limits
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
 from tensafe_server.operations.outcomes import Outcomes
+from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
+from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 
@@ -90,6 +94,7 @@ class Settings:
         data: directory of the store and the blobs; made if missing.
         listen: HOST:PORT; port 0 takes a free one.
         limits: how much may wait.
+        recovery: when snapshots are made, and what is kept.
         gap_timeout_s: how long operations wait for a missing seq.
         grace_s: how long calls may go on after `stop`.
     """
@@ -97,6 +102,7 @@ class Settings:
     data: Path
     listen: str = "127.0.0.1:50051"
     limits: Limits = field(default_factory=Limits)
+    recovery: RecoveryPolicy = field(default_factory=RecoveryPolicy)
     gap_timeout_s: float = 60.0
     grace_s: float = 2.0
 
@@ -122,13 +128,31 @@ class Coordinator:
         self._payloads = payloads
         self._hub = EventHub(store, payloads)
         outcomes = Outcomes(store, self._ledger, self._hub, payloads)
-        restorer = Restorer(store, payloads)
+        recovery = settings.recovery
+        snapshots = SnapshotBook(store, blobs, self._ledger, recovery.snapshots_kept)
+        self._pruner = Pruner(
+            store, blobs, payloads, self._ledger, snapshots, recovery.result_retention_s
+        )
+        snapshots.on_kept = self._pruner.look_at
+        restorer = Restorer(store, payloads, snapshots)
         self.dispatcher = Dispatcher(store, self._ledger, restorer)
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
         reader = OperationReader(store, self._ledger, payloads)
         intake = Intake(store, self._ledger, self._models, payloads, self._hub, settings.limits)
-        reception = Reception(self._ledger, self._models, outcomes, self.dispatcher, restorer)
+        self.dispatcher.on_unrestorable = cancellation.fail_waiting
+        comparer = Comparer(store, payloads)
+        verifications = Verifications(self.dispatcher, restorer, comparer)
+        reception = Reception(
+            self._ledger,
+            self._models,
+            outcomes,
+            self.dispatcher,
+            restorer,
+            ReplayWatch(store, self._ledger, comparer, snapshots),
+            verifications,
+            recovery,
+        )
         runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ledger.on_ready = self.dispatcher.kick
@@ -152,6 +176,8 @@ class Coordinator:
                 cancellation,
                 self.dispatcher,
                 self._hub,
+                verifications,
+                self._pruner,
             ),
             server,
         )
@@ -168,10 +194,10 @@ class Coordinator:
             ModelsServicer(self._models, blobs), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(store, self.identity), server
+            AdminServicer(store, self.identity, blobs), server
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-            WorkerServicer(store, blobs, self._models, reception), server
+            WorkerServicer(store, blobs, self._models, reception, snapshots), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -208,6 +234,7 @@ class Coordinator:
         await self.identity.load()
         await self._models.load()
         await self._hub.load()
+        await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
@@ -221,6 +248,7 @@ class Coordinator:
                 "choose another with --listen, or port 0 for a free one"
             ) from error
         await self._server.start()
+        self._pruner.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -237,6 +265,7 @@ class Coordinator:
         for link in self.dispatcher.links:
             link.close()
         await self._server.stop(self._settings.grace_s)
+        await self._pruner.stop()
         await self._store.close()
         if self._lock is not None:
             self._lock.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
+from tensafe_server.operations.snapshots import RecoveryPolicy
 from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
 
 _DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
@@ -44,9 +46,74 @@ _data = click.option(
 )
 
 
+def _recovery(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of `RecoveryPolicy`, and gives the command the policy as `recovery`."""
+    default = RecoveryPolicy()
+
+    @wraps(command)
+    def with_policy(
+        snapshot_replay_s: float,
+        snapshot_mib: float,
+        snapshot_steps: int,
+        snapshots_kept: int,
+        result_retention_s: float,
+        **options: Any,
+    ) -> None:
+        policy = RecoveryPolicy(
+            snapshot_steps,
+            int(snapshot_mib * 2**20),
+            snapshot_replay_s,
+            snapshots_kept,
+            result_retention_s,
+        )
+        command(recovery=policy, **options)
+
+    for option in (
+        click.option(
+            "--result-retention-s",
+            type=click.FloatRange(min=1.0),
+            default=default.result_retention_s,
+            show_default=True,
+            help="How long per-token outputs and completions are kept after an operation ended.",
+        ),
+        click.option(
+            "--snapshots-kept",
+            type=click.IntRange(min=1),
+            default=default.snapshots_kept,
+            show_default=True,
+            help="Snapshots of each run; with one alone, a damaged one has none before it.",
+        ),
+        click.option(
+            "--snapshot-steps",
+            type=click.IntRange(min=0),
+            default=default.snapshot_steps,
+            show_default=True,
+            help="Snapshot a run after so many updates; 0: not by this measure.",
+        ),
+        click.option(
+            "--snapshot-mib",
+            type=click.FloatRange(min=0.0),
+            default=default.snapshot_bytes / 2**20,
+            show_default=True,
+            help="Snapshot a run after so much logged payload; 0: not by this measure.",
+        ),
+        click.option(
+            "--snapshot-replay-s",
+            type=click.FloatRange(min=0.0),
+            default=default.snapshot_replay_s,
+            show_default=True,
+            help="Snapshot a run before a replay after a crash would take longer; 0: not by this "
+            "measure.",
+        ),
+    ):
+        with_policy = option(with_policy)
+    return with_policy
+
+
 @click.command()
 @_listen
 @_data
+@_recovery
 @click.option(
     "--backend",
     type=click.Choice(["torch", "mock"]),
@@ -94,6 +161,7 @@ def up(
     dtype: str,
     profile: str,
     no_profile: bool,
+    recovery: RecoveryPolicy,
 ) -> None:
     """Run the whole service on this machine: a coordinator and its workers.
 
@@ -109,7 +177,7 @@ def up(
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
     settings = LocalSettings(
-        Settings(data=data, listen=listen),
+        Settings(data=data, listen=listen, recovery=recovery),
         _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype),
         None if no_profile else profile,
     )
@@ -119,12 +187,13 @@ def up(
 @click.command()
 @_listen
 @_data
-def server(listen: str, data: Path) -> None:
+@_recovery
+def server(listen: str, data: Path, recovery: RecoveryPolicy) -> None:
     """Run a coordinator alone; workers dial in with `tensafe worker`.
 
     The first start makes an admin key and prints it once on stderr.
     """
-    _run(serve(Settings(data=data, listen=listen), _announce, _tell_secret))
+    _run(serve(Settings(data=data, listen=listen, recovery=recovery), _announce, _tell_secret))
 
 
 def _worker_arguments(

@@ -23,6 +23,7 @@ from tensafe.wire.channel import client_options
 from workers import wire
 from workers.backend import Backend
 from workers.executor import Executor
+from workers.snapshots import SnapshotPolicy
 from workers.transfers import GrpcTransfers
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Link:
         ) as channel:
             self._stub: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
             transfers = GrpcTransfers(self._stub, self._metadata, self._loop)
+            self._transfers = transfers
             self._executor = Executor(self._backend, transfers, self._progress)
             self._executor.start()
             try:
@@ -168,6 +170,7 @@ class Link:
             if not isinstance(first, worker_pb2.ConnectResponse):
                 await _raise_status(call)
                 return
+            self._welcome(first.welcome)
             log.info("connected to %s as %s", self._options.target, first.welcome.worker_id)
             self._connected = True
             tasks = [
@@ -202,6 +205,13 @@ class Link:
             fingerprint=self._backend.fingerprint(),
         )
 
+    def _welcome(self, welcome: worker_pb2.Welcome) -> None:
+        self._transfers.worker_id = welcome.worker_id
+        policy = welcome.snapshots
+        self._executor.snapshot_policy = SnapshotPolicy(
+            policy.steps, policy.payload_bytes, policy.replay_s
+        )
+
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
         executor = self._executor
         while isinstance(response := await call.read(), worker_pb2.ConnectResponse):
@@ -228,6 +238,8 @@ class Link:
                 said_goodbye = True
             # Read before collecting: what ends after this wakes the loop once more.
             finished = said_goodbye and self._executor.idle
+            if refused := self._executor.collect_refused():
+                self._unsent.append(worker_pb2.Report(refused=refused))
             self._unsent.extend(_reports(*self._executor.collect()))
             while self._unsent:
                 await call.write(worker_pb2.ConnectRequest(report=self._unsent[0]))

@@ -30,6 +30,9 @@ class GrpcTransfers:
 
     A connection that breaks is tried again, with growing pauses; one that stays away fails the
     operation at hand.
+
+    Attributes:
+        worker_id: what the coordinator calls this worker since the stream stands.
     """
 
     def __init__(
@@ -41,12 +44,15 @@ class GrpcTransfers:
         self._stub = stub
         self._metadata = tuple(metadata)
         self._loop = loop
-        self._moving: concurrent.futures.Future[Any] | None = None
+        self.worker_id = ""
+        self._moving: set[concurrent.futures.Future[Any]] = set()
+        self._closed = False
 
     def close(self) -> None:
-        """Breaks off the transfer at hand, if there is one."""
-        if self._moving is not None:
-            self._moving.cancel()
+        """Breaks off the transfers at hand, and takes no more."""
+        self._closed = True
+        for moving in list(self._moving):
+            moving.cancel()
 
     def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
         """Stores every file of a directory; the answer is in name order.
@@ -96,21 +102,64 @@ class GrpcTransfers:
 
         self._run(attempt)
 
-    def _run(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt), self._loop)
-        self._moving = moving
+    def upload_snapshot(
+        self, run_id: str, epoch: int, seq: int, step: int, directory: Path
+    ) -> str | None:
+        """Stores a snapshot; None if the coordinator kept it, else why not."""
+        header = worker_pb2.SnapshotHeader(
+            worker_id=self.worker_id, run_id=run_id, epoch=epoch, seq=seq, step=step
+        )
+        paths = sorted(directory.iterdir())
+
+        async def attempt() -> str | None:
+            response = await self._stub.UploadSnapshot(
+                _snapshot_requests(header, paths), metadata=self._metadata, timeout=_TIMEOUT_S
+            )
+            return None if response.snapshot_id else response.refusal
+
+        # Not tried again: the stream that the header names is gone with the connection.
+        return self._run(attempt, attempts=1)
+
+    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
+        """Writes the snapshot's files into a directory.
+
+        Raises:
+            TenSafeFault: CHECKSUM_MISMATCH if it is damaged or gone.
+        """
+
+        async def attempt() -> None:
+            call = self._stub.FetchSnapshot(
+                worker_pb2.FetchSnapshotRequest(snapshot_id=snapshot_id),
+                metadata=self._metadata,
+                timeout=_TIMEOUT_S,
+                wait_for_ready=True,
+            )
+            try:
+                await _write_files(call, directory)
+            finally:
+                call.cancel()
+
+        self._run(attempt)
+
+    def _run(self, attempt: Callable[[], Awaitable[T]], attempts: int = _ATTEMPTS) -> T:
+        if self._closed:
+            raise concurrent.futures.CancelledError
+        moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt, attempts), self._loop)
+        self._moving.add(moving)
         try:
             return moving.result()
         except grpc.aio.AioRpcError as error:
             raise _named(error) from error
+        finally:
+            self._moving.discard(moving)
 
 
-async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
-    for number in range(_ATTEMPTS):
+async def _with_retries(attempt: Callable[[], Awaitable[T]], attempts: int) -> T:
+    for number in range(attempts):
         try:
             return await attempt()
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == _ATTEMPTS - 1:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == attempts - 1:
                 raise
             await asyncio.sleep(min(10.0, 0.2 * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
     raise AssertionError("unreachable")
@@ -140,6 +189,16 @@ async def _upload_requests(
             yield worker_pb2.UploadArtifactRequest(chunk=chunk)
 
 
+async def _snapshot_requests(
+    header: worker_pb2.SnapshotHeader, paths: Sequence[Path]
+) -> AsyncIterator[worker_pb2.UploadSnapshotRequest]:
+    yield worker_pb2.UploadSnapshotRequest(header=header)
+    for path in paths:
+        chunks = file_chunks(path)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield worker_pb2.UploadSnapshotRequest(chunk=chunk)
+
+
 def file_chunks(path: Path) -> Iterator[types_pb2.FileChunk]:
     """A file in pieces of 1 MiB; an empty file is one empty piece."""
     size, offset, digest = path.stat().st_size, 0, hashlib.sha256()
@@ -162,7 +221,9 @@ def file_chunks(path: Path) -> Iterator[types_pb2.FileChunk]:
 
 
 async def _write_files(
-    chunks: AsyncIterator[worker_pb2.FetchArtifactResponse] | Any, directory: Path
+    chunks: AsyncIterator[worker_pb2.FetchArtifactResponse | worker_pb2.FetchSnapshotResponse]
+    | Any,
+    directory: Path,
 ) -> None:
     digest, position, name = hashlib.sha256(), 0, ""
     async for response in chunks:

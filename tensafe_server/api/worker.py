@@ -10,23 +10,31 @@ from tensafe import failpoints
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1 import worker_pb2_grpc as rpc
 from tensafe.wire.status import TenSafeFault
-from tensafe_server.api.files import ArtifactUpload, artifact_chunks
+from tensafe_server.api.files import ArtifactUpload, artifact_chunks, snapshot_chunks
 from tensafe_server.blobs.base import BlobStore
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.reception import Reception
 from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.snapshots import SnapshotBook, new_snapshot_id
 from tensafe_server.operations.validation import check_rules, refused
 from tensafe_server.store.base import Store
+from tensafe_server.store.requests import uninterrupted
 
 
 class WorkerServicer(rpc.WorkerServiceServicer):
     def __init__(
-        self, store: Store, blobs: BlobStore, models: ModelRegistry, reception: Reception
+        self,
+        store: Store,
+        blobs: BlobStore,
+        models: ModelRegistry,
+        reception: Reception,
+        snapshots: SnapshotBook,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._models = models
         self._reception = reception
+        self._snapshots = snapshots
 
     async def PublishModel(
         self, request: pb.PublishModelRequest, context: Any
@@ -84,6 +92,46 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         files = upload.files()
         self._reception.stored(first.artifact_id, files)
         return pb.UploadArtifactResponse(files=files)
+
+    async def UploadSnapshot(
+        self, requests: AsyncIterator[pb.UploadSnapshotRequest], context: Any
+    ) -> pb.UploadSnapshotResponse:
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise refused([("header", "must be the stream's first message")])
+        check_rules(first)
+        if refusal := self._snapshots.refusal(first.header):
+            return pb.UploadSnapshotResponse(refusal=refusal)
+        snapshot_id = new_snapshot_id()
+        upload = ArtifactUpload(self._blobs, snapshot_id, "snapshots")
+        try:
+            async for request in requests:
+                check_rules(request)
+                await upload.take(request.chunk)
+            failpoints.hit("mid-snapshot")
+        except BaseException:
+            upload.abort()
+            await self._snapshots.remove_files(snapshot_id)
+            raise
+        keeping = self._snapshots.keep(snapshot_id, first.header, upload.files())
+        refusal = await uninterrupted(keeping)
+        return pb.UploadSnapshotResponse(
+            snapshot_id="" if refusal else snapshot_id, refusal=refusal or ""
+        )
+
+    async def FetchSnapshot(
+        self, request: pb.FetchSnapshotRequest, context: Any
+    ) -> AsyncIterator[pb.FetchSnapshotResponse]:
+        row = await self._store.snapshot(request.snapshot_id)
+        files = await self._snapshots.files(row) if row is not None else None
+        if row is None or files is None:
+            raise TenSafeFault(
+                "ARTIFACT_NOT_FOUND",
+                f"snapshot {request.snapshot_id} is gone, or its manifest is damaged",
+                snapshot_id=request.snapshot_id,
+            )
+        async for chunk in snapshot_chunks(self._blobs, row.id, files):
+            yield pb.FetchSnapshotResponse(chunk=chunk)
 
     async def FetchArtifact(
         self, request: pb.FetchArtifactRequest, context: Any

@@ -41,3 +41,12 @@ class BlobStore(Protocol):
         """The blob from `offset` on, in pieces. Raises BlobNotFoundError."""
 
     def exists(self, key: str) -> bool: ...
+
+    def delete(self, key: str) -> None:
+        """Forgets a blob; no error if there is none."""
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """(key, bytes) of every blob below a prefix, which ends at a slash or is empty."""
+
+    def sweep_partial(self) -> int:
+        """Removes what crashed writers have left; returns how many. Call it before any writer."""

@@ -49,6 +49,29 @@ class LocalBlobStore:
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the last file of a snapshot or an artifact takes its directory
+            path.parent.rmdir()
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for path in self._files(self._root / prefix):
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    yield path.relative_to(self._root).as_posix(), path.stat().st_size
+
+    def sweep_partial(self) -> int:
+        partial = [path for path in self._files(self._root) if path.name.startswith(".")]
+        for path in partial:
+            path.unlink(missing_ok=True)
+        return len(partial)
+
+    def _files(self, root: Path) -> Iterator[Path]:
+        for directory, _, names in os.walk(root):
+            for name in names:
+                yield Path(directory, name)
+
     def _open(self, key: str) -> IO[bytes]:
         try:
             return open(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb")
@@ -66,9 +89,14 @@ class LocalBlobWriter:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         with disk_writes():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Unbuffered: what a full disk did not take must not be tried again by `close`.
-            self._file: IO[bytes] = open(self._partial, "xb", buffering=0)  # noqa: SIM115
+            self._file = self._open()
+
+    def _open(self) -> IO[bytes]:
+        while True:  # a deletion may take an empty directory away between the two
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(FileNotFoundError):
+                # Unbuffered: what a full disk did not take must not be tried again by `close`.
+                return open(self._partial, "xb", buffering=0)
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)

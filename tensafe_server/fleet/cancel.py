@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
-from tensafe_server.operations.outcomes import Outcomes, cancelled
+from tensafe_server.operations.outcomes import Ending, Outcomes, cancelled
 
 
 class Cancellation:
@@ -16,6 +18,7 @@ class Cancellation:
     def __init__(self, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
         self._outcomes = outcomes
         self._dispatcher = dispatcher
+        self._failing: set[asyncio.Task[asyncio.Future[None]]] = set()
 
     async def cancel(self, operation: PendingOperation) -> None:
         """Returns when it is known whether the operation was cancelled, runs, or has ended."""
@@ -31,6 +34,15 @@ class Cancellation:
             if operation.row.state != RUNNING:
                 self._ask_worker(operation)
         await self._cancel_waiting([*run.queue, *run.early.values()])
+
+    def fail_waiting(self, run: RunState, fault: TenSafeFault) -> None:
+        """Fails whatever of a run no worker has, since its state is lost."""
+        endings = [Ending(op, error=fault.detail) for op in run.queue if not op.void]
+        for ending in endings:
+            ending.operation.void = True
+        task = asyncio.get_running_loop().create_task(self._outcomes.settle(endings))
+        self._failing.add(task)
+        task.add_done_callback(self._failing.discard)
 
     async def _cancel_waiting(self, operations: Iterable[PendingOperation]) -> None:
         endings = [cancelled(operation) for operation in operations if not operation.void]

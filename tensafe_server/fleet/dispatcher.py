@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import islice
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Restorer
 from tensafe_server.operations.ledger import Ledger
@@ -22,10 +24,15 @@ from tensafe_server.store.base import Store
 
 log = logging.getLogger(__name__)
 _LOOK_AHEAD = 1024
+_RETRY_S = 1.0
 
 
 class Dispatcher:
-    """Gives operations to workers."""
+    """Gives operations to workers.
+
+    Attributes:
+        on_unrestorable: called with a run whose state is lost; what waits of it cannot run.
+    """
 
     def __init__(self, store: Store, ledger: Ledger, restorer: Restorer) -> None:
         self._store = store
@@ -36,6 +43,7 @@ class Dispatcher:
         self._kicked = False
         self._arrival = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_unrestorable: Callable[[RunState, TenSafeFault], None] = lambda run, fault: None
 
     @property
     def links(self) -> list[WorkerLink]:
@@ -73,6 +81,15 @@ class Dispatcher:
             link.runs.discard(run.id)
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
         run.worker_id = None
+
+    def give_back(self, run: RunState) -> None:
+        """Takes a run back from the worker that was to hold it; its next one gets it anew."""
+        link = self._links.get(run.worker_id or "")
+        for operation in self._ledger.recall_run(run):
+            if link is not None:
+                link.outstanding.discard(operation.row.id)
+        if link is not None:
+            link.runs.discard(run.id)
 
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:
         return self._links.get(operation.worker_id or "")
@@ -122,28 +139,36 @@ class Dispatcher:
         link.runs.add(run.id)
         run.epoch += 1
         self._store.set_run_epoch(run.id, run.epoch)
-        assignment = pb.RunAssignment(
-            run_id=run.id,
-            epoch=run.epoch,
-            config=run.config,
-            artifact_id=run.base_artifact_id or "",
-        )
         if not self._restorer.needed(run):
-            message.runs.append(assignment)
+            message.runs.append(pb.RunAssignment(run_id=run.id, epoch=run.epoch, config=run.config))
             self._take_next(run, link, message)
             return
         run.restoring = True
-        task = asyncio.get_running_loop().create_task(self._restore(run, link, assignment))
+        task = asyncio.get_running_loop().create_task(self._restore(run, link, run.epoch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _restore(self, run: RunState, link: WorkerLink, assignment: pb.RunAssignment) -> None:
-        message = await self._restorer.plan(run, assignment)
-        if run.worker_id == link.id and run.epoch == assignment.epoch:
-            log.info("replaying %d operations of %s", len(message.operations), run.id)
+    async def _restore(self, run: RunState, link: WorkerLink, epoch: int) -> None:
+        try:
+            message = await self._restorer.plan(run, epoch)
+        except Exception as error:
+            if run.worker_id == link.id and run.epoch == epoch:
+                self.give_back(run)
+                self._cannot_restore(run, error)
+            return
+        if run.worker_id == link.id and run.epoch == epoch:
             link.send_plan(message)
             run.restoring = False
             self.kick()
+
+    def _cannot_restore(self, run: RunState, error: Exception) -> None:
+        if isinstance(error, TenSafeFault) and error.detail.reason == "RUN_STATE_LOST":
+            log.error("%s", error.detail.message)
+            self.on_unrestorable(run, error)
+            return
+        # Nothing is lost by waiting: a disk may come back.
+        log.error("the state of %s cannot be read; trying again", run.id, exc_info=error)
+        asyncio.get_running_loop().call_later(_RETRY_S, self.kick)
 
     def _take_next(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
         while run.queue and run.queue[0].void:

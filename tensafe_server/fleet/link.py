@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe_server.operations.comparison import fingerprint_digest
 from tensafe_server.planning.planner import WorkerView
 
 _MESSAGE_BYTES = 16 * 2**20
@@ -15,6 +16,7 @@ class WorkerLink:
     """A worker's stream, seen from the dispatcher.
 
     Attributes:
+        digest: of its fingerprint; workers of one digest give the same results.
         runs: ids of the runs whose state it holds.
         outstanding: ids of operations that the worker has and that have not ended.
         draining: it takes no new work.
@@ -28,6 +30,7 @@ class WorkerLink:
         self.models = frozenset(register.models)
         self.credits = register.credits
         self.fingerprint = dict(register.fingerprint)
+        self.digest = fingerprint_digest(self.fingerprint)
         self.outstanding: set[str] = set()
         self.runs: set[str] = set()
         self.draining = False

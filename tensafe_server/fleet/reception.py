@@ -11,12 +11,15 @@ from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.replay import ReplayWatch
 from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import QUEUED, RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, cancelled
+from tensafe_server.operations.snapshots import RecoveryPolicy
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +36,18 @@ class Reception:
         outcomes: Outcomes,
         dispatcher: Dispatcher,
         restorer: Restorer,
+        replays: ReplayWatch,
+        verifications: Verifications,
+        recovery: RecoveryPolicy,
     ) -> None:
         self._ledger = ledger
         self._models = models
         self._outcomes = outcomes
         self._dispatcher = dispatcher
         self._restorer = restorer
+        self._replays = replays
+        self._verifications = verifications
+        self._recovery = recovery
         self._uploads: dict[str, list[ArtifactFile]] = {}
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
@@ -50,7 +59,11 @@ class Reception:
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
-        link.send(pb.ConnectResponse(welcome=pb.Welcome(worker_id=link.id)))
+        link.send(
+            pb.ConnectResponse(
+                welcome=pb.Welcome(worker_id=link.id, snapshots=self._recovery.message())
+            )
+        )
         for held in register.held_runs:
             await self._take_back(link, held)
         self._dispatcher.add(link)
@@ -63,6 +76,7 @@ class Reception:
         """Takes back what a worker had. An operation that was running when its worker was lost is
         tried once more; then it fails, so that it cannot take one worker after the other."""
         link.close()
+        self._verifications.lost(link)
         running = [
             operation
             for operation in map(self._ledger.pending, link.outstanding)
@@ -85,16 +99,22 @@ class Reception:
             if operation is not None:
                 operation.row.state = RUNNING
                 operation.notify_started()
+        for refused in report.refused:
+            await self._refused(link, refused)
         endings: list[Ending] = []
         turns = _Turns(self._ledger)
         for done in report.done:
+            if done.replay:
+                if not self._verifications.take(link, done):
+                    self._replays.take(link, done)
+                continue
             operation = self._current(link, done.operation_id, done.epoch)
             if operation is None or not turns.take(operation, done.cancelled):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
                 )
                 continue
-            endings.append(self._ending(operation, done))
+            endings.append(self._ending(link, operation, done))
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
@@ -103,10 +123,25 @@ class Reception:
         """Notes an artifact's files until its operation is reported done."""
         self._uploads[artifact_id] = list(files)
 
-    def _ending(self, operation: PendingOperation, done: pb.OperationDone) -> Ending:
+    async def _refused(self, link: WorkerLink, refused: pb.RefusedSnapshot) -> None:
+        """A worker could not load a run's snapshot: the run gets an earlier one, and a new epoch,
+        so that nothing counts that was sent after this one."""
+        if self._verifications.refused(link, refused):
+            return
+        run = self._ledger.runs.get(refused.run_id)
+        if run is None or run.worker_id != link.id or run.epoch != refused.epoch:
+            return
+        await self._replays.refused(run, refused)
+        self._dispatcher.give_back(run)
+        self._dispatcher.kick()
+
+    def _ending(
+        self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
+    ) -> Ending:
         if done.cancelled:
             return cancelled(operation)
         ending = Ending(operation, executed=True, compute_ms=done.compute_ms)
+        operation.row.fingerprint = link.digest
         if done.HasField("result"):
             ending.result = done.result
             ending.step_metrics = done.step_metrics

@@ -152,15 +152,20 @@ class Ledger:
                 self.lane.appendleft(operation)
         held = [run for run in self.runs.values() if run.worker_id == worker_id]
         for run in held:
-            run.worker_id = None
-            run.restoring = False
-            for operation in reversed(run.in_flight):
-                if not operation.finishing:
-                    operation.worker_id = None
-                    run.queue.appendleft(operation)
-            run.in_flight = deque(op for op in run.in_flight if op.finishing)
-            self._ready.add(run.id)
+            self.recall_run(run)
         return held
+
+    def recall_run(self, run: RunState) -> list[PendingOperation]:
+        """Takes a run, and what its worker had of it, back; returns those operations."""
+        run.worker_id = None
+        run.restoring = False
+        recalled = [operation for operation in run.in_flight if not operation.finishing]
+        for operation in reversed(recalled):
+            operation.worker_id = None
+            run.queue.appendleft(operation)
+        run.in_flight = deque(op for op in run.in_flight if op.finishing)
+        self._ready.add(run.id)
+        return recalled
 
     def _forget(self, operation: PendingOperation) -> None:
         row = operation.row

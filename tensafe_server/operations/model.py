@@ -79,6 +79,10 @@ class RunState:
         epoch: number of the newest assignment to a worker.
         executed_seq: the last seq that a worker has executed and reported.
         gap_timer, gap_seq: the clock that runs while a seq is missing, and that seq.
+        pruned_seq: the specs of operations up to here are gone from the log.
+        snapshot_seq: the last operation in the newest snapshot; 0 if there is none.
+        useless_snapshots: ids of snapshots that are whole and that no worker could load.
+        replay_mismatches: replayed operations whose results were not those in the log.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
     """
@@ -98,6 +102,10 @@ class RunState:
     queue: deque[PendingOperation] = field(default_factory=deque)
     in_flight: deque[PendingOperation] = field(default_factory=deque)
     by_seq: dict[int, PendingOperation] = field(default_factory=dict)
+    pruned_seq: int = 0
+    snapshot_seq: int = 0
+    useless_snapshots: set[str] = field(default_factory=set)
+    replay_mismatches: int = 0
     gap_timer: asyncio.TimerHandle | None = None
     gap_seq: int = 0
     window_queue_ms: float = 0.0
@@ -129,6 +137,8 @@ def run_state(row: RunRow) -> RunState:
         base_artifact_id=row.base_artifact_id,
         base_seq=row.base_seq,
         status=row.status,
+        pruned_seq=row.pruned_seq,
+        replay_mismatches=row.replay_mismatches,
     )
 
 

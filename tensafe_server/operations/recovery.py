@@ -19,6 +19,8 @@ async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledge
     """Fills the ledger from the store; returns the number of unfinished operations."""
     for row in await store.runs():
         ledger.runs[row.id] = run_state(row)
+    for run_id, seq in (await store.newest_snapshots()).items():
+        ledger.runs[run_id].snapshot_seq = seq
     unfinished = await store.unfinished()
     by_run: dict[str, list[OperationRow]] = {}
     lane: list[PendingOperation] = []

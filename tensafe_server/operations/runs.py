@@ -85,4 +85,6 @@ def run_message(run: RunState) -> training.Run:
         step=run.step,
         next_seq=run.next_seq,
         created_at=timestamp(run.row.created_ns),
+        replay_mismatches=run.replay_mismatches,
+        snapshot_seq=run.snapshot_seq,
     )

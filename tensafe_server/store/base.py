@@ -65,6 +65,33 @@ class RunRow:
     base_artifact_id: str | None
     base_seq: int
     created_ns: int
+    pruned_seq: int = 0
+    replay_mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A run's recovery point; `sha256` is that of its manifest."""
+
+    id: str
+    run_id: str
+    epoch: int
+    seq: int
+    step: int
+    size_bytes: int
+    sha256: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUse:
+    """Sizes in bytes; `free_bytes` of the file are free to be used again."""
+
+    file_bytes: int
+    free_bytes: int
+    operations: int
+    snapshots: int
+    artifacts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +130,8 @@ class OperationRow:
     queue_ms: float | None = None
     compute_ms: float | None = None
     cursor: int | None = None
+    fingerprint: str | None = None
+    result_pruned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +172,15 @@ class Page:
 
     size: int
     before: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Specs that were taken out of the log: keys of their blobs; `more` if the limit cut it off."""
+
+    blobs: Sequence[str]
+    operations: int
+    more: bool
 
 
 class Store(Protocol):
@@ -193,6 +231,21 @@ class Store(Protocol):
     ) -> list[tuple[int, OperationRow]]: ...
     async def unfinished(self) -> list[OperationRow]: ...
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+
+    # Recovery points, and what nobody needs any more.
+    def add_snapshot(self, row: SnapshotRow) -> asyncio.Future[None]: ...
+    async def snapshot(self, snapshot_id: str) -> SnapshotRow | None: ...
+    async def snapshots(self, run_id: str) -> list[SnapshotRow]: ...
+    async def newest_snapshots(self) -> dict[str, int]: ...
+    async def remove_snapshots(self, ids: Sequence[str]) -> None: ...
+    async def count_mismatch(self, run_id: str) -> None: ...
+    async def prune_specs(self, run_id: str, up_to_seq: int, limit: int) -> Pruned: ...
+    async def old_results(
+        self, before_ns: int, run_id: str | None, limit: int
+    ) -> list[OperationRow]: ...
+    async def replace_results(self, rows: Sequence[tuple[str, bytes | None]]) -> None: ...
+    async def blob_references(self) -> set[str]: ...
+    async def use(self) -> StoreUse: ...
 
     # Events.
     async def last_cursor(self) -> int: ...

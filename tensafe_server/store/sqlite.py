@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
 
 from tensafe import failpoints
 from tensafe.v1.artifacts_pb2 import Artifact
@@ -28,29 +27,26 @@ from tensafe_server.store.base import (
 )
 from tensafe_server.store.connection import connect, connect_and_recover
 from tensafe_server.store.migrations import migrate
+from tensafe_server.store.retention import SqliteRetention
+from tensafe_server.store.tables import before_row, columns, row_values, where_clause
 from tensafe_server.store.writer import GroupCommitWriter
 
 log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_R = TypeVar("_R", TenantRow, KeyRow, RunRow, OperationRow, RequestRow)
 
 
-def _columns(row: type) -> str:
-    return ", ".join(field.name for field in fields(row))
-
-
-_OPERATION = _columns(OperationRow)
+_OPERATION = columns(OperationRow)
 _INSERT_OPERATION = (
     f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
 )
 _INSERT_RUN = (
-    f"INSERT INTO runs ({_columns(RunRow)}) "  # noqa: S608 - names of our own fields
+    f"INSERT INTO runs ({columns(RunRow)}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(RunRow)))})"
 )
 _FINISH_OPERATION = """
     UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
-      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ? WHERE id = ?"""
+      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ?, fingerprint = ?
+    WHERE id = ?"""
 _MISSING_SEQS = """
     WITH RECURSIVE expected (seq) AS (
       SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
@@ -58,7 +54,7 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore:
+class SqliteStore(SqliteRetention):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
@@ -122,7 +118,9 @@ class SqliteStore:
         )
 
     async def remember(self, request: RequestRow) -> None:
-        await self._execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request))
+        await self._execute(
+            "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", row_values(request)
+        )
 
     # Runs.
 
@@ -165,7 +163,7 @@ class SqliteStore:
         *,
         insist: bool = False,
     ) -> asyncio.Future[None]:
-        values = [_values(row) for row in rows]
+        values = [row_values(row) for row in rows]
 
         def write(connection: sqlite3.Connection) -> None:
             connection.executemany(_INSERT_OPERATION, values)
@@ -188,6 +186,7 @@ class SqliteStore:
                 row.queue_ms,
                 row.compute_ms,
                 row.cursor,
+                row.fingerprint,
                 row.id,
             )
             for row in finish.operations
@@ -247,7 +246,7 @@ class SqliteStore:
     async def operations(
         self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
     ) -> list[tuple[int, OperationRow]]:
-        where, values = _where(tenant_id=tenant_id, run_id=run_id)
+        where, values = where_clause(tenant_id=tenant_id, run_id=run_id)
         if states:
             where += f" AND state IN ({', '.join('?' * len(states))})"
             values += states
@@ -276,7 +275,7 @@ class SqliteStore:
     async def finished_operations(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[OperationRow]:
-        where, values = _where(
+        where, values = where_clause(
             tenant_id=scope.tenant_id, run_id=scope.run_id, session_id=scope.session_id
         )
         return await self._rows(
@@ -288,7 +287,7 @@ class SqliteStore:
     async def step_metrics(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[StepMetrics]:
-        where, values = _where(tenant_id=scope.tenant_id, run_id=scope.run_id)
+        where, values = where_clause(tenant_id=scope.tenant_id, run_id=scope.run_id)
         rows = await self._select(
             f"SELECT body FROM metrics WHERE {where} AND cursor > ? AND cursor <= ?"  # noqa: S608
             " ORDER BY cursor LIMIT ?",
@@ -300,7 +299,7 @@ class SqliteStore:
 
     async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None:
         """Reads an artifact; `tenant_id` None is for workers, which serve every tenant."""
-        where, values = _where(id=artifact_id, tenant_id=tenant_id)
+        where, values = where_clause(id=artifact_id, tenant_id=tenant_id)
         rows = await self._select(f"SELECT body FROM artifacts WHERE {where}", values)  # noqa: S608
         return Artifact.FromString(rows[0][0]) if rows else None
 
@@ -315,11 +314,11 @@ class SqliteStore:
     async def artifacts(
         self, tenant_id: str, run_id: str | None, page: Page
     ) -> list[tuple[int, Artifact]]:
-        where, values = _where(tenant_id=tenant_id, run_id=run_id)
+        where, values = where_clause(tenant_id=tenant_id, run_id=run_id)
         rows = await self._select(
             f"SELECT rowid, body FROM artifacts WHERE {where} AND rowid < ?"  # noqa: S608
             " ORDER BY rowid DESC LIMIT ?",
-            (*values, _before(page), page.size),
+            (*values, before_row(page), page.size),
         )
         return [(row, Artifact.FromString(body)) for row, body in rows]
 
@@ -333,58 +332,3 @@ class SqliteStore:
         await self._execute(
             "INSERT OR REPLACE INTO models VALUES (?, ?)", (model.name, model.SerializeToString())
         )
-
-    # How it is done.
-
-    async def _add(self, sql: str, row: Any, request: RequestRow | None) -> None:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute(sql, _values(row))
-            if request is not None:
-                connection.execute(
-                    "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request)
-                )
-
-        await self._writer.submit(write)
-
-    async def _execute(self, sql: str, values: Sequence[Any]) -> None:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute(sql, values)
-
-        await self._writer.submit(write)
-
-    async def _read(self, read: Callable[[sqlite3.Connection], _T]) -> _T:
-        return await self._loop.run_in_executor(self._readers, read, self._reading)
-
-    async def _select(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return await self._read(lambda connection: connection.execute(sql, values).fetchall())
-
-    async def _rows(self, row: type[_R], source: str, values: Sequence[Any] = ()) -> list[_R]:
-        rows = await self._select(f"SELECT {_columns(row)} FROM {source}", values)  # noqa: S608
-        return [row(*values) for values in rows]
-
-    async def _one(self, row: type[_R], source: str, values: Sequence[Any]) -> _R | None:
-        rows = await self._rows(row, source, values)
-        return rows[0] if rows else None
-
-    async def _page(
-        self, row: type[_R], table: str, where: str, values: Sequence[Any], page: Page
-    ) -> list[tuple[int, _R]]:
-        rows = await self._select(
-            f"SELECT rowid, {_columns(row)} FROM {table} WHERE {where} AND rowid < ?"  # noqa: S608
-            " ORDER BY rowid DESC LIMIT ?",
-            (*values, _before(page), page.size),
-        )
-        return [(first, row(*rest)) for first, *rest in rows]
-
-
-def _values(row: Any) -> tuple[Any, ...]:
-    return tuple(getattr(row, field.name) for field in fields(row))
-
-
-def _where(**conditions: str | None) -> tuple[str, list[Any]]:
-    given = {name: value for name, value in conditions.items() if value is not None}
-    return " AND ".join(f"{name} = ?" for name in given), list(given.values())
-
-
-def _before(page: Page) -> int:
-    return page.before if page.before is not None else 2**62

@@ -151,6 +151,9 @@ class TorchBackend(Backend):
         run = self._runs[run_id]
         return checkpoints.save(run, directory, include_optimizer, self.fingerprint())
 
+    def capture(self, run_id: str) -> checkpoints.Captured:
+        return checkpoints.capture(self._runs[run_id], True, self.fingerprint())
+
     def load_state(
         self, run_id: str, directory: Path, include_optimizer: bool | None
     ) -> LoadOutcome:

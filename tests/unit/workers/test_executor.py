@@ -26,6 +26,8 @@ class FolderTransfers:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.fetched: list[str] = []
+        self.snapshots: list[tuple[str, int, int, int]] = []
+        self.refusal: str | None = None
 
     def upload(self, artifact_id: str, directory: Path) -> list[artifacts_pb2.ArtifactFile]:
         shutil.copytree(directory, self.root / artifact_id)
@@ -41,6 +43,15 @@ class FolderTransfers:
     def fetch(self, artifact_id: str, directory: Path) -> None:
         self.fetched.append(artifact_id)
         shutil.copytree(self.root / artifact_id, directory, dirs_exist_ok=True)
+
+    def upload_snapshot(self, run_id, epoch, seq, step, directory: Path) -> str | None:
+        self.snapshots.append((run_id, epoch, seq, step))
+        name = f"snap-{run_id}-{seq}"
+        shutil.copytree(directory, self.root / name)
+        return self.refusal
+
+    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
+        self.fetch(snapshot_id, directory)
 
 
 class GatedBackend(MockBackend):
@@ -172,7 +183,7 @@ def test_void_poisons_and_says_nothing(driver):
     assert outcomes[4].result.optim_step.step == 1
 
 
-def test_replay_rebuilds_the_state_in_silence(driver, transfers):
+def test_replay_rebuilds_the_state_and_reports_what_it_gave(driver, transfers):
     outcomes = driver.run(
         operation(1, **forward_backward(), replay=True),
         operation(2, **OPTIM, replay=True),
@@ -180,16 +191,18 @@ def test_replay_rebuilds_the_state_in_silence(driver, transfers):
         operation(4, **forward_backward()),
         runs=[assignment(epoch=1)],
     )
-    assert outcomes[:3] == [None, None, None]
+    assert [outcome and outcome.replay for outcome in outcomes] == [True, True, None, False]
+    assert {outcome.run_id for outcome in outcomes[:2]} == {"run-1"}
+    assert outcomes[1].result.optim_step.step == 1
     assert not (transfers.root / "art-9").exists()
     losses = {m.name: m.value for m in outcomes[3].result.forward_backward.metrics}
     assert losses["loss"] == 2.48
 
 
-def test_a_replay_that_fails_is_reported(driver, caplog):
+def test_a_replay_that_fails_is_reported(driver):
     (outcome,) = driver.run(operation(1, **OPTIM, replay=True), runs=[assignment()])
     assert reason(outcome) == "EMPTY_WINDOW"
-    assert "replay of op-run-1-1 failed" in caplog.text
+    assert outcome.replay
 
 
 def test_save_and_load_and_open_from_an_artifact(driver, transfers):
