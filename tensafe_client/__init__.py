@@ -70,7 +70,9 @@ from tensafe_client.infos import (
     NewKey,
     OperationInfo,
     RunInfo,
+    StorageInfo,
     TenantInfo,
+    VerifyReport,
 )
 from tensafe_client.profiles import Profile, read_profiles, save_profile
 from tensafe_client.results import (
@@ -153,6 +155,7 @@ __all__ = [
     "ServerError",
     "ServiceClient",
     "StepMetrics",
+    "StorageInfo",
     "TenSafeError",
     "TenantInfo",
     "TokenOutOfRangeError",
@@ -160,6 +163,7 @@ __all__ = [
     "TrainingConfig",
     "UnknownTargetModuleError",
     "UnsupportedOptionError",
+    "VerifyReport",
     "VersionNotSavedError",
     "WindowPoisonedError",
     "constant",

@@ -21,6 +21,7 @@ from tensafe_client.checks import check_bool, check_count, check_string
 from tensafe_client.config import TrainingConfig
 from tensafe_client.errors import (
     InvalidArgumentError,
+    ServerError,
     from_rpc_error,
 )
 from tensafe_client.futures import OperationFuture
@@ -31,7 +32,9 @@ from tensafe_client.infos import (
     NewKey,
     OperationInfo,
     RunInfo,
+    StorageInfo,
     TenantInfo,
+    VerifyReport,
 )
 from tensafe_client.results import StepMetrics
 from tensafe_client.session import RunSequence, Session, new_request_id
@@ -91,6 +94,25 @@ class Api:
         )
         response = await self._session.call(stubs.training.DeleteRun, request)
         return RunInfo.from_proto(response.run)
+
+    async def verify_run(
+        self, run_id: str, on_progress: Callable[[int, int], None] | None
+    ) -> VerifyReport:
+        """Has a run replayed from its log and compared; begins anew only if the caller does."""
+        stubs = await self._session.stubs()
+        request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
+        call = stubs.training.VerifyRun(request, metadata=self._session.metadata)
+        try:
+            async for response in call:
+                if response.HasField("report"):
+                    return VerifyReport.from_proto(run_id, response.report)
+                if on_progress is not None:
+                    on_progress(response.progress.replayed, response.progress.total)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+        raise ServerError(f"the server ended the verification of {run_id} without a report")
 
     async def operation(self, operation_id: str) -> OperationInfo:
         """Reads an operation."""
@@ -243,6 +265,12 @@ class AdminApi:
         stubs = await self._session.stubs()
         response = await self._session.call(stubs.admin.ListTenants, admin_pb2.ListTenantsRequest())
         return [TenantInfo.from_proto(message) for message in response.tenants]
+
+    async def storage(self) -> StorageInfo:
+        """Asks what takes how much disk."""
+        stubs = await self._session.stubs()
+        response = await self._session.call(stubs.admin.GetStorage, admin_pb2.GetStorageRequest())
+        return StorageInfo.from_proto(response)
 
     async def create_key(self, kind: str, tenant: str | None, name: str) -> NewKey:
         """Creates a key."""

@@ -287,6 +287,7 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "QUEUE_FULL": QueueFullError,
     "OUT_OF_MEMORY": OutOfMemoryError,
     "DRAINING": ConnectionFailedError,
+    "RUN_STATE_LOST": ServerError,
 }
 
 _BY_CODE: dict[str, type[TenSafeError]] = {

@@ -12,6 +12,7 @@ from tensafe.wire.tensors import Array
 from tensafe_client.errors import (
     OperationCancelledError,
     OperationTimeoutError,
+    PreconditionError,
     TenSafeError,
     from_status,
 )
@@ -159,6 +160,16 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             metadata=self._metadata(),
         )
 
+    def _expired_error(self) -> PreconditionError:
+        return PreconditionError(
+            f"{self._name()} succeeded, but its per-token outputs or completions are past the "
+            "server's retention",
+            reason="RESULT_EXPIRED",
+            code="FAILED_PRECONDITION",
+            metadata=self._metadata(),
+            remedy="read results while they are fresh; metrics of steps stay in metrics()",
+        )
+
     def _timeout_error(self, timeout: float | None) -> OperationTimeoutError:
         again = (
             f"client.future({self._operation_id!r}).result() in any process"
@@ -193,7 +204,9 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         state = operation.state
         if state not in _FINISHED:
             return False
-        if state == pb.OPERATION_STATE_SUCCEEDED:
+        if state == pb.OPERATION_STATE_SUCCEEDED and operation.result_pruned:
+            self.set_exception(self._expired_error())
+        elif state == pb.OPERATION_STATE_SUCCEEDED:
             # The base class keeps the message; `result` unpacks it.
             self.set_result(cast(T, operation))
         elif state == pb.OPERATION_STATE_CANCELLED:

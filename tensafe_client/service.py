@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig, Connection, resolve
 from tensafe_client.downloads import Downloads
 from tensafe_client.futures import OperationFuture
-from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.results import SampleResult
 from tensafe_client.session import Session
 from tensafe_client.training import TrainingClient
@@ -166,6 +166,21 @@ class ServiceClient(ServiceBase):
     def delete_run(self, run_id: str) -> RunInfo:
         """Deletes a run; its queued operations are cancelled, its artifacts stay."""
         return self._io.run(self._api.delete_run(run_id))
+
+    def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run from its log on a worker, beside the run itself, and compares the results.
+
+        Args:
+            run_id: the run.
+            on_progress: called with (replayed, total) operations, on the SDK's thread.
+
+        Raises:
+            RunNotFoundError: if there is no such run.
+            ConnectionFailedError: if no worker serves its model, or the worker was lost.
+        """
+        return self._io.run(self._api.verify_run(run_id, on_progress))
 
     def operations(
         self, run_id: str | None = None, *, limit: int | None = None

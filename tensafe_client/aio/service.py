@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,7 @@ from tensafe_client.aio.training import AsyncTrainingClient
 from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig
 from tensafe_client.futures import OperationFuture
-from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.results import SampleResult
 from tensafe_client.service import ServiceBase
 
@@ -67,6 +67,12 @@ class AsyncServiceClient(ServiceBase):
     async def delete_run(self, run_id: str) -> RunInfo:
         """Deletes a run; its queued operations are cancelled, its artifacts stay."""
         return await self._io.bridge(self._api.delete_run(run_id))
+
+    async def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run from its log on a worker, and compares the results; see the sync twin."""
+        return await self._io.bridge(self._api.verify_run(run_id, on_progress))
 
     async def operations(
         self, run_id: str | None = None, *, limit: int | None = None

@@ -85,6 +85,7 @@ class Pruner:
             pruned += batch.operations
             if not batch.more:
                 run.pruned_seq = limit
+                log.info("pruned %s up to seq %d", run.id, limit)
         return pruned
 
     async def sweep(self) -> int:
