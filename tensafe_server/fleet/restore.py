@@ -169,6 +169,8 @@ class Restorer:
             return pb.PlannedOperation(
                 operation_id=row.id, epoch=epoch, spec=void_spec(row), void=True
             )
+        if row.spec is None and row.spec_ref is None:
+            raise _lost(run, f"what operation {row.id} was to do is no longer in the log")
         try:
             spec = await self._payloads.load(row.spec, row.spec_ref)
         except (BlobNotFoundError, DamagedPayloadError) as error:

@@ -58,8 +58,8 @@ class Simulation:
         self.small.settle(self.seq)
 
     async def snapshot(self, _: None) -> None:
-        if self.seq:
-            await self.small.upload(self.seq)
+        await self.work(2)
+        assert await self.small.upload(self.seq) is None
 
     async def artifact(self, _: None) -> None:
         run = self.small.run_state
@@ -134,10 +134,10 @@ def test_no_recovery_ever_misses_anything(actions):
 def test_specs_go_only_when_enough_snapshots_are_newer(tmp_path: Path):
     async def body(small: Small) -> None:
         simulation = Simulation(small)
-        await simulation.work(6)
+        await simulation.work(4)
         await simulation.snapshot(None)
         assert await small.pruner.prune(small.run_state) == 0
-        await simulation.work(6)
+        await simulation.work(4)
         await simulation.snapshot(None)
         before = [key for key in small.blob_keys() if key.startswith("payloads/")]
         assert await small.pruner.prune(small.run_state) == 6
@@ -187,7 +187,7 @@ def test_results_past_their_retention_keep_their_metrics(tmp_path: Path):
 def test_a_deleted_run_leaves_rows_only(tmp_path: Path):
     async def body(small: Small) -> None:
         simulation = Simulation(small)
-        await simulation.work(7)
+        await simulation.work(5)
         await simulation.snapshot(None)
         await finish_with_result(small, 8, time.time_ns() - 1)
         small.run_state.status = training.RUN_STATUS_DELETED
@@ -204,10 +204,10 @@ def test_a_deleted_run_leaves_rows_only(tmp_path: Path):
 def test_blobs_that_no_row_names_are_swept_and_no_others(tmp_path: Path):
     async def body(small: Small) -> None:
         simulation = Simulation(small)
-        await simulation.work(3)
+        await simulation.work(1)
         await simulation.snapshot(None)
         await simulation.artifact(None)
-        saving = operation(4, kind=ops.OPERATION_KIND_SAVE_STATE)
+        saving = operation(9, kind=ops.OPERATION_KIND_SAVE_STATE)
         saving.artifact_id = "art-coming"
         await small.store.add_operations([saving])
         small.blobs.put("artifacts/art-coming/f", b"half")
