@@ -50,6 +50,7 @@ from tensafe_server.fleet.replay import Comparer, ReplayWatch
 from tensafe_server.fleet.restore import Restorer
 from tensafe_server.fleet.verify import Verifications
 from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.artifacts import ArtifactBook
 from tensafe_server.operations.gaps import GapWatch
 from tensafe_server.operations.intake import Intake, Limits
 from tensafe_server.operations.ledger import Ledger
@@ -61,6 +62,7 @@ from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
+from tensafe_server.uploads.desk import UploadDesk
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +141,17 @@ class Coordinator:
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
         reader = OperationReader(store, self._ledger, payloads)
-        intake = Intake(store, self._ledger, self._models, payloads, self._hub, settings.limits)
+        self._artifacts = ArtifactBook(store, self._ledger, blobs)
+        uploads = UploadDesk(store, blobs, self._models, self._artifacts)
+        intake = Intake(
+            store,
+            self._ledger,
+            self._models,
+            payloads,
+            self._hub,
+            self._artifacts,
+            settings.limits,
+        )
         self.dispatcher.on_unrestorable = cancellation.fail_waiting
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer)
@@ -158,6 +170,7 @@ class Coordinator:
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
         outcomes.on_lost_store = self._fail
+        outcomes.on_saved = self._artifacts.news
 
         self.port = 0
         self._lock: IO[bytes] | None = None
@@ -188,7 +201,7 @@ class Coordinator:
             MetricsServicer(self._ledger, self._hub), server
         )
         artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server(
-            ArtifactsServicer(store, self._ledger, blobs), server
+            ArtifactsServicer(store, self._ledger, blobs, self._artifacts, uploads), server
         )
         models_pb2_grpc.add_ModelsServiceServicer_to_server(
             ModelsServicer(self._models, blobs), server
@@ -236,6 +249,7 @@ class Coordinator:
         await self._hub.load()
         await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
+        self._artifacts.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
     async def _listen(self) -> None:
@@ -262,6 +276,7 @@ class Coordinator:
         """Ends: watchers are told to come back, and everything accepted is on disk."""
         await self.drain()
         self._hub.close()
+        self._artifacts.stop()
         for link in self.dispatcher.links:
             link.close()
         await self._server.stop(self._settings.grace_s)

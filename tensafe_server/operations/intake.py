@@ -22,6 +22,7 @@ from tensafe_server.events.hub import EventHub
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations import checks
+from tensafe_server.operations.artifacts import ArtifactBook, check_there
 from tensafe_server.operations.gate import Gate
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
@@ -74,12 +75,14 @@ class Intake:
         models: ModelRegistry,
         payloads: Payloads,
         hub: EventHub,
+        artifacts: ArtifactBook,
         limits: Limits,
     ) -> None:
         self._store = store
         self._ledger = ledger
         self._models = models
         self._payloads = payloads
+        self._artifacts = artifacts
         self._limits = limits
         self._gate = Gate(store, ledger, hub)
 
@@ -156,6 +159,8 @@ class Intake:
                 run_id=run.id,
             )
         self._check_limits(tenant_id, run, spec, len(candidate.data))
+        if candidate.artifact is not None:
+            self._artifacts.check_open(candidate.artifact)
         row = OperationRow(
             id=new_id("op"),
             tenant_id=tenant_id,
@@ -205,6 +210,10 @@ class Intake:
                 f"{spec.sample.weights.version.step}; call save_state at that step",
                 run_id=spec.run_id,
             )
+        if candidate.artifact is not None:
+            check_there(candidate.artifact)
+            if spec.HasField("load_state") and run is not None:
+                self._check_model(candidate.artifact, run)
         if run is not None:
             reference, field = run.model, "run_id"
         elif candidate.artifact is not None:
@@ -213,6 +222,18 @@ class Intake:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
         return model.name, checks.check_content(spec, model)
+
+    def _check_model(self, artifact: Artifact, run: RunState) -> None:
+        name = self._models.find(artifact.model_ref, "load_state.artifact_id").name
+        if name != run.model:
+            raise TenSafeFault(
+                "ARTIFACT_MISMATCH",
+                f"artifact {artifact.id} is an adapter of {artifact.model_ref}, run {run.id} is on "
+                f"{run.config.model_ref}; load it into a run on its own model",
+                field="load_state.artifact_id",
+                artifact_id=artifact.id,
+                run_id=run.id,
+            )
 
     def _known(
         self, tenant_id: str, run: RunState | None, candidate: _Candidate, outcome: Outcome

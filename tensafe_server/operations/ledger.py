@@ -9,8 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
+
+_READS_ARTIFACT = {ops.OPERATION_KIND_LOAD_STATE, ops.OPERATION_KIND_SAMPLE}
 
 
 @dataclass(slots=True)
@@ -73,6 +76,14 @@ class Ledger:
 
     def pending(self, operation_id: str) -> PendingOperation | None:
         return self._pending.get(operation_id)
+
+    def reader_of(self, artifact_id: str) -> str | None:
+        """An unfinished operation that reads an artifact, in words; None if there is none."""
+        for operation in self._pending.values():
+            row = operation.row
+            if row.artifact_id == artifact_id and row.kind in _READS_ARTIFACT:
+                return f"operation {row.id}"
+        return None
 
     def by_request(self, tenant_id: str, request_id: str) -> PendingOperation | None:
         return self._requests.get((tenant_id, request_id))

@@ -14,7 +14,7 @@ from google.rpc.status_pb2 import Status
 from tensafe import failpoints
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
-from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
+from tensafe.v1.artifacts_pb2 import AdapterShape, Artifact, ArtifactFile
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.types_pb2 import REDUCTION_SUM, Metric
 from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_status, to_status
@@ -61,6 +61,7 @@ class Outcomes:
     Attributes:
         on_lost_store: called when an outcome could not be committed. What a caller must not lose
             cannot be kept then, and the coordinator has to stop.
+        on_saved: called when an artifact was saved.
     """
 
     def __init__(self, store: Store, ledger: Ledger, hub: EventHub, payloads: Payloads) -> None:
@@ -68,6 +69,7 @@ class Outcomes:
         self._ledger = ledger
         self._hub = hub
         self._payloads = payloads
+        self.on_saved: Callable[[], None] = lambda: None
         self.on_lost_store: Callable[[BaseException], None] = lambda error: None
 
     async def settle(self, endings: Sequence[Ending]) -> asyncio.Future[None]:
@@ -91,6 +93,8 @@ class Outcomes:
                 self._ledger.retire(ending.operation)
             self._hub.publish(events)
             told.set_result(None)
+            if finish.artifacts:
+                self.on_saved()
             self._ledger.on_ready()
 
         def check(committed: asyncio.Future[None]) -> None:
@@ -237,7 +241,19 @@ def _complete_artifact(ending: Ending, run: RunState) -> None:
     artifact.size_bytes = sum(file.size_bytes for file in files)
     artifact.sha256 = hashlib.sha256(listing.encode()).hexdigest()
     artifact.metadata.CopyFrom(spec.save_state.metadata)
-    artifact.created_at.CopyFrom(timestamp(time.time_ns()))
+    now = time.time_ns()
+    artifact.created_at.CopyFrom(timestamp(now))
+    if spec.save_state.HasField("ttl"):
+        artifact.expires_at.CopyFrom(timestamp(now + spec.save_state.ttl.ToNanoseconds()))
+    lora = run.config.lora
+    artifact.adapter.CopyFrom(
+        AdapterShape(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=sorted(lora.target_modules),
+        )
+    )
     del artifact.files[:]
     artifact.files.extend(files)
 

@@ -11,9 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from tensafe import failpoints
-from tensafe.v1.artifacts_pb2 import Artifact
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
+from tensafe_server.store.artifacts import SqliteArtifacts, insert_artifacts
 from tensafe_server.store.base import (
     EventScope,
     Finish,
@@ -28,7 +28,7 @@ from tensafe_server.store.base import (
 from tensafe_server.store.connection import connect, connect_and_recover
 from tensafe_server.store.migrations import migrate
 from tensafe_server.store.retention import SqliteRetention
-from tensafe_server.store.tables import before_row, columns, row_values, where_clause
+from tensafe_server.store.tables import columns, row_values, where_clause
 from tensafe_server.store.writer import GroupCommitWriter
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore(SqliteRetention):
+class SqliteStore(SqliteRetention, SqliteArtifacts):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
@@ -195,17 +195,7 @@ class SqliteStore(SqliteRetention):
             (item.cursor, tenant, item.run_id, item.SerializeToString())
             for tenant, item in finish.metrics
         ]
-        artifacts = [
-            (
-                item.id,
-                tenant,
-                item.run_id,
-                item.step,
-                item.SerializeToString(),
-                item.created_at.ToNanoseconds(),
-            )
-            for tenant, item in finish.artifacts
-        ]
+        artifacts = list(finish.artifacts)
         runs = [(row.step, row.base_artifact_id, row.base_seq, row.run_id) for row in finish.runs]
 
         def write(connection: sqlite3.Connection) -> None:
@@ -213,7 +203,7 @@ class SqliteStore(SqliteRetention):
             if metrics:
                 connection.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", metrics)
             if artifacts:
-                connection.executemany("INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?)", artifacts)
+                insert_artifacts(connection, artifacts)
             if runs:
                 connection.executemany(
                     "UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ? WHERE id = ?",
@@ -294,33 +284,6 @@ class SqliteStore(SqliteRetention):
             (*values, after, up_to, limit),
         )
         return [StepMetrics.FromString(body) for (body,) in rows]
-
-    # Artifacts.
-
-    async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None:
-        """Reads an artifact; `tenant_id` None is for workers, which serve every tenant."""
-        where, values = where_clause(id=artifact_id, tenant_id=tenant_id)
-        rows = await self._select(f"SELECT body FROM artifacts WHERE {where}", values)  # noqa: S608
-        return Artifact.FromString(rows[0][0]) if rows else None
-
-    async def artifact_at(self, run_id: str, step: int) -> Artifact | None:
-        rows = await self._select(
-            "SELECT body FROM artifacts WHERE run_id = ? AND step = ?"
-            " ORDER BY created_ns DESC LIMIT 1",
-            (run_id, step),
-        )
-        return Artifact.FromString(rows[0][0]) if rows else None
-
-    async def artifacts(
-        self, tenant_id: str, run_id: str | None, page: Page
-    ) -> list[tuple[int, Artifact]]:
-        where, values = where_clause(tenant_id=tenant_id, run_id=run_id)
-        rows = await self._select(
-            f"SELECT rowid, body FROM artifacts WHERE {where} AND rowid < ?"  # noqa: S608
-            " ORDER BY rowid DESC LIMIT ?",
-            (*values, before_row(page), page.size),
-        )
-        return [(row, Artifact.FromString(body)) for row, body in rows]
 
     # Models.
 

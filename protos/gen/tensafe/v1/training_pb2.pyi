@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -954,6 +955,7 @@ class SaveState(_message.Message):
 
     INCLUDE_OPTIMIZER_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     include_optimizer: _builtins.bool
     """Also what continuing needs: optimizer, counters, open accumulation window.
     Unset: true.
@@ -962,15 +964,22 @@ class SaveState(_message.Message):
     def metadata(self) -> _struct_pb2.Struct:
         """The caller's own JSON object, kept with the artifact; at most 64 KiB."""
 
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the artifact is kept. Unset: until it is deleted. What the run's
+        own recovery needs of it is kept longer, but is no longer shown.
+        """
+
     def __init__(
         self,
         *,
         include_optimizer: _builtins.bool | None = ...,
         metadata: _struct_pb2.Struct | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_optimizer: _TypeAlias = _typing.Literal["include_optimizer"]  # noqa: Y015
     _WhichOneofArgType__include_optimizer: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer"]  # noqa: Y015
