@@ -18,6 +18,8 @@ from tensafe_client.connection import ClientConfig
 from tensafe_client.data.datum import Datum
 from tensafe_client.data.loader import DataLoader
 from tensafe_client.errors import (
+    ArtifactExpiredError,
+    ArtifactInUseError,
     ArtifactMismatchError,
     ArtifactNotFoundError,
     AuthenticationError,
@@ -54,6 +56,7 @@ from tensafe_client.errors import (
     SequenceConflictError,
     SequenceGapError,
     ServerError,
+    StorageFullError,
     TenSafeError,
     TokenOutOfRangeError,
     UnknownTargetModuleError,
@@ -63,6 +66,7 @@ from tensafe_client.errors import (
 )
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import (
+    AdapterShape,
     ArtifactFile,
     ArtifactInfo,
     KeyInfo,
@@ -90,8 +94,11 @@ from tensafe_client.service import ServiceClient
 from tensafe_client.training import TrainingClient
 
 __all__ = [
+    "AdapterShape",
     "Admin",
+    "ArtifactExpiredError",
     "ArtifactFile",
+    "ArtifactInUseError",
     "ArtifactInfo",
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
@@ -155,6 +162,7 @@ __all__ = [
     "ServerError",
     "ServiceClient",
     "StepMetrics",
+    "StorageFullError",
     "StorageInfo",
     "TenSafeError",
     "TenantInfo",

@@ -111,6 +111,10 @@ class ArtifactNotFoundError(NotFoundError):
     remedy = "client.artifacts() lists the artifacts of this key's tenant"
 
 
+class ArtifactExpiredError(ArtifactNotFoundError):
+    """The artifact was deleted, or its time to live is over."""
+
+
 class ModelNotFoundError(NotFoundError):
     """No model is registered under this name."""
 
@@ -197,6 +201,12 @@ class ArtifactMismatchError(PreconditionError):
     """The artifact does not fit the run."""
 
 
+class ArtifactInUseError(PreconditionError):
+    """A run's recovery or an unfinished operation still needs the artifact."""
+
+    remedy = "save the run again or delete it; wait for the operation"
+
+
 class NoChatTemplateError(PreconditionError):
     """The model has no chat template, or no tokenizer."""
 
@@ -225,6 +235,10 @@ class ResourceExhaustedError(TenSafeError):
 
 class QueueFullError(ResourceExhaustedError):
     """A queue is full; `retry_delay_s` says when to try again."""
+
+
+class StorageFullError(ResourceExhaustedError):
+    """The server's disk is full; nothing of the call was stored."""
 
 
 class OutOfMemoryError(ResourceExhaustedError):
@@ -261,6 +275,9 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "RUN_NOT_FOUND": RunNotFoundError,
     "OPERATION_NOT_FOUND": OperationNotFoundError,
     "ARTIFACT_NOT_FOUND": ArtifactNotFoundError,
+    "ARTIFACT_EXPIRED": ArtifactExpiredError,
+    "ARTIFACT_IN_USE": ArtifactInUseError,
+    "STORAGE_FULL": StorageFullError,
     "MODEL_NOT_FOUND": ModelNotFoundError,
     "RUN_DELETED": RunDeletedError,
     "SEQ_CONFLICT": SequenceConflictError,

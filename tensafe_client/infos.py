@@ -173,12 +173,22 @@ class ArtifactFile:
 
 
 @dataclass(frozen=True)
+class AdapterShape:
+    """The shape of a LoRA adapter; `rank` 0 for one that was saved before shapes were kept."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ArtifactInfo:
     """A saved checkpoint.
 
     Attributes:
         id: `art-…`.
-        run_id: the run that was saved.
+        run_id: the run that was saved; empty for an adapter that was uploaded.
         model_ref: its base model.
         step: applied updates of the saved weights.
         size_bytes: sum of its files' sizes.
@@ -187,6 +197,8 @@ class ArtifactInfo:
         metadata: the caller's own JSON object.
         created_at: when it was saved.
         files: its files, in name order.
+        expires_at: when its time to live is over; None if it has none.
+        adapter: its shape: what a run must have as `lora_config` to load it.
     """
 
     id: str
@@ -199,6 +211,8 @@ class ArtifactInfo:
     metadata: Mapping[str, Any]
     created_at: datetime
     files: tuple[ArtifactFile, ...]
+    expires_at: datetime | None
+    adapter: AdapterShape
 
     @classmethod
     def from_proto(cls, message: artifacts_pb2.Artifact) -> ArtifactInfo:
@@ -214,6 +228,13 @@ class ArtifactInfo:
             metadata=to_dict(message.metadata),
             created_at=to_datetime(message.created_at),
             files=tuple(ArtifactFile(f.name, f.size_bytes, f.sha256) for f in message.files),
+            expires_at=to_datetime(message.expires_at) if message.HasField("expires_at") else None,
+            adapter=AdapterShape(
+                rank=message.adapter.rank,
+                alpha=message.adapter.alpha,
+                dropout=message.adapter.dropout,
+                target_modules=tuple(message.adapter.target_modules),
+            ),
         )
 
 

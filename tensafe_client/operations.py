@@ -159,10 +159,13 @@ class RunOperations:
         return self._session.submit_unnumbered("sample", spec)
 
     def save_state_async(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
     ) -> OperationFuture[SaveStateResult]:
         """Saves the adapter; the future twin of `save_state`, with the same arguments."""
-        spec = specs.save_state(self.run_id, metadata, include_optimizer)
+        spec = specs.save_state(self.run_id, metadata, include_optimizer, ttl_s)
         return self._session.submit_numbered(self._sequence, "save_state", spec)
 
     def load_state_async(

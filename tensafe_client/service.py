@@ -19,6 +19,7 @@ from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
 from tensafe_client.results import SampleResult
 from tensafe_client.session import Session
 from tensafe_client.training import TrainingClient
+from tensafe_client.uploads import Uploads
 
 
 class ServiceBase:
@@ -38,6 +39,7 @@ class ServiceBase:
         self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))  # type: ignore[arg-type]
         self._api = Api(self._session)
         self._downloads = Downloads(self._session)
+        self._uploads = Uploads(self._session)
 
     @property
     def connection(self) -> Connection:
@@ -121,18 +123,32 @@ class ServiceClient(ServiceBase):
         self._io = self._session.io
         self.admin = Admin(self._session)
 
-    def create_training_client(self, config: TrainingConfig | Mapping[str, Any]) -> TrainingClient:
+    def create_training_client(
+        self,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        from_artifact: str | None = None,
+        include_optimizer: bool | None = None,
+    ) -> TrainingClient:
         """Creates a run.
 
         Args:
-            config: a `TrainingConfig`, or a dict of its fields.
+            config: a `TrainingConfig`, or a dict of its fields. With `from_artifact` it may be
+                left out, and a dict may leave out what is as in the run that was saved; an
+                uploaded adapter brings its model and its LoRA shape.
+            from_artifact: an artifact whose state the run begins with.
+            include_optimizer: as in `TrainingClient.load_state`. True goes on exactly where the
+                saved run was, False begins a fresh optimizer on its weights.
 
         Raises:
             ConfigError: for an unknown field, naming the closest valid one, or a wrong type.
             InvalidArgumentError: if the server refuses a value; it names the field.
             ModelNotFoundError: if the model is not registered.
+            ArtifactMismatchError: if the artifact does not fit the config; no run is left.
         """
-        info, sequence = self._io.run(self._api.create_run(config))
+        info, sequence = self._io.run(
+            self._api.create_run_from(config, from_artifact, include_optimizer)
+        )
         return TrainingClient(self._session, info, sequence)
 
     def training_client(self, run_id: str) -> TrainingClient:
@@ -218,6 +234,41 @@ class ServiceClient(ServiceBase):
             ChecksumMismatchError: if a file came damaged.
         """
         return self._io.run(self._downloads.artifact(artifact_id, Path(directory)))
+
+    def upload_artifact(
+        self,
+        directory: str | Path,
+        model_ref: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> ArtifactInfo:
+        """Uploads an adapter that was made elsewhere, as an artifact to load or sample from.
+
+        What is sent are the two files that `peft`'s `save_pretrained` writes,
+        `adapter_config.json` and `adapter_model.safetensors`; anything else in the folder stays.
+        An upload that broke off goes on where it stopped when the same call is made again.
+
+        Args:
+            directory: the folder.
+            model_ref: the base model that the adapter was trained on (`client.models()`).
+            metadata: your own JSON object, kept with the artifact; at most 64 KiB.
+            ttl_s: how long the artifact is kept, seconds. None: until it is deleted.
+
+        Raises:
+            InvalidArgumentError: for what is no sound adapter; it names the file and the field.
+            UnsupportedOptionError: for an adapter that runs here cannot have (DoRA, rsLoRA, …).
+            UnknownTargetModuleError: for modules that the model lacks.
+        """
+        return self._io.run(self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s))
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact and its files; one that is gone already is no error.
+
+        Raises:
+            ArtifactInUseError: while a run's recovery or an unfinished operation needs it.
+        """
+        self._io.run(self._api.delete_artifact(artifact_id))
 
     def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""

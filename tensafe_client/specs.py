@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from google.protobuf import struct_pb2
+from google.protobuf.duration_pb2 import Duration
 
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.tensors import encode
@@ -16,6 +17,7 @@ from tensafe_client.data.datum import token_array
 from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
 
 _MAX_METADATA_DEPTH = 16
+_LONGEST_TTL_S = 100 * 365 * 86400.0
 _REDUCTIONS = {
     "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
     "sum": pb.LOSS_REDUCTION_SUM,
@@ -59,16 +61,21 @@ def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:
 
 
 def save_state(
-    run_id: str, metadata: Mapping[str, Any] | None, include_optimizer: bool | None
+    run_id: str,
+    metadata: Mapping[str, Any] | None,
+    include_optimizer: bool | None,
+    ttl_s: float | None,
 ) -> pb.OperationSpec:
     """Packs a checkpoint.
 
     Raises:
-        InvalidArgumentError: if the metadata is no JSON object.
+        InvalidArgumentError: if the metadata is no JSON object, or the time to live is too short.
     """
     message = pb.SaveState(include_optimizer=_flag(include_optimizer))
     if metadata is not None:
-        message.metadata.CopyFrom(_json_object(metadata))
+        message.metadata.CopyFrom(json_object(metadata))
+    if ttl_s is not None:
+        message.ttl.CopyFrom(time_to_live(ttl_s))
     return pb.OperationSpec(run_id=run_id, save_state=message)
 
 
@@ -194,7 +201,24 @@ def _flag(include_optimizer: object) -> bool | None:
     return None if include_optimizer is None else check_bool("include_optimizer", include_optimizer)
 
 
-def _json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
+def time_to_live(ttl_s: float) -> Duration:
+    """Packs a time to live, seconds.
+
+    Raises:
+        InvalidArgumentError: below one second, or above a hundred years.
+    """
+    seconds = check_number("ttl_s", ttl_s)
+    if not 1 <= seconds <= _LONGEST_TTL_S:
+        raise InvalidArgumentError(
+            f"ttl_s must be from 1 to {_LONGEST_TTL_S:.0f} seconds, got {ttl_s!r}; None keeps the "
+            "artifact until it is deleted"
+        )
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
     if not isinstance(metadata, Mapping):
         raise InvalidArgumentError(f"metadata must be a dict, got {type(metadata).__name__}")
     struct = struct_pb2.Struct()

@@ -82,15 +82,19 @@ class TrainingClient(RunOperations):
         ).result()
 
     def save_state(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
     ) -> SaveStateResult:
         """Saves the adapter as an artifact, at this point of the run's order, and waits for it.
 
         Args:
             metadata: your own JSON object, kept with the artifact; at most 64 KiB.
             include_optimizer: also save what continuing needs. None: yes.
+            ttl_s: how long the artifact is kept, seconds. None: until it is deleted.
         """
-        return self.save_state_async(metadata, include_optimizer).result()
+        return self.save_state_async(metadata, include_optimizer, ttl_s).result()
 
     def load_state(
         self, artifact_id: str, include_optimizer: bool | None = None

@@ -239,6 +239,8 @@ def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
 
 
 def _read(directory: Path) -> dict[str, Any]:
+    if (directory / "adapter_config.json").is_file():  # an adapter that was uploaded
+        return {"complete": False, "window": {"step": 0}}
     path = directory / STATE_FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if state.get("format") != _FORMAT:

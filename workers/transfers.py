@@ -170,6 +170,8 @@ def _named(error: grpc.aio.AioRpcError) -> Exception:
     status = rpc_status.from_call(error)
     detail = from_status(status) if status is not None else None
     if detail is None or detail.reason not in REASON_CODES:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return TenSafeFault("ARTIFACT_NOT_FOUND", f"{error.details()}; list the artifacts")
         return error
     metadata: dict[str, Any] = {k: v for k, v in detail.metadata.items() if k != "field"}
     return TenSafeFault(detail.reason, detail.message, **metadata)

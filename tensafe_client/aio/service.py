@@ -39,10 +39,16 @@ class AsyncServiceClient(ServiceBase):
         self.admin = AsyncAdmin(self._session)
 
     async def create_training_client(
-        self, config: TrainingConfig | Mapping[str, Any]
+        self,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        from_artifact: str | None = None,
+        include_optimizer: bool | None = None,
     ) -> AsyncTrainingClient:
-        """Creates a run."""
-        info, sequence = await self._io.bridge(self._api.create_run(config))
+        """Creates a run, on request one that begins with an artifact's state."""
+        info, sequence = await self._io.bridge(
+            self._api.create_run_from(config, from_artifact, include_optimizer)
+        )
         return AsyncTrainingClient(self._session, info, sequence)
 
     async def training_client(self, run_id: str) -> AsyncTrainingClient:
@@ -101,6 +107,23 @@ class AsyncServiceClient(ServiceBase):
     async def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
         """Downloads an artifact's files; a download that broke off goes on where it stopped."""
         return await self._io.bridge(self._downloads.artifact(artifact_id, Path(directory)))
+
+    async def upload_artifact(
+        self,
+        directory: str | Path,
+        model_ref: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> ArtifactInfo:
+        """Uploads an adapter that was made elsewhere; one that broke off goes on."""
+        return await self._io.bridge(
+            self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s)
+        )
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact and its files."""
+        await self._io.bridge(self._api.delete_artifact(artifact_id))
 
     async def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""

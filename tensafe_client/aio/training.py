@@ -57,10 +57,13 @@ class AsyncTrainingClient(RunOperations):
         )
 
     def save_state(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
     ) -> OperationFuture[SaveStateResult]:
         """Saves the adapter as an artifact; await the result."""
-        return self.save_state_async(metadata, include_optimizer)
+        return self.save_state_async(metadata, include_optimizer, ttl_s)
 
     def load_state(
         self, artifact_id: str, include_optimizer: bool | None = None

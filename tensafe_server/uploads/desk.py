@@ -83,8 +83,6 @@ class UploadDesk:
     ) -> int:
         """Stores one file's chunks; returns how many of its bytes are stored then.
 
-        What has arrived is stored every few MiB, so that a break costs no more than that.
-
         Raises:
             TenSafeFault: UPLOAD_NOT_FOUND, INVALID_ARGUMENT, CURSOR_OUT_OF_RANGE, STORAGE_FULL.
         """
@@ -102,20 +100,22 @@ class UploadDesk:
                 received_bytes=position,
             )
         waiting = bytearray()
-        async for request in chunks:
-            chunk = request.chunk
-            arrived = position + len(waiting)
-            if chunk.name != start.name or chunk.offset != arrived:
-                raise refused([("chunk.offset", f"must be {arrived}, of {start.name}")])
-            if arrived + len(chunk.data) > size:
-                raise refused([("chunk.data", f"goes beyond the {size} bytes that were declared")])
-            waiting += chunk.data
-            if len(waiting) >= PART_BYTES:
-                await asyncio.to_thread(parts.write, position, bytes(waiting))
-                position += len(waiting)
-                waiting.clear()
-        if waiting:
-            await asyncio.to_thread(parts.write, position, bytes(waiting))
+        try:
+            async for request in chunks:
+                chunk = request.chunk
+                arrived = position + len(waiting)
+                if chunk.name != start.name or chunk.offset != arrived:
+                    raise refused([("chunk.offset", f"must be {arrived}, of {start.name}")])
+                if arrived + len(chunk.data) > size:
+                    raise refused([("chunk.data", f"goes beyond the {size} declared bytes")])
+                waiting += chunk.data
+                if len(waiting) >= PART_BYTES:
+                    await asyncio.to_thread(parts.write, position, bytes(waiting))
+                    position += len(waiting)
+                    waiting.clear()
+        finally:  # also when the stream breaks: what has arrived need not come again
+            if waiting:
+                await uninterrupted(asyncio.to_thread(parts.write, position, bytes(waiting)))
         return position + len(waiting)
 
     async def finish(self, tenant_id: str, upload_id: str) -> pb.Artifact:

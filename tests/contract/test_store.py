@@ -121,7 +121,7 @@ def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):
         assert await store.operation("ten-2", "op-none") is None
         assert await store.artifact("ten-2", "art-1") is None
         assert await store.operations("ten-2", "run-1", [], Page(10)) == []
-        assert await store.artifacts("ten-2", None, Page(10)) == []
+        assert await store.artifacts("ten-2", None, Page(10), 1) == []
 
     run_test(path, body)
 

@@ -23,6 +23,8 @@ class TcpProxy:
         self._upstream_port = upstream_port
         self._delay_s = 0.0
         self._dropping = False
+        self._cutting: tuple[int, Callable[[], bool]] | None = None
+        self._passed = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
@@ -46,6 +48,11 @@ class TcpProxy:
         `cut`, as a lost reply is noticed when its connection breaks."""
         self._call(lambda: setattr(self, "_dropping", True))
 
+    def cut_every(self, count_bytes: int, again: Callable[[], bool]) -> None:
+        """Breaks every connection when so many more bytes have gone through, and calls `again`:
+        whether to go on counting."""
+        self._call(lambda: setattr(self, "_cutting", (count_bytes, again)))
+
     def close(self) -> None:
         self._call(self._server.close)
         self._call(self._cut)
@@ -65,6 +72,17 @@ class TcpProxy:
         for writer in list(self._writers):
             writer.transport.abort()
         return broken
+
+    def _count(self, size: int) -> None:
+        if self._cutting is None:
+            return
+        self._passed += size
+        count_bytes, again = self._cutting
+        if self._passed >= count_bytes:
+            self._passed = 0
+            if not again():
+                self._cutting = None
+            self._cut()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -88,6 +106,7 @@ class TcpProxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK_BYTES):
+                self._count(len(data))
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
                 if replies and self._dropping:

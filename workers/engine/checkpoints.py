@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
+from workers.engine.peft_folders import is_peft_folder, peft_state
 from workers.engine.training import Run
 from workers.operations import LoadOutcome, LoraSettings, SaveOutcome
 
@@ -117,7 +118,7 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     Raises:
         TenSafeFault: ARTIFACT_MISMATCH.
     """
-    state = read_state(directory)
+    state = read_state(directory, run.model.name)
     if state["model"] != run.model.name:
         raise _mismatch(f"it was saved from {state['model']} and the run is on {run.model.name}")
     _check_shape(lora_settings(state), run.adapter.settings)
@@ -140,8 +141,11 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     return LoadOutcome(run.window.step, restore)
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """`state.json`, its format checked."""
+def read_state(directory: Path, model: str) -> dict[str, Any]:
+    """`state.json`, its format checked; what stands in for it if the adapter came from elsewhere,
+    for the model of this name."""
+    if is_peft_folder(directory):
+        return peft_state(directory, model)
     path = directory / STATE_FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if state.get("format") != _FORMAT:
