@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness.cluster import Cluster
+from local_service import isolated_environment, tensafe_command
 
-from tensafe_client import Datum, ServerError, ServiceClient, TrainingClient
+from tensafe.v1 import operations_pb2 as ops
+from tensafe_client import Datum, EmptyWindowError, ServerError, ServiceClient, TrainingClient
 
 CONFIG = {
     "model_ref": "tiny",
@@ -246,3 +249,92 @@ def test_specs_before_the_oldest_snapshot_kept_are_gone_and_rows_are_not(client,
     assert report.reproduces
     assert (report.pruned, report.from_seq, report.to_seq) == (True, 16, 20)
     assert (report.replayed, report.exact) == (4, 4)
+
+
+def test_a_saved_run_goes_on_in_another_to_the_same_bits(client, house, undisturbed):
+    """Dropout on, a window half open, in a run that was made with another seed."""
+    tc, losses = half_way(client, house)
+    saved = tc.save_state()
+    other = client.create_training_client({**CONFIG, "seed": 99})
+    train(other, range(3))
+    assert other.load_state(saved.artifact_id).step == 3
+    assert losses + train(other, range(7, STEPS)) == undisturbed[0]
+    assert adapter(client, other) == undisturbed[1]
+
+
+def tamper(house: House, run_id: str, seq: int) -> None:
+    """Changes the loss that the log has for an operation, by one part in 10¹²."""
+    [(operation_id, data)] = house.rows(
+        "SELECT id, result FROM operations WHERE run_id = ? AND seq = ?", run_id, seq
+    )
+    result = ops.OperationResult.FromString(data)
+    result.forward_backward.metrics[0].value *= 1 + 1e-12
+    connection = sqlite3.connect(house.cluster.data / "tensafe.db")
+    query = "UPDATE operations SET result = ? WHERE id = ?"
+    connection.execute(query, (result.SerializeToString(), operation_id))
+    connection.commit()
+    connection.close()
+
+
+def test_a_run_is_verified_beside_its_own_work(client, house):
+    tc = client.create_training_client(CONFIG)
+    train(tc, range(3))
+    tc.forward_backward([Datum([1, 2], [2, 3], weights=[0.0, 1.0])]).result(60)
+    tc.optim_step().result(60)
+    with pytest.raises(EmptyWindowError):
+        [tc.optim_step() for _ in range(2)][1].result(60)
+    progress: list[tuple[int, int]] = []
+    report = client.verify_run(tc.run_id, on_progress=lambda *seen: progress.append(seen))
+    start = report.from_seq
+    assert report.reproduces
+    assert report.to_seq == 10
+    assert (report.replayed, report.exact) == (10 - start, 10 - start)
+    assert [replayed for replayed, _ in progress] == list(range(1, 10 - start + 1))
+    assert client.run(tc.run_id).step == 2
+    # What the check took on is given back; the run itself goes on.
+    assert train(tc, range(2))
+
+
+def test_a_log_that_was_changed_does_not_reproduce(client, house):
+    tc = client.create_training_client(CONFIG)
+    train(tc, range(3))
+    tamper(house, tc.run_id, 5)
+    report = client.verify_run(tc.run_id)
+    assert not report.reproduces
+    assert report.mismatches == 1
+    assert report.details[0].seq == 5
+    assert report.details[0].difference.startswith("loss ")
+    command = ["--target", house.cluster.target, "--api-key", house.key, "runs", "verify"]
+    ran = subprocess.run(
+        tensafe_command(*command, tc.run_id, "--json"),
+        env=isolated_environment(house.cluster.home),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 11, ran.stderr
+    assert json.loads(ran.stdout)["details"][0]["seq"] == 5
+    # A recovery says so too, in the log and on the run; the future keeps its first result.
+    house.until_snapshot(tc.run_id, 4)
+    house.kill_worker()
+    train(tc, range(3, 4))
+    house.cluster.coordinator.wait_said(f"replay mismatch in run {tc.run_id}: operation ")
+    assert client.run(tc.run_id).replay_mismatches == 1
+
+
+def test_the_disk_is_accounted_for(client, house):
+    tc, _ = half_way(client, house)
+    directories = house.snapshots(tc.run_id)
+    assert len(directories) == 2
+    client.delete_run(tc.run_id)
+    house.cluster.coordinator.wait_said(f"pruned {tc.run_id} up to seq 14")
+    assert house.snapshots(tc.run_id) == []
+    assert not [directory for directory in directories if directory.exists()]
+    assert house.rows("SELECT COUNT(*) FROM operations WHERE run_id = ?", tc.run_id) == [(14,)]
+    with ServiceClient(house.cluster.target, api_key=house.cluster._admin_key) as operator:
+        use = operator.admin.storage()
+    assert use.log.count == house.rows("SELECT COUNT(*) FROM operations")[0][0]
+    assert use.log.size_bytes > use.log_free_bytes >= 0
+    assert use.snapshots.count > 0
+    assert use.snapshots.size_bytes > 10_000 * use.snapshots.count
