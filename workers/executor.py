@@ -22,12 +22,14 @@ from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
 from workers.execution import Execution, SnapshotLoadError, as_fault
 from workers.snapshots import Debt, Snapshot, SnapshotPolicy, Snapshotter
+from workers.watchdog import Activity, OperationLimits
 
 log = logging.getLogger(__name__)
 
 _Key = tuple[str, int]
 _REPLAY_SKIPS = frozenset({"sample", "forward", "save_state"})
 _UNKEPT_PAUSE_S = 5.0
+_FAREWELL_S = 20.0
 _CHANGES_STATE = frozenset({"forward_backward", "optim_step", "load_state"})
 
 
@@ -63,6 +65,10 @@ class _Flush:
     captured: threading.Event
 
 
+class _Farewell:
+    """The last thing to do before the worker leaves."""
+
+
 class Executor:
     """Executes plans on one backend.
 
@@ -71,14 +77,23 @@ class Executor:
         transfers: where artifacts come from and go to; called from the executor's thread.
         on_progress: called from the executor's thread whenever `collect` would have news, or
             `idle` has become true.
+        limits: how long an operation may run, for whoever watches `activity`.
 
     Attributes:
+        activity: what the thread is at.
         snapshot_policy: when runs get snapshots; never, until the coordinator has said.
     """
 
     def __init__(
-        self, backend: Backend, transfers: Transfers, on_progress: Callable[[], None]
+        self,
+        backend: Backend,
+        transfers: Transfers,
+        on_progress: Callable[[], None],
+        limits: OperationLimits | None = None,
     ) -> None:
+        self.activity = Activity()
+        self._limits = limits or OperationLimits()
+        self._leaving = False
         self._backend = backend
         self._transfers = transfers
         self._unkept_snapshots: deque[Snapshot] = deque()
@@ -87,7 +102,7 @@ class Executor:
         self.snapshot_policy = SnapshotPolicy()
         self._snapshots = Snapshotter(transfers, self._unkept_snapshots.append)
         self._on_progress = on_progress
-        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | None] = (
+        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | _Farewell | None] = (
             queue.SimpleQueue()
         )
         self._closing = False
@@ -141,6 +156,14 @@ class Executor:
                 waiting[_key(planned)] = planned
         self._submitted += 1
         self._inbox.put(plan)
+        if any(self._runs_already(_key(planned)) for planned in plan.operations):
+            # Sent again over a new stream, which is to know that it runs.
+            self._reported = None
+            self._on_progress()
+
+    def _runs_already(self, key: _Key) -> bool:
+        running = self._running
+        return running is not None and _key(running) == key
 
     def cancel(self, operation_id: str) -> None:
         """Takes back an operation that has not started; one that has runs to its end."""
@@ -149,6 +172,9 @@ class Executor:
                 self._cancel(key)
 
     def _cancel(self, key: _Key) -> None:
+        answered = self._recent.get(key[0])
+        if self._runs_already(key) or (answered is not None and answered.epoch == key[1]):
+            return  # it was sent again over a new stream, and has begun already
         planned = self._waiting.pop(key, None)
         if planned is None:
             return
@@ -183,6 +209,13 @@ class Executor:
             refused.append(self._refused.popleft())
         return refused
 
+    def leave(self) -> None:
+        """Begins nothing more: `idle` becomes true when the operation at hand has ended and the
+        runs' snapshots are stored. What has not begun is the coordinator's to give away."""
+        self._leaving = True
+        self._submitted += 1
+        self._inbox.put(_Farewell())
+
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
         operations that ended."""
@@ -206,7 +239,11 @@ class Executor:
         while (item := self._inbox.get()) is not None:
             if self._closing:
                 continue
-            if isinstance(item, _Release):
+            if isinstance(item, _Farewell):
+                self._farewell()
+            elif self._leaving:
+                pass
+            elif isinstance(item, _Release):
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
                 self._snapshots.forget(item.run_id)
@@ -215,9 +252,10 @@ class Executor:
             else:
                 self._take_on(item.runs)
                 for planned in item.operations:
-                    if self._closing:
+                    if self._closing or self._leaving:
                         break
                     self._operation(planned)
+                    self.activity.end()
             self._finished += 1
             self._on_progress()
 
@@ -233,6 +271,7 @@ class Executor:
                 check=assignment.check,
             )
             self._runs[assignment.run_id] = run
+            self.activity.begin("", assignment.run_id, self._limits.base_s)
             try:
                 settings = wire.run_settings(assignment.config)
                 if assignment.snapshot_id:
@@ -251,6 +290,8 @@ class Executor:
                 # The run's operations fail with this; the worker and its other runs go on.
                 self._backend.close_run(assignment.run_id)
                 run.fault = as_fault(error, f"taking on run {assignment.run_id}")
+            finally:
+                self.activity.end()
 
     def _operation(self, planned: worker_pb2.PlannedOperation) -> None:
         operation_id = planned.operation_id
@@ -320,6 +361,7 @@ class Executor:
         done: worker_pb2.OperationDone,
     ) -> None:
         kind = spec.WhichOneof("operation")
+        self.activity.begin(planned.operation_id, spec.run_id, self._limits.of(spec))
         if not spec.HasField("seq"):
             # Fills in `done.result`; an operation without seq is a SAMPLE.
             done.result.CopyFrom(self._execution.sample(spec, planned))
@@ -386,6 +428,12 @@ class Executor:
                 if run.debt.operations and run.fault is None and not (run.check or run.refused):
                     self._snapshot(run_id, run)
         flush.captured.set()
+
+    def _farewell(self) -> None:
+        flush = _Flush(threading.Event())
+        self._flush(flush)
+        if not self._snapshots.wait_idle(_FAREWELL_S):
+            log.warning("not all snapshots were stored before leaving; more is to be replayed")
 
 
 class _RefusedRunError(Exception):

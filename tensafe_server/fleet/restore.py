@@ -194,7 +194,9 @@ def changed_state(row: OperationRow) -> bool:
 
 def settled_seq(run: RunState) -> int:
     """The last seq of the run that is finished together with all before it."""
-    first = run.in_flight[0] if run.in_flight else run.queue[0] if run.queue else None
+    # An outcome on its way to the disk counts: who reads the log flushes it first.
+    open_ones = (operation for operation in run.in_flight if not operation.finishing)
+    first = next(open_ones, run.queue[0] if run.queue else None)
     return (first.row.seq or 1) - 1 if first is not None else run.next_seq - 1
 
 

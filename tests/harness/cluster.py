@@ -33,9 +33,9 @@ class Process:
         self.starts = 0
         self.ready = threading.Event()
         self.being_revived = False
-        self._spoke = threading.Condition()
         self._command = command
         self._ready_line = ready_line
+        self._said = threading.Condition()
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
 
@@ -83,10 +83,11 @@ class Process:
         self._reader.join(timeout_s)
         return status
 
-    def wait_said(self, text: str, timeout_s: float = 60.0) -> None:
-        """Returns when its log, of all of its lives, has a line with this text."""
-        with self._spoke:
-            assert self._spoke.wait_for(lambda: text in self.log, timeout_s), self.log[-3000:]
+    def wait_said(self, text: str, *, count: int = 1, timeout_s: float = 60.0) -> None:
+        """Returns when its log has `text`, `count` times at least."""
+        with self._said:
+            found = self._said.wait_for(lambda: self.log.count(text) >= count, timeout_s)
+        assert found, f"{self.name} has not said {text!r} {count} times\n{self.log[-3000:]}"
 
     def signal(self, number: int) -> None:
         assert self._process is not None
@@ -110,10 +111,10 @@ class Process:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                with self._spoke:
-                    self._spoke.notify_all()
                 if self._ready_line in line:
                     ready.set()
+                with self._said:
+                    self._said.notify_all()
         ready.clear()
 
 
