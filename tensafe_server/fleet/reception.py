@@ -140,6 +140,7 @@ class Reception:
 
         def check() -> None:
             if operation is None or operation.finishing or not self._is_under(operation, epoch):
+                log.warning("refused an upload of %s under assignment %d", artifact_id, epoch)
                 raise TenSafeFault(
                     "STALE_ASSIGNMENT",
                     f"artifact {artifact_id} is not to be stored under assignment {epoch}: its run "

@@ -60,7 +60,7 @@ def test_a_frozen_worker_loses_its_runs_and_commits_nothing_afterwards(fleet: Fa
         fleet.open_gate(frozen)
         frozen.signal(signal.SIGCONT)
         # It went on with what it had, and was refused; then it came back empty-handed.
-        frozen.wait_said("is not to be stored under assignment 1")
+        fleet.coordinator.wait_said(f"refused an upload of {artifact_id} under assignment 1")
         frozen.wait_said("connected to", count=2)
         client.download_artifact(artifact_id, fleet.home / "downloaded")
         assert (fleet.home / "downloaded" / "saved_by.txt").read_text() == "worker-1"

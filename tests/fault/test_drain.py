@@ -49,17 +49,15 @@ def test_a_worker_finishes_what_runs_and_hands_over_the_rest(fleet: FaultyCluste
         running = tc.forward_backward(batch(GATE))
         rest = [tc.optim_step(), *(one for pair in pipeline(tc, 5) for one in pair)]
         wait_running(client, running)
-        other = fleet.add_faulty_worker()
+        fleet.add_faulty_worker()
         leaving.signal(signal.SIGTERM)
         fleet.coordinator.wait_said("(worker-0) is leaving")
         fleet.open_gate(leaving)
         assert leaving.wait_ended(30) == 0
-        fleet.open_gate(other)  # it replays the operation
         assert running.result(30).loss == pytest.approx(2.49)
         assert [future.result(30).step for future in rest[::2]] == [1, 2, 3, 4, 5, 6]
-        # What it had done it reported: only its state was rebuilt, nothing was tried twice.
-        assert client.operation(running.operation_id or "").state == "succeeded"
-        assert fleet.coordinator.log.count("replaying") == 1
+        # It reported what it had done, and stored its state before it went: nothing is replayed.
+        assert "at seq 1 and 0 operations after it" in fleet.coordinator.log
 
 
 def test_a_worker_ends_when_its_grace_period_is_over(fleet: FaultyCluster):
