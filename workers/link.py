@@ -276,7 +276,7 @@ class Link:
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:
         self._transfers.worker_id = welcome.worker_id
         policy = welcome.snapshots
-        self._executor.snapshot_policy = SnapshotPolicy(
+        self._executor.snapshots.policy = SnapshotPolicy(
             policy.steps, policy.payload_bytes, policy.replay_s
         )
 

@@ -15,6 +15,7 @@ from tensafe.v1 import artifacts_pb2, training_pb2
 from tensafe.wire.status import from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
+from workers.snapshots import SnapshotPolicy
 
 OPTIM = {"optim_step": training_pb2.OptimStep()}
 SAVE = {"save_state": training_pb2.SaveState()}
@@ -396,8 +397,9 @@ def test_what_runs_already_is_not_cancelled_by_being_sent_again(gated):
     assert gated.done[first.operation_id].HasField("result")
 
 
-def test_leaving_finishes_what_runs_and_begins_nothing_more(gated):
+def test_leaving_finishes_what_runs_then_flushes_and_begins_nothing_more(gated, transfers):
     executor, backend = gated.executor, gated.executor._backend
+    executor.snapshots.policy = SnapshotPolicy(steps=99)
     operations = [operation(seq, **forward_backward()) for seq in (1, 2, 3)]
     executor.submit(plan(*operations, runs=[assignment()]))
     assert backend.entered.acquire(timeout=10)
@@ -406,4 +408,5 @@ def test_leaving_finishes_what_runs_and_begins_nothing_more(gated):
     backend.gate.release()
     gated.until(lambda: executor.idle)
     assert [run.last_seq for run in executor.held_runs()] == [1]
+    assert transfers.snapshots == [("run-1", 1, 1, 0)]
     assert list(gated.done) == [operations[0].operation_id]
