@@ -151,7 +151,7 @@ class Coordinator:
         cancellation = Cancellation(outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
-        uploads = UploadDesk(store, blobs, self._models, self._artifacts)
+        self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
         intake = self._intake = Intake(
             store,
             self._ledger,
@@ -214,7 +214,7 @@ class Coordinator:
             MetricsServicer(self._ledger, self._hub), server
         )
         artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server(
-            ArtifactsServicer(store, self._ledger, blobs, self._artifacts, uploads), server
+            ArtifactsServicer(store, self._ledger, blobs, self._artifacts, self._uploads), server
         )
         models_pb2_grpc.add_ModelsServiceServicer_to_server(
             ModelsServicer(self._models, blobs), server
@@ -263,6 +263,7 @@ class Coordinator:
         await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
         self._artifacts.start()
+        self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
     async def _listen(self) -> None:
@@ -294,6 +295,7 @@ class Coordinator:
         self._hub.close()
         self._reader.drain()
         self._artifacts.stop()
+        self._uploads.stop()
         for link in self.dispatcher.links:
             link.close(draining())
         await self._server.stop(self._settings.grace_s if grace_s is None else grace_s)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tensafe import failpoints
 from workers.backend import Captured
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ class Snapshotter:
             with tempfile.TemporaryDirectory(prefix="tensafe-snapshot-") as name:
                 directory = Path(name)
                 snapshot.captured.write(directory)
+                failpoints.hit("mid-snapshot-write")
                 refusal = self._transfers.upload_snapshot(
                     snapshot.run_id,
                     snapshot.epoch,

@@ -134,10 +134,11 @@ class SqliteArtifacts(SqliteTables):
             UploadRow, "uploads WHERE tenant_id = ? AND id = ?", (tenant_id, upload_id)
         )
 
-    async def open_uploads(self, tenant_id: str) -> list[UploadRow]:
-        return await self._rows(
-            UploadRow, "uploads WHERE tenant_id = ? AND NOT finished", (tenant_id,)
-        )
+    async def open_uploads(self, tenant_id: str | None) -> list[UploadRow]:
+        """Those of one tenant, or of all."""
+        where, values = where_clause(tenant_id=tenant_id)
+        condition = f"{where} AND NOT finished" if where else "NOT finished"
+        return await self._rows(UploadRow, f"uploads WHERE {condition}", values)
 
     async def finish_upload(self, upload_id: str, tenant_id: str, artifact: Artifact) -> None:
         """Adds what it has become, and notes that it has."""

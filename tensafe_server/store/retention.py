@@ -24,6 +24,8 @@ _REFERENCES = """
     UNION SELECT result_ref FROM operations WHERE result_ref IS NOT NULL
     UNION SELECT 'snapshots/' || id FROM snapshots
     UNION SELECT 'artifacts/' || id FROM artifacts
+    UNION SELECT 'uploads/' || id FROM uploads WHERE NOT finished
+    UNION SELECT 'artifacts/' || artifact_id FROM uploads WHERE NOT finished
     UNION SELECT 'artifacts/' || artifact_id FROM operations
       WHERE state IN (1, 2) AND artifact_id IS NOT NULL"""
 
@@ -98,6 +100,6 @@ class SqliteRetention(SqliteTables):
         )
         [counts] = await self._select(
             "SELECT (SELECT COUNT(*) FROM operations), (SELECT COUNT(*) FROM snapshots),"
-            " (SELECT COUNT(*) FROM artifacts)"
+            " (SELECT COUNT(*) FROM artifacts WHERE deleted_ns IS NULL)"
         )
         return StoreUse(pages * page_bytes, free * page_bytes, *counts)

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 MOST_BYTES = 4 * 2**30
 MOST_OPEN = 16
 GIVEN_UP_AFTER_S = 24 * 3600.0
+_TIDY_EVERY_S = 6 * 3600.0
 _NAMES = [peft_folder.CONFIG_FILE, peft_folder.WEIGHTS_FILE]
 _NOT_FINITE = "has values that are NaN or infinite"
 
@@ -46,6 +47,32 @@ class UploadDesk:
         self._models = models
         self._artifacts = artifacts
         self._busy = asyncio.Lock()
+        self._tidying: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to give up what is not finished in time, and removes what crashes have left."""
+        self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    def stop(self) -> None:
+        if self._tidying is not None:
+            self._tidying.cancel()
+
+    async def _tidy(self) -> None:
+        while True:
+            try:
+                async with self._busy:
+                    await self._give_up_old(await self._store.open_uploads(None))
+                    await self._remove_strays()
+            except Exception:
+                log.exception("uploads that were given up could not be removed; tried again later")
+            await asyncio.sleep(_TIDY_EVERY_S)
+
+    async def _remove_strays(self) -> None:
+        kept = {row.id for row in await self._store.open_uploads(None)}
+        stored = await asyncio.to_thread(lambda: list(self._blobs.sizes("uploads/")))
+        for key, _ in stored:
+            if key.split("/")[1] not in kept:
+                await asyncio.to_thread(self._blobs.delete, key)
 
     async def begin(self, tenant_id: str, request: pb.BeginUploadRequest) -> pb.BeginUploadResponse:
         """Makes an upload, or tells how far the one with this request id has come.
@@ -65,7 +92,13 @@ class UploadDesk:
             if row is None or (row.finished and artifact is None):
                 _check_request(request)
                 self._models.find(request.model_ref)
-                await self._give_up_old(tenant_id)
+                rows = await self._store.open_uploads(tenant_id)
+                if len(rows) - await self._give_up_old(rows) >= MOST_OPEN:
+                    raise TenSafeFault(
+                        "QUEUE_FULL",
+                        f"{MOST_OPEN} uploads are open; finish them first. One that is not "
+                        "finished within a day is given up",
+                    )
                 body = request.SerializeToString()
                 now = time.time_ns()
                 row = UploadRow(new_id("upl"), tenant_id, new_id("art"), body, now, False)
@@ -171,18 +204,12 @@ class UploadDesk:
     async def _received(self, row: UploadRow, name: str) -> int:
         return await asyncio.to_thread(Parts(self._blobs, row.id, name).received_bytes)
 
-    async def _give_up_old(self, tenant_id: str) -> None:
+    async def _give_up_old(self, rows: Sequence[UploadRow]) -> int:
         before = time.time_ns() - int(GIVEN_UP_AFTER_S * 1e9)
-        rows = await self._store.open_uploads(tenant_id)
         old = [row for row in rows if row.created_ns < before]
         for row in old:
             await self._give_up(row)
-        if len(rows) - len(old) >= MOST_OPEN:
-            raise TenSafeFault(
-                "QUEUE_FULL",
-                f"{MOST_OPEN} uploads are open; finish them first. One that is not finished "
-                "within a day is given up",
-            )
+        return len(old)
 
     async def _give_up(self, row: UploadRow) -> None:
         for name in _NAMES:

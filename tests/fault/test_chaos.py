@@ -39,7 +39,7 @@ def test_many_kills(tmp_path: Path, tiny_model: Path):
 def chaos(home: Path, tiny_model: Path, *, seed: int, kills: int) -> None:
     print(f"\nchaos: replay with `make chaos SEED={seed} KILLS={kills}`")
     progress = threading.Condition()
-    with Cluster(home) as cluster:
+    with Cluster(home, "--snapshot-steps", "8") as cluster:
         cluster.start()
         worker_proxies = [TcpProxy(cluster.port) for _ in range(2)]
         client_proxies = [TcpProxy(cluster.port) for _ in TENANTS]

@@ -21,7 +21,6 @@ STEPS = 6
 CONFIG = {
     "model_ref": "tiny",
     "seed": 11,
-    "deterministic": True,
     "lora_config": {"dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2},
 }
@@ -30,14 +29,15 @@ COORDINATORS_POINTS = [
     "after-commit-before-reply",
     "after-dispatch",
     "after-result-before-commit",
+    "mid-snapshot",
 ]
-WORKERS_POINTS = ["mid-step"]
+WORKERS_POINTS = ["mid-step", "mid-snapshot-write"]
 Outcome = tuple[list[float], list[int], str]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("crash-points")) as cluster:
+    with Cluster(tmp_path_factory.mktemp("crash-points"), "--snapshot-steps", "1") as cluster:
         cluster.start()
         cluster.add_worker("--model", f"tiny={tiny_model}", "--dtype", "float32", "--threads", "1")
         cluster.workers[0].wait_ready()
