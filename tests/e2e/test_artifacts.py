@@ -307,7 +307,7 @@ def test_deleted_is_gone_and_needed_is_kept(tiny_service: LocalService, client: 
     other = client.create_training_client(from_artifact=second)
     train(tc, range(1))
     tc.save_state()
-    with pytest.raises(ArtifactInUseError, match="would load it again"):
+    with pytest.raises(ArtifactInUseError, match="may load it again"):
         client.delete_artifact(second)
     other.delete()
     client.delete_artifact(second)

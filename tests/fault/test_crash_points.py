@@ -130,6 +130,13 @@ def test_a_death_in_a_migration_leaves_the_old_store_whole(tmp_path: Path):
         assert {name for (name,) in tenants} == {"old", "new"}
 
 
+def test_every_point_is_documented():
+    text = (Path(__file__).parents[2] / "docs/faults.md").read_text()
+    for name, where in failpoints.POINTS.items():
+        process, _, what = where.partition(": ")
+        assert f"| `{name}` | {process} | {what} |" in text
+
+
 def test_every_point_has_a_test():
     assert {*COORDINATORS_POINTS, *WORKERS_POINTS, "mid-migration"} == set(failpoints.POINTS)
 
