@@ -83,10 +83,11 @@ class Process:
         self._reader.join(timeout_s)
         return status
 
-    def wait_said(self, text: str, timeout_s: float = 60.0) -> None:
-        """Returns when its log, of all of its lives, has a line with this text."""
+    def wait_said(self, text: str, *, count: int = 1, timeout_s: float = 60.0) -> None:
+        """Returns when its log, of all of its lives, has `text`, `count` times at least."""
         with self._spoke:
-            assert self._spoke.wait_for(lambda: text in self.log, timeout_s), self.log[-3000:]
+            found = self._spoke.wait_for(lambda: self.log.count(text) >= count, timeout_s)
+        assert found, f"{self.name} has not said {text!r} {count} times\n{self.log[-3000:]}"
 
     def signal(self, number: int) -> None:
         assert self._process is not None

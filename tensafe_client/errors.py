@@ -251,6 +251,10 @@ class OperationCancelledError(TenSafeError, concurrent.futures.CancelledError):
     """The operation was cancelled before it ran."""
 
 
+class DeadlineExceededError(TenSafeError, TimeoutError):
+    """The operation had not started when its `deadline_s` was over; it never ran."""
+
+
 class OperationTimeoutError(TenSafeError, TimeoutError):
     """A wait ended before the operation did; the operation goes on."""
 
@@ -301,6 +305,7 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "VERSION_NOT_SAVED": VersionNotSavedError,
     "CHECKSUM_MISMATCH": ChecksumMismatchError,
     "OPERATION_CANCELLED": OperationCancelledError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
     "QUEUE_FULL": QueueFullError,
     "OUT_OF_MEMORY": OutOfMemoryError,
     "DRAINING": ConnectionFailedError,

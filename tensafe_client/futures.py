@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from tensafe.v1 import operations_pb2 as pb
 from tensafe.wire.tensors import Array
 from tensafe_client.errors import (
+    DeadlineExceededError,
     OperationCancelledError,
     OperationTimeoutError,
     PreconditionError,
@@ -70,6 +71,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
             OperationCancelledError: if it was cancelled before it ran.
+            DeadlineExceededError: if its `deadline_s` was over before it ran.
             TenSafeError: what the operation failed with.
         """
         if self._converted is None:
@@ -210,6 +212,10 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             # The base class keeps the message; `result` unpacks it.
             self.set_result(cast(T, operation))
         elif state == pb.OPERATION_STATE_CANCELLED:
+            error = from_status(operation.error)
+            if isinstance(error, DeadlineExceededError):
+                self.set_exception(error)
+                return True
             super().cancel()
             self.set_running_or_notify_cancel()
         else:

@@ -17,6 +17,7 @@ from tensafe_client.data.datum import token_array
 from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
 
 _MAX_METADATA_DEPTH = 16
+_LONGEST_DEADLINE_S = 30 * 24 * 3600
 _LONGEST_TTL_S = 100 * 365 * 86400.0
 _REDUCTIONS = {
     "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
@@ -34,6 +35,23 @@ def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
         name=check_string("loss_fn", loss_fn),
         reduction=_REDUCTIONS[reduction] if reduction else pb.LOSS_REDUCTION_UNSPECIFIED,
     )
+
+
+def set_deadline(spec: pb.OperationSpec, deadline_s: float | None) -> None:
+    """Says how long the operation may wait, seconds; None leaves it open.
+
+    Raises:
+        InvalidArgumentError: if it is not above 0, or longer than 30 days.
+    """
+    if deadline_s is None:
+        return
+    seconds = check_number("deadline_s", deadline_s)
+    if not 0 < seconds <= _LONGEST_DEADLINE_S:
+        raise InvalidArgumentError(
+            f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:,} (30 days), "
+            f"got {deadline_s}"
+        )
+    spec.time_to_live.FromNanoseconds(max(1, round(seconds * 1e9)))
 
 
 def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:

@@ -45,6 +45,7 @@ from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.liveness import Liveness
 from tensafe_server.fleet.reception import Reception
 from tensafe_server.fleet.replay import Comparer, ReplayWatch
 from tensafe_server.fleet.restore import Restorer
@@ -52,14 +53,16 @@ from tensafe_server.fleet.verify import Verifications
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.artifacts import ArtifactBook
 from tensafe_server.operations.gaps import GapWatch
-from tensafe_server.operations.intake import Intake, Limits
-from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.intake import Intake
+from tensafe_server.operations.ledger import SPEC_MEMORY_BYTES, Ledger
+from tensafe_server.operations.limits import Limits
+from tensafe_server.operations.lookup import OperationReader, draining
 from tensafe_server.operations.outcomes import Outcomes
 from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
+from tensafe_server.operations.specs import SpecReader
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.uploads.desk import UploadDesk
@@ -98,7 +101,10 @@ class Settings:
         limits: how much may wait.
         recovery: when snapshots are made, and what is kept.
         gap_timeout_s: how long operations wait for a missing seq.
-        grace_s: how long calls may go on after `stop`.
+        spec_memory_bytes: what waiting operations carry is held in memory up to here, and read from
+            the store beyond.
+        worker_silence_s: a worker that says nothing for so long is taken for dead.
+        grace_s: how long ending may take: what runs is finished, calls are answered.
     """
 
     data: Path
@@ -106,7 +112,9 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     recovery: RecoveryPolicy = field(default_factory=RecoveryPolicy)
     gap_timeout_s: float = 60.0
-    grace_s: float = 2.0
+    spec_memory_bytes: int = SPEC_MEMORY_BYTES
+    worker_silence_s: float = 10.0
+    grace_s: float = 30.0
 
 
 class Coordinator:
@@ -126,7 +134,7 @@ class Coordinator:
         payloads = Payloads(blobs)
         self.identity = Identity(store)
         self._models = ModelRegistry(store, blobs)
-        self._ledger = Ledger()
+        self._ledger = Ledger(settings.spec_memory_bytes)
         self._payloads = payloads
         self._hub = EventHub(store, payloads)
         outcomes = Outcomes(store, self._ledger, self._hub, payloads)
@@ -137,13 +145,14 @@ class Coordinator:
         )
         snapshots.on_kept = self._pruner.look_at
         restorer = Restorer(store, payloads, snapshots)
-        self.dispatcher = Dispatcher(store, self._ledger, restorer)
+        specs = SpecReader(store, payloads, self._ledger)
+        self.dispatcher = Dispatcher(store, self._ledger, restorer, specs)
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
-        reader = OperationReader(store, self._ledger, payloads)
+        reader = self._reader = OperationReader(store, self._ledger, payloads)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
-        intake = Intake(
+        intake = self._intake = Intake(
             store,
             self._ledger,
             self._models,
@@ -164,11 +173,15 @@ class Coordinator:
             ReplayWatch(store, self._ledger, comparer, snapshots),
             verifications,
             recovery,
+            Liveness(settings.worker_silence_s),
         )
         runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
+        self._ledger.on_deadline = cancellation.watch_deadline
+        specs.on_read = self.dispatcher.kick
+        specs.on_missing = cancellation.give_up
         outcomes.on_lost_store = self._fail
         outcomes.on_saved = self._artifacts.news
 
@@ -268,20 +281,24 @@ class Coordinator:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
-        """Sends no more work out, and says so to load balancers; calls are still answered."""
+        """Accepts no more operations and sends none out, and says so to load balancers and callers;
+        other calls are still answered."""
+        self._intake.draining = draining()
         await self._health.enter_graceful_shutdown()
         for link in self.dispatcher.links:
             link.draining = True
 
-    async def stop(self) -> None:
-        """Ends: watchers are told to come back, and everything accepted is on disk."""
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Ends, within `grace_s` seconds (unset: the settings'): watchers, waiters and workers are
+        told to come back, and everything accepted is on disk."""
         await self.drain()
         self._hub.close()
+        self._reader.drain()
         self._artifacts.stop()
         self._uploads.stop()
         for link in self.dispatcher.links:
-            link.close()
-        await self._server.stop(self._settings.grace_s)
+            link.close(draining())
+        await self._server.stop(self._settings.grace_s if grace_s is None else grace_s)
         await self._pruner.stop()
         await self._store.close()
         if self._lock is not None:

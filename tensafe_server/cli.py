@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
+from tensafe_server.operations.limits import Limits
 from tensafe_server.operations.snapshots import RecoveryPolicy
 from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
 
@@ -50,7 +51,7 @@ def _recovery(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of `RecoveryPolicy`, and gives the command the policy as `recovery`."""
     default = RecoveryPolicy()
 
-    @wraps(command)
+    @functools.wraps(command)
     def with_policy(
         snapshot_replay_s: float,
         snapshot_mib: float,
@@ -110,10 +111,77 @@ def _recovery(command: Callable[..., None]) -> Callable[..., None]:
     return with_policy
 
 
+def _limit(name: str, default: float, what: str, *, whole: bool = True) -> Any:
+    kind: Any = click.IntRange(1) if whole else click.FloatRange(0, min_open=True)
+    return click.option(name, type=kind, default=default, show_default=True, help=what)
+
+
+_LIFE = (
+    _limit(
+        "--grace-s",
+        30.0,
+        "After SIGTERM: how long ending may take; what runs is finished, calls are answered.",
+        whole=False,
+    ),
+    _limit(
+        "--worker-silence-s",
+        10.0,
+        "A worker that says nothing for so long is taken for dead, and its runs move.",
+        whole=False,
+    ),
+    _limit("--tenant-queue-operations", 20_000, "Most unfinished operations of one tenant."),
+    _limit("--tenant-queue-mib", 4096, "Most MiB of what they carry."),
+    _limit("--queue-operations", 100_000, "Most unfinished operations of all tenants together."),
+    _limit("--queue-mib", 32_768, "Most MiB of what they carry."),
+    _limit(
+        "--spec-memory-mib",
+        64,
+        "Most MiB of it in memory; the rest is read from the store when its turn comes.",
+    ),
+)
+
+
+def _life(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of a coordinator's life: its grace period and its limits."""
+
+    @functools.wraps(command)
+    def with_settings(
+        listen: str,
+        data: Path,
+        grace_s: float,
+        worker_silence_s: float,
+        tenant_queue_operations: int,
+        tenant_queue_mib: int,
+        queue_operations: int,
+        queue_mib: int,
+        spec_memory_mib: int,
+        recovery: RecoveryPolicy,
+        **rest: Any,
+    ) -> None:
+        limits = Limits(
+            tenant_operations=tenant_queue_operations,
+            tenant_bytes=tenant_queue_mib * 2**20,
+            all_operations=queue_operations,
+            all_bytes=queue_mib * 2**20,
+        )
+        settings = Settings(
+            data=data,
+            listen=listen,
+            limits=limits,
+            recovery=recovery,
+            spec_memory_bytes=spec_memory_mib * 2**20,
+            worker_silence_s=worker_silence_s,
+            grace_s=grace_s,
+        )
+        command(settings=settings, **rest)
+
+    with_all = _recovery(with_settings)
+    for option in (*reversed(_LIFE), _data, _listen):
+        with_all = option(with_all)
+    return with_all
+
+
 @click.command()
-@_listen
-@_data
-@_recovery
 @click.option(
     "--backend",
     type=click.Choice(["torch", "mock"]),
@@ -151,9 +219,14 @@ def _recovery(command: Callable[..., None]) -> Callable[..., None]:
     help="Name of the client profile to write; it becomes the default one.",
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
+@click.option(
+    "--operation-limit-s",
+    type=click.FloatRange(0, min_open=True),
+    help="Given to every worker: see `tensafe worker --help`.",
+)
+@_life
 def up(
-    listen: str,
-    data: Path,
+    settings: Settings,
     backend: str,
     models: tuple[str, ...],
     workers: int | None,
@@ -161,12 +234,14 @@ def up(
     dtype: str,
     profile: str,
     no_profile: bool,
-    recovery: RecoveryPolicy,
+    operation_limit_s: float | None,
 ) -> None:
     """Run the whole service on this machine: a coordinator and its workers.
 
     Prints `ready: grpc://HOST:PORT` when it serves, after writing a client profile, so that
-    `tensafe` commands and `ServiceClient()` find it by themselves. SIGTERM or Ctrl-C ends it.
+    `tensafe` commands and `ServiceClient()` find it by themselves. SIGTERM or Ctrl-C: what runs is
+    finished, all that was accepted is kept for the next start, and it ends with 0 within --grace-s;
+    a second one ends it at once.
 
     \b
     Examples:
@@ -176,24 +251,23 @@ def up(
     """
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
-    settings = LocalSettings(
-        Settings(data=data, listen=listen, recovery=recovery),
-        _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype),
-        None if no_profile else profile,
-    )
-    _run(serve_locally(settings, _announce))
+    arguments = _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype)
+    if operation_limit_s is not None:
+        arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
+    local = LocalSettings(settings, arguments, None if no_profile else profile)
+    _run(serve_locally(local, _announce))
 
 
 @click.command()
-@_listen
-@_data
-@_recovery
-def server(listen: str, data: Path, recovery: RecoveryPolicy) -> None:
+@_life
+def server(settings: Settings) -> None:
     """Run a coordinator alone; workers dial in with `tensafe worker`.
 
-    The first start makes an admin key and prints it once on stderr.
+    The first start makes an admin key and prints it once on stderr. SIGTERM or Ctrl-C: it refuses
+    what is new, keeps what it accepted, sends its workers and clients away to come back, and ends
+    with 0 within --grace-s; a second one ends it at once.
     """
-    _run(serve(Settings(data=data, listen=listen, recovery=recovery), _announce, _tell_secret))
+    _run(serve(settings, _announce, _tell_secret))
 
 
 def _worker_arguments(

@@ -19,8 +19,11 @@ _KEPT = 8
 class Transfers(Protocol):
     """Moves artifacts; calls block until the files have moved and their sums agree."""
 
-    def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
-        """Stores every file of a directory; the answer is in name order."""
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> Sequence[artifacts_pb2.ArtifactFile]:
+        """Stores every file of a directory under the run's assignment `epoch`; the answer is in
+        name order."""
 
     def fetch(self, artifact_id: str, directory: Path) -> None:
         """Writes the artifact's files into an existing directory."""

@@ -133,7 +133,7 @@ class Execution:
         with tempfile.TemporaryDirectory(prefix="tensafe-save-") as name:
             directory = Path(name)
             outcome = self._backend.save_state(spec.run_id, directory, complete)
-            files = self._transfers.upload(planned.artifact_id, directory)
+            files = self._transfers.upload(planned.artifact_id, planned.epoch, directory)
         artifact = artifact_message(planned.artifact_id, spec.run_id, outcome, complete, files)
         return operations_pb2.OperationResult(
             save_state=operations_pb2.SaveStateResult(artifact=artifact)

@@ -13,44 +13,22 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from tensafe.v1 import training_pb2, worker_pb2
-from tensafe.wire.status import TenSafeFault, to_status
+from tensafe.wire.status import to_status
 from workers import wire
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
 from workers.execution import Execution, SnapshotLoadError, as_fault
-from workers.snapshots import Debt, Snapshot, SnapshotPolicy, Snapshotter
+from workers.keeping import HeldRun, SnapshotKeeper
+from workers.watchdog import Activity, OperationLimits
 
 log = logging.getLogger(__name__)
 
 _Key = tuple[str, int]
 _REPLAY_SKIPS = frozenset({"sample", "forward", "save_state"})
-_UNKEPT_PAUSE_S = 5.0
-_CHANGES_STATE = frozenset({"forward_backward", "optim_step", "load_state"})
-
-
-@dataclass(slots=True)
-class _HeldRun:
-    """A run that was assigned.
-
-    Attributes:
-        check: it serves a comparison with the log only.
-        fault: why it could not be taken on; its operations fail with this.
-        refused: its snapshot could not be loaded; its operations are left to its next assignment.
-        debt: what a replay from its newest snapshot would take.
-        no_snapshot_before_s: on the monotonic clock; one was not kept a moment ago.
-    """
-
-    epoch: int
-    model_ref: str
-    last_seq: int = 0
-    check: bool = False
-    fault: TenSafeFault | None = None
-    refused: bool = False
-    debt: Debt = field(default_factory=Debt)
-    no_snapshot_before_s: float = 0.0
+_FAREWELL_S = 20.0
 
 
 @dataclass(slots=True)
@@ -63,6 +41,10 @@ class _Flush:
     captured: threading.Event
 
 
+class _Farewell:
+    """The last thing to do before the worker leaves."""
+
+
 class Executor:
     """Executes plans on one backend.
 
@@ -71,23 +53,29 @@ class Executor:
         transfers: where artifacts come from and go to; called from the executor's thread.
         on_progress: called from the executor's thread whenever `collect` would have news, or
             `idle` has become true.
+        limits: how long an operation may run, for whoever watches `activity`.
 
     Attributes:
-        snapshot_policy: when runs get snapshots; never, until the coordinator has said.
+        activity: what the thread is at.
+        snapshots: what makes them, and when.
     """
 
     def __init__(
-        self, backend: Backend, transfers: Transfers, on_progress: Callable[[], None]
+        self,
+        backend: Backend,
+        transfers: Transfers,
+        on_progress: Callable[[], None],
+        limits: OperationLimits | None = None,
     ) -> None:
+        self.activity = Activity()
+        self._limits = limits or OperationLimits()
+        self._leaving = False
         self._backend = backend
         self._transfers = transfers
-        self._unkept_snapshots: deque[Snapshot] = deque()
         self._artifacts = ArtifactCache(transfers)
         self._execution = Execution(backend, transfers, self._artifacts)
-        self.snapshot_policy = SnapshotPolicy()
-        self._snapshots = Snapshotter(transfers, self._unkept_snapshots.append)
         self._on_progress = on_progress
-        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | None] = (
+        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | _Farewell | None] = (
             queue.SimpleQueue()
         )
         self._closing = False
@@ -101,14 +89,15 @@ class Executor:
         self._running: worker_pb2.PlannedOperation | None = None
         self._reported: worker_pb2.PlannedOperation | None = None
         self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
-        self._runs: dict[str, _HeldRun] = {}
+        self._runs: dict[str, HeldRun] = {}
+        self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._thread = threading.Thread(target=self._work, name="tensafe-executor", daemon=True)
 
     # Called by the link.
 
     def start(self) -> None:
         """Starts the threads."""
-        self._snapshots.start()
+        self.snapshots.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -117,7 +106,7 @@ class Executor:
         self._closing = True
         self._inbox.put(None)
         self._thread.join()
-        self._snapshots.close()
+        self.snapshots.close()
         self._artifacts.close()
 
     @property
@@ -130,7 +119,7 @@ class Executor:
         return [
             worker_pb2.HeldRun(run_id=run_id, epoch=run.epoch, last_seq=run.last_seq)
             for run_id, run in list(self._runs.items())
-            if run.fault is None and not (run.check or run.refused)
+            if run.is_held
         ]
 
     def submit(self, plan: worker_pb2.Plan) -> None:
@@ -141,6 +130,14 @@ class Executor:
                 waiting[_key(planned)] = planned
         self._submitted += 1
         self._inbox.put(plan)
+        if any(self._runs_already(_key(planned)) for planned in plan.operations):
+            # Sent again over a new stream, which is to know that it runs.
+            self._reported = None
+            self._on_progress()
+
+    def _runs_already(self, key: _Key) -> bool:
+        running = self._running
+        return running is not None and _key(running) == key
 
     def cancel(self, operation_id: str) -> None:
         """Takes back an operation that has not started; one that has runs to its end."""
@@ -149,6 +146,9 @@ class Executor:
                 self._cancel(key)
 
     def _cancel(self, key: _Key) -> None:
+        answered = self._recent.get(key[0])
+        if self._runs_already(key) or (answered is not None and answered.epoch == key[1]):
+            return  # it was sent again over a new stream, and has begun already
         planned = self._waiting.pop(key, None)
         if planned is None:
             return
@@ -174,7 +174,7 @@ class Executor:
         self._inbox.put(flush)
         if not flush.captured.wait(timeout_s):
             return False
-        return self._snapshots.wait_idle(max(0.0, deadline - time.monotonic()))
+        return self.snapshots.wait_stored(max(0.0, deadline - time.monotonic()))
 
     def collect_refused(self) -> list[worker_pb2.RefusedSnapshot]:
         """Takes the snapshots that could not be loaded since the last call."""
@@ -182,6 +182,13 @@ class Executor:
         while self._refused:
             refused.append(self._refused.popleft())
         return refused
+
+    def leave(self) -> None:
+        """Begins nothing more: `idle` becomes true when the operation at hand has ended and the
+        runs' snapshots are stored. What has not begun is the coordinator's to give away."""
+        self._leaving = True
+        self._submitted += 1
+        self._inbox.put(_Farewell())
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
@@ -206,18 +213,24 @@ class Executor:
         while (item := self._inbox.get()) is not None:
             if self._closing:
                 continue
-            if isinstance(item, _Release):
+            if isinstance(item, _Farewell):
+                self._farewell()
+            elif self._leaving:
+                pass
+            elif isinstance(item, _Release):
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
-                self._snapshots.forget(item.run_id)
+                self.snapshots.forget(item.run_id)
             elif isinstance(item, _Flush):
-                self._flush(item)
+                self.snapshots.flush()
+                item.captured.set()
             else:
                 self._take_on(item.runs)
                 for planned in item.operations:
-                    if self._closing:
+                    if self._closing or self._leaving:
                         break
                     self._operation(planned)
+                    self.activity.end()
             self._finished += 1
             self._on_progress()
 
@@ -226,13 +239,14 @@ class Executor:
             held = self._runs.get(assignment.run_id)
             if held is not None and held.epoch == assignment.epoch and held.fault is None:
                 continue
-            run = _HeldRun(
+            run = HeldRun(
                 assignment.epoch,
                 assignment.config.model_ref,
                 last_seq=assignment.seq,
                 check=assignment.check,
             )
             self._runs[assignment.run_id] = run
+            self.activity.begin("", assignment.run_id, self._limits.base_s)
             try:
                 settings = wire.run_settings(assignment.config)
                 if assignment.snapshot_id:
@@ -251,6 +265,8 @@ class Executor:
                 # The run's operations fail with this; the worker and its other runs go on.
                 self._backend.close_run(assignment.run_id)
                 run.fault = as_fault(error, f"taking on run {assignment.run_id}")
+            finally:
+                self.activity.end()
 
     def _operation(self, planned: worker_pb2.PlannedOperation) -> None:
         operation_id = planned.operation_id
@@ -292,7 +308,7 @@ class Executor:
             if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
                 self._done.append(done)
                 self._on_progress()
-            self._after(spec, planned, done)
+            self.snapshots.after(spec, planned, done)
             return
         self._recent[operation_id] = done
         if len(self._recent) > 2 * self._backend.credits:
@@ -301,7 +317,7 @@ class Executor:
         self._running = None
         if not self._backend.instant:
             self._on_progress()
-        self._after(spec, planned, done)
+        self.snapshots.after(spec, planned, done)
 
     def _void(self, planned: worker_pb2.PlannedOperation) -> None:
         spec = training_pb2.OperationSpec.FromString(planned.spec)
@@ -320,6 +336,7 @@ class Executor:
         done: worker_pb2.OperationDone,
     ) -> None:
         kind = spec.WhichOneof("operation")
+        self.activity.begin(planned.operation_id, spec.run_id, self._limits.of(spec))
         if not spec.HasField("seq"):
             # Fills in `done.result`; an operation without seq is a SAMPLE.
             done.result.CopyFrom(self._execution.sample(spec, planned))
@@ -340,52 +357,10 @@ class Executor:
         finally:
             run.last_seq = spec.seq
 
-    # Snapshots. Between two operations, the state is that of the last one's seq.
-
-    def _after(
-        self,
-        spec: training_pb2.OperationSpec,
-        planned: worker_pb2.PlannedOperation,
-        done: worker_pb2.OperationDone,
-    ) -> None:
-        """Counts what a replay would have to do, and makes a snapshot when it is due."""
-        run_id = planned.run_id or spec.run_id
-        run = self._runs.get(run_id)
-        if run is None or run.epoch != planned.epoch or run.check or run.fault is not None:
-            return
-        while self._unkept_snapshots:
-            unkept = self._unkept_snapshots.popleft()
-            owner = self._runs.get(unkept.run_id)
-            if owner is not None and owner.epoch == unkept.epoch:
-                owner.debt = owner.debt.plus(unkept.debt)
-                owner.no_snapshot_before_s = time.monotonic() + _UNKEPT_PAUSE_S
-        kind = spec.WhichOneof("operation")
-        if kind in _CHANGES_STATE:
-            run.debt.add(len(planned.spec), done.compute_ms / 1e3)
-        elif done.result.save_state.artifact.has_optimizer:
-            run.debt = Debt()  # a replay begins at this artifact
-        if done.result.optim_step.applied:
-            run.debt.steps += 1
-            rested = time.monotonic() >= run.no_snapshot_before_s
-            if rested and self.snapshot_policy.due(run.debt):
-                self._snapshot(run_id, run)
-
-    def _snapshot(self, run_id: str, run: _HeldRun) -> None:
-        try:
-            captured = self._backend.capture(run_id)
-        except Exception:
-            # Training goes on; the log has everything.
-            log.exception("no snapshot of %s", run_id)
-            return
-        self._snapshots.put(Snapshot(run_id, run.epoch, run.last_seq, captured, run.debt))
-        run.debt = Debt()
-
-    def _flush(self, flush: _Flush) -> None:
-        if self.snapshot_policy != SnapshotPolicy():
-            for run_id, run in self._runs.items():
-                if run.debt.operations and run.fault is None and not (run.check or run.refused):
-                    self._snapshot(run_id, run)
-        flush.captured.set()
+    def _farewell(self) -> None:
+        self.snapshots.flush()
+        if not self.snapshots.wait_stored(_FAREWELL_S):
+            log.warning("not all snapshots were stored before leaving; more is to be replayed")
 
 
 class _RefusedRunError(Exception):

@@ -54,8 +54,11 @@ class GrpcTransfers:
         for moving in list(self._moving):
             moving.cancel()
 
-    def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
-        """Stores every file of a directory; the answer is in name order.
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> Sequence[artifacts_pb2.ArtifactFile]:
+        """Stores every file of a directory; the answer is in name order. `epoch` is that of the
+        run's assignment: a stale one is refused.
 
         Raises:
             TenSafeFault: CHECKSUM_MISMATCH if what was stored is not what was sent.
@@ -65,7 +68,7 @@ class GrpcTransfers:
 
         async def attempt() -> Sequence[artifacts_pb2.ArtifactFile]:
             response = await self._stub.UploadArtifact(
-                _upload_requests(artifact_id, paths),
+                _upload_requests(artifact_id, epoch, paths),
                 metadata=self._metadata,
                 timeout=_TIMEOUT_S,
                 wait_for_ready=True,
@@ -183,9 +186,9 @@ def _digest(path: Path) -> str:
 
 
 async def _upload_requests(
-    artifact_id: str, paths: Sequence[Path]
+    artifact_id: str, epoch: int, paths: Sequence[Path]
 ) -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id)
+    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id, epoch=epoch)
     for path in paths:
         for chunk in file_chunks(path):
             yield worker_pb2.UploadArtifactRequest(chunk=chunk)

@@ -24,6 +24,7 @@ _EXIT_STATUS: tuple[tuple[type[errors.TenSafeError], int], ...] = (
     (errors.ConflictError, 7),
     (errors.ResourceExhaustedError, 8),
     (errors.OperationCancelledError, 9),
+    (errors.DeadlineExceededError, 9),
 )
 
 

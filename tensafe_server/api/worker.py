@@ -60,6 +60,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                         failpoints.hit("after-dispatch")
             if reader.done():
                 reader.result()
+            if link.ended_by is not None:
+                raise link.ended_by
         finally:
             reader.cancel()
             await asyncio.shield(asyncio.ensure_future(self._reception.leave(link)))
@@ -67,14 +69,22 @@ class WorkerServicer(rpc.WorkerServiceServicer):
     async def _read(self, link: WorkerLink, requests: AsyncIterator[pb.ConnectRequest]) -> None:
         try:
             async for request in requests:
-                if request.HasField("report"):
-                    await self._reception.report(link, request.report)
-                elif request.HasField("goodbye"):
-                    link.draining = True
-                else:
-                    raise refused([("message", "must be a report or a goodbye")])
+                link.heard()
+                link.receiving = True
+                await self._take(link, request)
+                link.receiving = False
         finally:
             link.close()
+
+    async def _take(self, link: WorkerLink, request: pb.ConnectRequest) -> None:
+        if request.HasField("report"):
+            await self._reception.report(link, request.report)
+        elif request.HasField("heartbeat"):
+            self._reception.heartbeat(link, request.heartbeat)
+        elif request.HasField("goodbye"):
+            self._reception.goodbye(link)
+        else:
+            raise refused([("message", "must be a report, a heartbeat or a goodbye")])
 
     async def UploadArtifact(
         self, requests: AsyncIterator[pb.UploadArtifactRequest], context: Any
@@ -83,12 +93,15 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         if first is None or not first.artifact_id:
             raise refused([("artifact_id", "must be the stream's first message")])
         upload = ArtifactUpload(self._blobs, first.artifact_id)
+        check_current = self._reception.upload_fence(first.artifact_id, first.epoch)
         try:
             async for request in requests:
                 check_rules(request)
+                check_current()
                 await upload.take(request.chunk)
         finally:
             upload.abort()
+        check_current()
         files = upload.files()
         self._reception.stored(first.artifact_id, files)
         return pb.UploadArtifactResponse(files=files)

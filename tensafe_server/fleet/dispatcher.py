@@ -18,6 +18,7 @@ from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Restorer
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void_gradient, void_spec
 from tensafe_server.planning.planner import FairShares, QueueView, plan
 from tensafe_server.store.base import Store
@@ -25,6 +26,7 @@ from tensafe_server.store.base import Store
 log = logging.getLogger(__name__)
 _LOOK_AHEAD = 1024
 _RETRY_S = 1.0
+_FETCH_AHEAD = 8
 
 
 class Dispatcher:
@@ -34,10 +36,11 @@ class Dispatcher:
         on_unrestorable: called with a run whose state is lost; what waits of it cannot run.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer) -> None:
+    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer, specs: SpecReader) -> None:
         self._store = store
         self._ledger = ledger
         self._restorer = restorer
+        self._specs = specs
         self._links: dict[str, WorkerLink] = {}
         self._shares = FairShares()
         self._kicked = False
@@ -87,7 +90,7 @@ class Dispatcher:
         link = self._links.get(run.worker_id or "")
         for operation in self._ledger.recall_run(run):
             if link is not None:
-                link.outstanding.discard(operation.row.id)
+                link.outstanding.pop(operation.row.id, None)
         if link is not None:
             link.runs.discard(run.id)
 
@@ -125,9 +128,16 @@ class Dispatcher:
         runs = {run.id: run for run in self._ledger.ready_runs() if not run.restoring}
         views = []
         for run in runs.values():
-            costs = [p.row.cost for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            waiting = [p for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            if waiting and waiting[0].fetching:
+                continue  # its spec is on its way, and so is a kick
+            costs = [p.row.cost for p in waiting]
             views.append(QueueView(run.id, run.tenant_id, run.model, costs, run.worker_id))
-        lane = {p.row.id: p for p in islice(self._ledger.lane, _LOOK_AHEAD) if not p.void}
+        lane = {
+            p.row.id: p
+            for p in islice(self._ledger.lane, _LOOK_AHEAD)
+            if not p.void and not p.fetching
+        }
         for operation in lane.values():
             row = operation.row
             views.append(QueueView(row.id, row.tenant_id, operation.model, [row.cost]))
@@ -184,11 +194,24 @@ class Dispatcher:
                 )
         if not run.queue:
             return
+        if run.queue[0].spec is None:
+            self._fetch(run)
+            return
         operation = run.queue.popleft()
         run.in_flight.append(operation)
         self._hand_over(operation, link, message, run.epoch)
+        if run.queue:
+            later = run.queue[min(_FETCH_AHEAD, len(run.queue) - 1)]
+            if later.spec is None and not (later.void or later.fetching):
+                self._fetch(run)
+
+    def _fetch(self, run: RunState) -> None:
+        self._specs.fetch([p for p in islice(run.queue, 4 * _FETCH_AHEAD) if not p.void])
 
     def _take_lane(self, operation: PendingOperation, link: WorkerLink, message: pb.Plan) -> None:
+        if operation.spec is None:
+            self._specs.fetch([operation])
+            return
         self._ledger.lane.remove(operation)
         self._ledger.lane_in_flight[operation.row.id] = operation
         self._hand_over(operation, link, message, 0)
@@ -197,13 +220,15 @@ class Dispatcher:
         self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, epoch: int
     ) -> None:
         row = operation.row
+        spec = operation.spec or b""
+        self._ledger.drop_spec(operation)
         operation.worker_id = link.id
-        link.outstanding.add(row.id)
+        link.outstanding[row.id] = None
         message.operations.append(
             pb.PlannedOperation(
                 operation_id=row.id,
                 epoch=epoch,
-                spec=operation.spec,
+                spec=spec,
                 artifact_id=row.artifact_id or "",
                 model_ref=operation.model if epoch == 0 else "",
             )

@@ -78,7 +78,7 @@ class Restorer:
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
-        await self._store.flushed()
+        await self.settled(run)
         point = await self.newest(run)
         message = pb.Plan(runs=[point.assignment(run, run.id, epoch)])
         message.operations.extend([op async for op in self.history(run, point.seq, epoch)])
@@ -87,6 +87,13 @@ class Restorer:
             *(run.id, epoch, point, len(message.operations)),
         )
         return message
+
+    async def settled(self, run: RunState) -> None:
+        """Waits until outcomes that are on their way to the disk are there: their operations are
+        not executed again, so that a replay must have them."""
+        for operation in [one for one in run.in_flight if one.finishing]:
+            await operation.wait_finished()
+        await self._store.flushed()
 
     async def newest(self, run: RunState) -> RecoveryPoint:
         """The newest intact recovery point from which the log reaches to the present.
@@ -112,7 +119,7 @@ class Restorer:
 
     async def voids(self, run: RunState) -> pb.Plan:
         """The holes after the last executed operation, for a worker that still has the run."""
-        await self._store.flushed()
+        await self.settled(run)
         message = pb.Plan()
         after = self.history(run, run.executed_seq, run.epoch)
         message.operations.extend([op async for op in after])
@@ -194,7 +201,9 @@ def changed_state(row: OperationRow) -> bool:
 
 def settled_seq(run: RunState) -> int:
     """The last seq of the run that is finished together with all before it."""
-    first = run.in_flight[0] if run.in_flight else run.queue[0] if run.queue else None
+    # An outcome on its way to the disk counts: who reads the log waits for it (`settled`).
+    open_ones = (operation for operation in run.in_flight if not operation.finishing)
+    first = next(open_ones, run.queue[0] if run.queue else None)
     return (first.row.seq or 1) - 1 if first is not None else run.next_seq - 1
 
 

@@ -74,6 +74,7 @@ class Verifications:
             TenSafeFault: NO_WORKER, RUN_STATE_LOST.
         """
         link = self._free_worker(run)
+        await self._restorer.settled(run)
         end = settled_seq(run)
         point = await self._restorer.oldest(run)
         check_id = new_id("check")

@@ -92,7 +92,7 @@ class GapWatch:
             error=to_status(_fault(run, seq).detail).SerializeToString(),
             finished_ns=now,
         )
-        return PendingOperation(row, b"", run.model, void=True)
+        return PendingOperation(row, None, run.model, void=True)
 
 
 def _fault(run: RunState, missing: int) -> TenSafeFault:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
+from tensafe.wire.status import ErrorDetail
 from tensafe_server.store.base import OperationRow, RunRow
 
 QUEUED = ops.OPERATION_STATE_QUEUED
@@ -27,23 +28,37 @@ class PendingOperation:
 
     Attributes:
         row: what the store has or will have.
-        spec: serialized OperationSpec.
+        spec: serialized OperationSpec; None while it is only in the store.
+        fetching: it is being read from the store.
+        ahead: when it came, an earlier seq was missing.
+        deadline_timer: the clock of its time to live.
         model: name of the base model it runs on.
         worker_id: where it was sent; None while it waits.
         void: it ended before it ran; its place only tells the worker that the window has a hole.
         finishing: its outcome is on the way to the disk; nothing may change it any more.
-        deaths: how many workers were lost while they ran it.
+        lost_while_running: the assignments under which a worker was lost while it ran this.
+        lost_at_head: those under which one was lost that had this next, and may have begun it.
+        withdrawn: it was cancelled, or its deadline passed, while a worker had it.
     """
 
     row: OperationRow
-    spec: bytes
+    spec: bytes | None
     model: str
     worker_id: str | None = None
     void: bool = False
     finishing: bool = False
-    deaths: int = 0
+    lost_while_running: set[str] = field(default_factory=set)
+    lost_at_head: set[str] = field(default_factory=set)
+    withdrawn: ErrorDetail | None = None
+    fetching: bool = False
+    ahead: bool = False
+    deadline_timer: asyncio.TimerHandle | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def spec_bytes(self) -> int:
+        return self.row.spec_bytes
 
     def wait_finished(self) -> asyncio.Future[None]:
         """Resolves when the outcome is on disk."""

@@ -33,6 +33,8 @@ from tensafe_server.store.base import Finish, RunUpdate, Store
 
 log = logging.getLogger(__name__)
 
+_NEVER_RAN = ("OPERATION_CANCELLED", "DEADLINE_EXCEEDED")
+
 
 @dataclass(slots=True)
 class Ending:
@@ -112,8 +114,7 @@ class Outcomes:
         if ending.result is None:
             return None, None
         if ending.result.HasField("save_state"):
-            run = self._ledger.runs[ending.operation.row.run_id or ""]
-            _complete_artifact(ending, run)
+            await self._complete_artifact(ending)
         data = ending.result.SerializeToString()
         try:
             return await self._payloads.save(ending.operation.row.tenant_id, data)
@@ -121,6 +122,12 @@ class Outcomes:
             # A result must not be lost: the row takes it, and the store waits for its disk.
             log.warning("a result goes into the log: %s", fault)
             return data, None
+
+    async def _complete_artifact(self, ending: Ending) -> None:
+        row = ending.operation.row
+        spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
+        run = self._ledger.runs[row.run_id or ""]
+        _complete(ending, run, training.OperationSpec.FromString(spec))
 
     def _book(
         self, endings: Sequence[Ending], saved: Sequence[tuple[bytes | None, str | None]]
@@ -174,14 +181,28 @@ class Outcomes:
         )
 
 
-def cancelled(operation: PendingOperation) -> Ending:
-    """The outcome of an operation that was cancelled before it ran."""
-    fault = TenSafeFault(
+def cancellation(operation: PendingOperation) -> ErrorDetail:
+    """Why an operation ends that its tenant cancelled."""
+    return TenSafeFault(
         "OPERATION_CANCELLED",
         f"operation {operation.row.id} was cancelled before it ran",
         operation_id=operation.row.id,
-    )
-    return Ending(operation, error=fault.detail)
+    ).detail
+
+
+def expiry(operation: PendingOperation) -> ErrorDetail:
+    """Why an operation ends whose deadline passed."""
+    return TenSafeFault(
+        "DEADLINE_EXCEEDED",
+        f"operation {operation.row.id} had not started when its time to live was over; it never "
+        "ran. Send it again with more time",
+        operation_id=operation.row.id,
+    ).detail
+
+
+def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:
+    """The outcome of an operation that was cancelled, or whose deadline passed, before it ran."""
+    return Ending(operation, error=why or cancellation(operation))
 
 
 def ended_event(operation: PendingOperation, result: ops.OperationResult | None = None) -> Event:
@@ -204,7 +225,7 @@ def ended_event(operation: PendingOperation, result: ops.OperationResult | None 
 def _state(ending: Ending) -> int:
     if ending.result is not None:
         return SUCCEEDED
-    if ending.error is not None and ending.error.reason == "OPERATION_CANCELLED":
+    if ending.error is not None and ending.error.reason in _NEVER_RAN:
         return CANCELLED
     return FAILED
 
@@ -227,11 +248,10 @@ def _advance(run: RunState, ending: Ending) -> bool:
     return False
 
 
-def _complete_artifact(ending: Ending, run: RunState) -> None:
+def _complete(ending: Ending, run: RunState, spec: training.OperationSpec) -> None:
     """Adds to the worker's description what the coordinator knows: identity, files, metadata."""
     assert ending.result is not None
     row = ending.operation.row
-    spec = training.OperationSpec.FromString(ending.operation.spec)
     artifact = ending.result.save_state.artifact
     files = sorted(ending.artifact_files, key=lambda file: file.name)
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)

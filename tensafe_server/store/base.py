@@ -105,7 +105,12 @@ class RunProgress:
 
 @dataclass(slots=True)
 class OperationRow:
-    """An accepted or refused operation; the last block is set when it has finished."""
+    """An accepted or refused operation; the last block is set when it has finished.
+
+    Attributes:
+        spec_bytes: size of the spec, wherever it lies.
+        deadline_ns: if it has not started by then, it never runs.
+    """
 
     id: str
     tenant_id: str
@@ -122,6 +127,9 @@ class OperationRow:
     artifact_id: str | None
     cost: float
     created_ns: int
+
+    spec_bytes: int = 0
+    deadline_ns: int | None = None
 
     result: bytes | None = None
     result_ref: str | None = None
@@ -241,7 +249,10 @@ class Store(Protocol):
     async def operations(
         self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
     ) -> list[tuple[int, OperationRow]]: ...
-    async def unfinished(self) -> list[OperationRow]: ...
+    async def unfinished(self) -> list[OperationRow]: ...  # without their specs
+    async def specs(
+        self, operation_ids: Sequence[str]
+    ) -> dict[str, tuple[bytes | None, str | None]]: ...  # (spec, spec_ref) by operation
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
 
     # Recovery points, and what nobody needs any more.

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 
 _OPERATION = columns(OperationRow)
+_WITHOUT_SPEC = _OPERATION.replace(" spec,", " NULL,")
 _INSERT_OPERATION = (
     f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
@@ -243,7 +244,21 @@ class SqliteStore(SqliteRetention, SqliteArtifacts):
         return await self._page(OperationRow, "operations", where, values, page)
 
     async def unfinished(self) -> list[OperationRow]:
-        return await self._rows(OperationRow, "operations WHERE state IN (1, 2) ORDER BY rowid")
+        """All that have not ended, without their specs, which together may fill the memory."""
+        rows = await self._select(
+            f"SELECT {_WITHOUT_SPEC} FROM operations WHERE state IN (1, 2) ORDER BY rowid"  # noqa: S608
+        )
+        return [OperationRow(*values) for values in rows]
+
+    async def specs(
+        self, operation_ids: Sequence[str]
+    ) -> dict[str, tuple[bytes | None, str | None]]:
+        places = ", ".join("?" * len(operation_ids))
+        rows = await self._select(
+            f"SELECT id, spec, spec_ref FROM operations WHERE id IN ({places})",  # noqa: S608
+            operation_ids,
+        )
+        return {operation_id: (spec, reference) for operation_id, spec, reference in rows}
 
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]:
         """Finished operations of a run in order, from the seq after `after_seq`."""
@@ -265,14 +280,16 @@ class SqliteStore(SqliteRetention, SqliteArtifacts):
     async def finished_operations(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[OperationRow]:
+        """What has ended after a cursor, without specs."""
         where, values = where_clause(
             tenant_id=scope.tenant_id, run_id=scope.run_id, session_id=scope.session_id
         )
-        return await self._rows(
-            OperationRow,
-            f"operations WHERE {where} AND cursor > ? AND cursor <= ? ORDER BY cursor LIMIT ?",
+        rows = await self._select(
+            f"SELECT {_WITHOUT_SPEC} FROM operations WHERE {where}"  # noqa: S608
+            " AND cursor > ? AND cursor <= ? ORDER BY cursor LIMIT ?",
             (*values, after, up_to, limit),
         )
+        return [OperationRow(*row) for row in rows]
 
     async def step_metrics(
         self, scope: EventScope, after: int, up_to: int, limit: int

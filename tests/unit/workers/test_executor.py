@@ -15,6 +15,7 @@ from tensafe.v1 import artifacts_pb2, training_pb2
 from tensafe.wire.status import from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
+from workers.snapshots import SnapshotPolicy
 
 OPTIM = {"optim_step": training_pb2.OptimStep()}
 SAVE = {"save_state": training_pb2.SaveState()}
@@ -29,7 +30,9 @@ class FolderTransfers:
         self.snapshots: list[tuple[str, int, int, int]] = []
         self.refusal: str | None = None
 
-    def upload(self, artifact_id: str, directory: Path) -> list[artifacts_pb2.ArtifactFile]:
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> list[artifacts_pb2.ArtifactFile]:
         shutil.copytree(directory, self.root / artifact_id)
         return [
             artifacts_pb2.ArtifactFile(
@@ -375,3 +378,35 @@ def test_cancel_before_and_after_the_start(gated):
     assert gated.done["op-run-1-4"].cancelled
     (held,) = gated.executor.held_runs()
     assert held.last_seq == 4
+
+
+def test_what_runs_already_is_not_cancelled_by_being_sent_again(gated):
+    """A broken stream: the coordinator sends again what runs, and a cancel comes for it."""
+    executor, backend = gated.executor, gated.executor._backend
+    first = operation(1, **forward_backward())
+    executor.submit(plan(first, runs=[assignment()]))
+    assert backend.entered.acquire(timeout=10)
+    gated.until(lambda: gated.started == [first.operation_id])
+    executor.submit(plan(first))
+    gated.until(lambda: gated.started == [first.operation_id] * 2)  # the new stream is told, too
+    executor.cancel(first.operation_id)
+    gated.collect()
+    assert not gated.done
+    backend.gate.release()
+    gated.until(lambda: executor.idle)
+    assert gated.done[first.operation_id].HasField("result")
+
+
+def test_leaving_finishes_what_runs_then_flushes_and_begins_nothing_more(gated, transfers):
+    executor, backend = gated.executor, gated.executor._backend
+    executor.snapshots.policy = SnapshotPolicy(steps=99)
+    operations = [operation(seq, **forward_backward()) for seq in (1, 2, 3)]
+    executor.submit(plan(*operations, runs=[assignment()]))
+    assert backend.entered.acquire(timeout=10)
+    executor.leave()
+    assert not executor.idle
+    backend.gate.release()
+    gated.until(lambda: executor.idle)
+    assert [run.last_seq for run in executor.held_runs()] == [1]
+    assert transfers.snapshots == [("run-1", 1, 1, 0)]
+    assert list(gated.done) == [operations[0].operation_id]

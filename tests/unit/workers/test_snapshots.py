@@ -43,7 +43,7 @@ def transfers(tmp_path):
 @pytest.fixture
 def driver(transfers):
     driver = Driver(MockBackend(), transfers)
-    driver.executor.snapshot_policy = SnapshotPolicy(steps=2)
+    driver.executor.snapshots.policy = SnapshotPolicy(steps=2)
     yield driver
     driver.executor.close()
 
@@ -62,7 +62,7 @@ def updates(first: int, count: int, run: str = "run-1", **options):
 
 def settled(driver: Driver) -> None:
     """Returns when what was captured is stored; makes no further snapshot."""
-    assert driver.executor._snapshots.wait_idle(10)
+    assert driver.executor.snapshots.wait_stored(10)
 
 
 def test_a_run_gets_one_after_so_many_applied_updates(driver, transfers):
@@ -122,7 +122,7 @@ def test_a_saved_state_counts_as_one(driver, transfers):
 
 
 def test_one_that_was_not_kept_is_made_up_for(driver, transfers, monkeypatch):
-    monkeypatch.setattr("workers.executor._UNKEPT_PAUSE_S", 0.0)
+    monkeypatch.setattr("workers.keeping._UNKEPT_PAUSE_S", 0.0)
     transfers.refusal = "not now"
     driver.run(*updates(1, 2), runs=[assignment()])
     settled(driver)
@@ -162,7 +162,7 @@ def test_training_does_not_wait_and_the_newest_wins(transfers):
             return Held(super().capture(run_id).step, gate)
 
     driver = Driver(Slow(), transfers)
-    driver.executor.snapshot_policy = SnapshotPolicy(steps=1)
+    driver.executor.snapshots.policy = SnapshotPolicy(steps=1)
     driver.executor.submit(plan(*updates(1, 1), runs=[assignment()]))
     assert begun.wait(10)
     outcomes = driver.run(*updates(3, 5))  # while the first one is being written

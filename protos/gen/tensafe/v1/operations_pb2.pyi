@@ -82,7 +82,7 @@ class _OperationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operat
     OPERATION_STATE_FAILED: _OperationState.ValueType  # 4
     """Ended with an error."""
     OPERATION_STATE_CANCELLED: _OperationState.ValueType  # 5
-    """Cancelled before it ran."""
+    """Cancelled, or its deadline passed, before it ran."""
 
 class OperationState(_OperationState, metaclass=_OperationStateEnumTypeWrapper):
     """Where an operation is. It leaves QUEUED once and ends once."""
@@ -98,7 +98,7 @@ OPERATION_STATE_SUCCEEDED: OperationState.ValueType  # 3
 OPERATION_STATE_FAILED: OperationState.ValueType  # 4
 """Ended with an error."""
 OPERATION_STATE_CANCELLED: OperationState.ValueType  # 5
-"""Cancelled before it ran."""
+"""Cancelled, or its deadline passed, before it ran."""
 Global___OperationState: _TypeAlias = OperationState  # noqa: Y015
 
 class _FinishReason:

@@ -1028,6 +1028,7 @@ class OperationSpec(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
     FORWARD_BACKWARD_FIELD_NUMBER: _builtins.int
     OPTIM_STEP_FIELD_NUMBER: _builtins.int
@@ -1044,6 +1045,13 @@ class OperationSpec(_message.Message):
     """The idempotency key of an operation without seq: required there, unset
     elsewhere.
     """
+    @_builtins.property
+    def time_to_live(self) -> _duration_pb2.Duration:
+        """How long it may wait, from its acceptance on: if it has not started by then,
+        it ends CANCELLED with DEADLINE_EXCEEDED and never runs. One that has started
+        runs to its end. Unset: for ever.
+        """
+
     @_builtins.property
     def forward(self) -> Global___Forward:
         """A forward pass."""
@@ -1074,6 +1082,7 @@ class OperationSpec(_message.Message):
         run_id: _builtins.str | None = ...,
         seq: _builtins.int | None = ...,
         request_id: _builtins.str | None = ...,
+        time_to_live: _duration_pb2.Duration | None = ...,
         forward: Global___Forward | None = ...,
         forward_backward: Global___ForwardBackward | None = ...,
         optim_step: Global___OptimStep | None = ...,
@@ -1081,9 +1090,9 @@ class OperationSpec(_message.Message):
         save_state: Global___SaveState | None = ...,
         load_state: Global___LoadState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
@@ -1456,7 +1465,10 @@ class SubmitOutcome(_message.Message):
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Set if it was refused: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION,
-        OUT_OF_RANGE, ALREADY_EXISTS or RESOURCE_EXHAUSTED with its ErrorInfo.
+        OUT_OF_RANGE, ALREADY_EXISTS or RESOURCE_EXHAUSTED with its ErrorInfo. After
+        RESOURCE_EXHAUSTED QUEUE_FULL nothing is on record and its seq is free: send
+        it again after RetryInfo's delay. What follows it in its run and its request
+        is refused with it, so that the order stays whole.
         """
 
     def __init__(

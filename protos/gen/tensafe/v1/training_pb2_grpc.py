@@ -136,7 +136,9 @@ class TrainingServiceServicer:
         """Queues one operation; the answer means that it is on disk. A retry with the
         same (run, seq) or request id gets the same operation back. A refused
         operation is recorded as FAILED where its (run, seq) is known, and the call
-        fails with the reason. Errors: those of SubmitOutcome.error.
+        fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+        record nothing and use up no seq: send the same again after RetryInfo's
+        delay. Errors: those of SubmitOutcome.error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,7 +62,9 @@ class TrainingServiceStub:
     """Queues one operation; the answer means that it is on disk. A retry with the
     same (run, seq) or request id gets the same operation back. A refused
     operation is recorded as FAILED where its (run, seq) is known, and the call
-    fails with the reason. Errors: those of SubmitOutcome.error.
+    fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+    record nothing and use up no seq: send the same again after RetryInfo's
+    delay. Errors: those of SubmitOutcome.error.
     """
     SubmitBatch: _grpc.UnaryUnaryMultiCallable[_training_pb2.SubmitBatchRequest, _training_pb2.SubmitBatchResponse]
     """Queues several operations, answering for each in the order sent; the answer
@@ -105,7 +107,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Queues one operation; the answer means that it is on disk. A retry with the
     same (run, seq) or request id gets the same operation back. A refused
     operation is recorded as FAILED where its (run, seq) is known, and the call
-    fails with the reason. Errors: those of SubmitOutcome.error.
+    fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+    record nothing and use up no seq: send the same again after RetryInfo's
+    delay. Errors: those of SubmitOutcome.error.
     """
     SubmitBatch: _aio.UnaryUnaryMultiCallable[_training_pb2.SubmitBatchRequest, _training_pb2.SubmitBatchResponse]  # type: ignore[assignment]
     """Queues several operations, answering for each in the order sent; the answer
@@ -187,7 +191,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Queues one operation; the answer means that it is on disk. A retry with the
         same (run, seq) or request id gets the same operation back. A refused
         operation is recorded as FAILED where its (run, seq) is known, and the call
-        fails with the reason. Errors: those of SubmitOutcome.error.
+        fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+        record nothing and use up no seq: send the same again after RetryInfo's
+        delay. Errors: those of SubmitOutcome.error.
         """
 
     @_abc_1.abstractmethod

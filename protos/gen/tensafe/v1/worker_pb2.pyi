@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
@@ -360,6 +361,70 @@ class Report(_message.Message):
 Global___Report: _TypeAlias = Report  # noqa: Y015
 
 @_typing.final
+class Executing(_message.Message):
+    """What a worker is executing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """The operation; empty while a run is being taken on."""
+    run_id: _builtins.str
+    """The run; empty for an operation without one."""
+    @_builtins.property
+    def running(self) -> _duration_pb2.Duration:
+        """How long it has been at it."""
+
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """After this the worker's watchdog ends its process."""
+
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        running: _duration_pb2.Duration | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "running", b"running"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "operation_id", b"operation_id", "run_id", b"run_id", "running", b"running"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Executing: _TypeAlias = Executing  # noqa: Y015
+
+@_typing.final
+class WorkerHeartbeat(_message.Message):
+    """Shows that the worker lives and what its executor does. Any other message of
+    the stream shows the former too.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def executing(self) -> Global___Executing:
+        """Unset while it is idle."""
+
+    def __init__(
+        self,
+        *,
+        executing: Global___Executing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executing", b"executing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executing", b"executing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerHeartbeat: _TypeAlias = WorkerHeartbeat  # noqa: Y015
+
+@_typing.final
 class ConnectRequest(_message.Message):
     """What a worker sends."""
 
@@ -368,6 +433,7 @@ class ConnectRequest(_message.Message):
     REGISTER_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """The first message."""
@@ -378,7 +444,11 @@ class ConnectRequest(_message.Message):
 
     @_builtins.property
     def goodbye(self) -> Global___Goodbye:
-        """The worker wants no more work: it ends when its queue is empty."""
+        """The worker is leaving."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___WorkerHeartbeat:
+        """Sent at Welcome.heartbeat_interval."""
 
     def __init__(
         self,
@@ -386,12 +456,13 @@ class ConnectRequest(_message.Message):
         register: Global___Register | None = ...,
         report: Global___Report | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        heartbeat: Global___WorkerHeartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "report", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "report", "goodbye", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -399,7 +470,9 @@ Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
-    """The worker is about to leave."""
+    """The worker takes no new work. It finishes the operation at hand, reports it and
+    ends its side of the stream; what it has not begun goes to another worker.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -453,9 +526,21 @@ class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    SILENCE_LIMIT_FIELD_NUMBER: _builtins.int
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The id that the coordinator gave the worker, `wkr-…`."""
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """How often either side sends a heartbeat."""
+
+    @_builtins.property
+    def silence_limit(self) -> _duration_pb2.Duration:
+        """Either side that hears nothing for so long takes the other for dead: the
+        coordinator gives the worker's runs away, the worker connects anew.
+        """
+
     @_builtins.property
     def snapshots(self) -> Global___SnapshotPolicy:
         """When to make snapshots. Unset: never."""
@@ -464,11 +549,13 @@ class Welcome(_message.Message):
         self,
         *,
         worker_id: _builtins.str = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+        silence_limit: _duration_pb2.Duration | None = ...,
         snapshots: Global___SnapshotPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["snapshots", b"snapshots"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "silence_limit", b"silence_limit", "snapshots", b"snapshots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshots", b"snapshots", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "silence_limit", b"silence_limit", "snapshots", b"snapshots", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -660,7 +747,7 @@ Global___ReleaseRun: _TypeAlias = ReleaseRun  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):
-    """Asks the worker to end when its queue is empty."""
+    """Asks the worker to leave, as SIGTERM does."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -676,6 +763,23 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class CoordinatorHeartbeat(_message.Message):
+    """Shows that the coordinator lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CoordinatorHeartbeat: _TypeAlias = CoordinatorHeartbeat  # noqa: Y015
+
+@_typing.final
 class ConnectResponse(_message.Message):
     """What the coordinator sends."""
 
@@ -686,6 +790,7 @@ class ConnectResponse(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The first message."""
@@ -706,6 +811,10 @@ class ConnectResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """The end is near."""
 
+    @_builtins.property
+    def heartbeat(self) -> Global___CoordinatorHeartbeat:
+        """Sent at Welcome.heartbeat_interval."""
+
     def __init__(
         self,
         *,
@@ -714,12 +823,13 @@ class ConnectResponse(_message.Message):
         cancel: Global___CancelPlanned | None = ...,
         release: Global___ReleaseRun | None = ...,
         drain: Global___Drain | None = ...,
+        heartbeat: Global___CoordinatorHeartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan", "cancel", "release", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan", "cancel", "release", "drain", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -733,8 +843,13 @@ class UploadArtifactRequest(_message.Message):
 
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """The artifact's id, from PlannedOperation."""
+    epoch: _builtins.int
+    """With the id: the assignment of its run. An upload under a stale one is
+    refused, so that a worker that was thought dead overwrites nothing.
+    """
     @_builtins.property
     def chunk(self) -> _types_pb2.FileChunk:
         """A chunk of a file."""
@@ -744,10 +859,11 @@ class UploadArtifactRequest(_message.Message):
         *,
         artifact_id: _builtins.str = ...,
         chunk: _types_pb2.FileChunk | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["artifact_id", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015

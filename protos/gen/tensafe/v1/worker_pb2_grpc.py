@@ -91,7 +91,7 @@ class WorkerServiceServicer:
     def UploadArtifact(self, request_iterator, context):
         """Stores an artifact's files. The artifact exists for tenants once the
         operation that saves it is reported done. Errors: DATA_LOSS
-        CHECKSUM_MISMATCH.
+        CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,7 @@ class WorkerServiceStub:
     UploadArtifact: _grpc.StreamUnaryMultiCallable[_worker_pb2.UploadArtifactRequest, _worker_pb2.UploadArtifactResponse]
     """Stores an artifact's files. The artifact exists for tenants once the
     operation that saves it is reported done. Errors: DATA_LOSS
-    CHECKSUM_MISMATCH.
+    CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
     """
     FetchArtifact: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
@@ -76,7 +76,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     UploadArtifact: _aio.StreamUnaryMultiCallable[_worker_pb2.UploadArtifactRequest, _worker_pb2.UploadArtifactResponse]  # type: ignore[assignment]
     """Stores an artifact's files. The artifact exists for tenants once the
     operation that saves it is reported done. Errors: DATA_LOSS
-    CHECKSUM_MISMATCH.
+    CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
     """
     FetchArtifact: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]  # type: ignore[assignment]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
@@ -122,7 +122,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.UploadArtifactResponse, _abc.Awaitable[_worker_pb2.UploadArtifactResponse]]:
         """Stores an artifact's files. The artifact exists for tenants once the
         operation that saves it is reported done. Errors: DATA_LOSS
-        CHECKSUM_MISMATCH.
+        CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
         """
 
     @_abc_1.abstractmethod
