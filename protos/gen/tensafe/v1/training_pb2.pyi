@@ -541,7 +541,12 @@ Global___Forward: _TypeAlias = Forward  # noqa: Y015
 
 @_typing.final
 class ForwardBackward(_message.Message):
-    """Computes a loss and adds its gradient to the run's accumulator."""
+    """Computes a loss and adds its gradient to the run's accumulator.
+
+    A client that refuses a batch itself sends the call without one: it is
+    recorded as FAILED at its seq and poisons its accumulation window, so that no
+    optim_step can apply half a gradient.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
