@@ -41,7 +41,12 @@ class _Given:
         return name in self._given
 
     def replace(self, **changes: Any) -> Self:
-        """Returns a copy with other values; fields that were not given stay so."""
+        """Returns a copy with other values; fields that were not given stay so.
+
+        Raises:
+            ConfigError: for an unknown field or a wrong type.
+        """
+        check_fields(type(self).__name__, changes, type(self))
         kept = {name: getattr(self, name) for name in self._given}
         return type(self)(**{**kept, **changes})
 
@@ -249,7 +254,11 @@ class TrainingConfig(_Given):
     @classmethod
     def of(cls, config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
         """Takes what `create_training_client` takes: a config or a dict."""
-        return config if isinstance(config, cls) else cls.from_dict(config)  # type: ignore[arg-type]
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        raise ConfigError(f"config must be a dict or a TrainingConfig, got {config!r}")
 
     def to_proto(self) -> pb.RunConfig:
         """Packs the given fields."""

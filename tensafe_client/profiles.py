@@ -17,6 +17,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tensafe_client.checks import check_bool, check_path, check_string
 from tensafe_client.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -53,7 +54,7 @@ def read_profiles(path: Path | None = None) -> ProfileFile:
     Raises:
         ConfigError: if the file cannot be read, or is not what `save_profile` writes.
     """
-    path = path or config_path()
+    path = config_path() if path is None else check_path("path", path)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -91,7 +92,11 @@ def save_profile(
     Raises:
         ConfigError: for a bad name, or a file that cannot be read.
     """
-    if not _NAME.fullmatch(name):
+    check_string("target", target)
+    if api_key is not None:
+        check_string("api_key", api_key)
+    check_bool("make_default", make_default)
+    if not _NAME.fullmatch(check_string("name", name)):
         raise ConfigError(f"profile name {name!r} may only have letters, digits, '-' and '_'")
     path = config_path()
     old = read_profiles(path)

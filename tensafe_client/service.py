@@ -202,7 +202,7 @@ class ServiceClient(ServiceBase):
         Raises:
             ChecksumMismatchError: if a file came damaged.
         """
-        return self._io.run(self._downloads.artifact(artifact_id, Path(directory)))
+        return self._io.run(self._downloads.artifact(artifact_id, directory))
 
     def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""

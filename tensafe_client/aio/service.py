@@ -94,7 +94,7 @@ class AsyncServiceClient(ServiceBase):
 
     async def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
         """Downloads an artifact's files; a download that broke off goes on where it stopped."""
-        return await self._io.bridge(self._downloads.artifact(artifact_id, Path(directory)))
+        return await self._io.bridge(self._downloads.artifact(artifact_id, directory))
 
     async def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""
