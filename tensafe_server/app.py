@@ -55,6 +55,7 @@ from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
+from tensafe_server.tls import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,9 @@ class Settings:
         limits: how much may wait.
         gap_timeout_s: how long operations wait for a missing seq.
         grace_s: how long calls may go on after `stop`.
+        certificate: serve `listen` with TLS. None: in plain text.
+        local_listen: with a certificate, a plain-text loopback HOST:PORT beside it, for this
+            machine's own workers.
     """
 
     data: Path
@@ -97,6 +101,8 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     gap_timeout_s: float = 60.0
     grace_s: float = 2.0
+    certificate: Certificate | None = None
+    local_listen: str | None = None
 
 
 class Coordinator:
@@ -105,7 +111,8 @@ class Coordinator:
     Attributes:
         identity: its tenants and keys.
         dispatcher: its workers.
-        port: where it listens.
+        address: where it serves, for clients.
+        local_address: where this machine's own workers and profile find it, always in plain text.
         failed: resolves with the error that makes it impossible to go on.
     """
 
@@ -133,7 +140,7 @@ class Coordinator:
         self._ledger.on_gap = gaps.update
         outcomes.on_lost_store = self._fail
 
-        self.port = 0
+        self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -205,17 +212,30 @@ class Coordinator:
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
     async def _listen(self) -> None:
-        listen = self._settings.listen
-        try:
-            self.port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise AddressInUseError(
-                f"cannot listen on {listen}: the address is in use or not this machine's; "
-                "choose another with --listen, or port 0 for a free one"
-            ) from error
+        listen, certificate = self._settings.listen, self._settings.certificate
+        self.address = self._add_port(listen, "--listen", certificate)
+        if certificate is None:
+            port = self.address.rpartition(":")[2]
+            self.local_address = f"grpc://127.0.0.1:{port}"
+        elif self._settings.local_listen is not None:
+            self.local_address = self._add_port(self._settings.local_listen, "--local-listen", None)
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def _add_port(self, listen: str, option: str, certificate: Certificate | None) -> str:
+        try:
+            if certificate is None:
+                scheme, port = "grpc", self._server.add_insecure_port(listen)
+            else:
+                credentials = certificate.credentials()
+                scheme, port = "grpcs", self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"cannot listen on {listen}: the address is in use or not this machine's; "
+                f"choose another with {option}, or port 0 for a free one"
+            ) from error
+        return f"{scheme}://{listen.rpartition(':')[0]}:{port}"
 
     async def drain(self) -> None:
         """Sends no more work out, and says so to load balancers; calls are still answered."""

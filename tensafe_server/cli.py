@@ -15,14 +15,25 @@ from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
 from tensafe_server.store.base import SchemaTooNewError
+from tensafe_server.tls import Certificate, CertificateError
 
 _DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
+
+_LOCAL_LISTEN = "127.0.0.1:50052"
 
 
 def _checked_address(context: click.Context, option: click.Parameter, value: str) -> str:
     host, separator, port = value.rpartition(":")
     if not (host and separator and port.isascii() and port.isdigit() and int(port) < 65536):
         raise click.BadParameter(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+    return value
+
+
+def _checked_loopback(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and not _checked_address(context, option, value).startswith("127."):
+        raise click.BadParameter(f"{value!r} is not on loopback, and it serves in plain text")
     return value
 
 
@@ -41,10 +52,29 @@ _data = click.option(
     show_default=True,
     help="Directory of the store and the artifacts; made if missing.",
 )
+_tls_cert = click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Serve with TLS: PEM certificate, with the chain to its authority.",
+)
+_tls_key = click.option(
+    "--tls-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The certificate's private key, PEM, unencrypted.",
+)
 
 
 @click.command()
 @_listen
+@_tls_cert
+@_tls_key
+@click.option(
+    "--local-listen",
+    metavar="HOST:PORT",
+    callback=_checked_loopback,
+    help="With --tls-cert: loopback address, in plain text, for this machine's own workers and "
+    "profile.  [default: 127.0.0.1:50052]",
+)
 @_data
 @click.option(
     "--backend",
@@ -85,6 +115,9 @@ _data = click.option(
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
 def up(
     listen: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    local_listen: str | None,
     data: Path,
     backend: str,
     models: tuple[str, ...],
@@ -104,11 +137,20 @@ def up(
       tensafe up --model smollm2-135m
       tensafe up --backend mock --listen 127.0.0.1:0
       tensafe up --model mine=/models/mine --workers 2 --data /var/lib/tensafe
+      tensafe up --listen 0.0.0.0:50051 --tls-cert cert.pem --tls-key key.pem
     """
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
+    certificate = _certificate(tls_cert, tls_key)
+    if local_listen is not None and certificate is None:
+        raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
     settings = LocalSettings(
-        Settings(data=data, listen=listen),
+        Settings(
+            data=data,
+            listen=listen,
+            certificate=certificate,
+            local_listen=local_listen or _LOCAL_LISTEN,
+        ),
         _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype),
         None if no_profile else profile,
     )
@@ -117,13 +159,27 @@ def up(
 
 @click.command()
 @_listen
+@_tls_cert
+@_tls_key
 @_data
-def server(listen: str, data: Path) -> None:
+def server(listen: str, tls_cert: Path | None, tls_key: Path | None, data: Path) -> None:
     """Run a coordinator alone; workers dial in with `tensafe worker`.
 
     The first start makes an admin key and prints it once on stderr.
     """
-    _run(serve(Settings(data=data, listen=listen), _announce, _tell_secret))
+    settings = Settings(data=data, listen=listen, certificate=_certificate(tls_cert, tls_key))
+    _run(serve(settings, _announce, _tell_secret))
+
+
+def _certificate(tls_cert: Path | None, tls_key: Path | None) -> Certificate | None:
+    if tls_cert is None or tls_key is None:
+        if tls_cert is not tls_key:
+            raise click.UsageError("--tls-cert and --tls-key belong together; give both")
+        return None
+    try:
+        return Certificate.read(tls_cert, tls_key)
+    except CertificateError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _worker_arguments(

@@ -31,9 +31,10 @@ class AsyncServiceClient(ServiceBase):
         api_key: str | None = None,
         profile: str | None = None,
         timeout_s: float | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         super().__init__(
-            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s, ca=ca
         )
         self._io = self._session.io
         self.admin = AsyncAdmin(self._session)

@@ -51,7 +51,7 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(["top_p", "min_p", "final_learning_rate", "alpha", "dropout"], NUMBER),
     **dict.fromkeys(["eps", "momentum", "noise_multiplier", "max_grad_norm"], NUMBER),
     **dict.fromkeys(["target_epsilon", "target_delta", "held_out"], NUMBER),
-    **dict.fromkeys(["directory", "path"], PLACE),
+    **dict.fromkeys(["directory", "path", "ca"], PLACE),
     **dict.fromkeys(["metadata", "lora_config", "optimizer", "dp_config"], MAPPING),
     **dict.fromkeys(["timeout", "timeout_s"], TIME_S),
     "batch": BATCH,
