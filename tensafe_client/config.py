@@ -212,6 +212,16 @@ class DPConfig(_Given):
         return cls(enabled=message.enabled, **_present(message, *names))
 
 
+_SCALARS = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "seed",
+    "name",
+    "deterministic",
+)
+
+
 @dataclass(frozen=True)
 class TrainingConfig(_Given):
     """Everything that defines a run.
@@ -226,6 +236,8 @@ class TrainingConfig(_Given):
         max_steps: applied updates after which `optim_step` fails. None: no limit.
         seed: fixes adapter initialisation, dropout and sampling. None: the server draws one.
         name: free text for people.
+        deterministic: whether equal batches give equal bits, whoever else shares the worker; its
+            operations then never execute together with another run's, which costs throughput.
     """
 
     model_ref: str
@@ -237,6 +249,7 @@ class TrainingConfig(_Given):
     max_steps: int | None = None
     seed: int | None = None
     name: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self._check("model_ref", check_string)
@@ -248,6 +261,7 @@ class TrainingConfig(_Given):
         self._check("max_steps", check_count, bits=64)
         self._check("seed", check_count, bits=64)
         self._check("name", check_string)
+        self._check("deterministic", check_bool)
         if self.optimizer is None:
             raise ConfigError("TrainingConfig.optimizer must not be None; leave it out for AdamW")
 
@@ -269,7 +283,7 @@ class TrainingConfig(_Given):
             message.optimizer.CopyFrom(self.optimizer.to_proto())
         if self.dp_config is not None:
             message.dp.CopyFrom(self.dp_config.to_proto())
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name"):
+        for name in _SCALARS:
             if self.given(name) and getattr(self, name) is not None:
                 setattr(message, name, getattr(self, name))
         return message
@@ -277,8 +291,7 @@ class TrainingConfig(_Given):
     @classmethod
     def from_proto(cls, message: pb.RunConfig) -> TrainingConfig:
         """Unpacks the set fields."""
-        scalars = ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name")
-        values = _present(message, *scalars)
+        values = _present(message, *_SCALARS)
         if message.HasField("lora"):
             values["lora_config"] = LoRAConfig.from_proto(message.lora)
         if message.HasField("optimizer"):
