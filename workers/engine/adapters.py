@@ -73,6 +73,11 @@ class Adapter:
             self._gradients = self._pairs(self._gradient)
         return self._gradient
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether `gradient` was asked for yet."""
+        return self._gradient is not None
+
     def gradients(self) -> Pairs:
         """Module → where A's and B's gradients are added."""
         self.gradient()

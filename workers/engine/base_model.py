@@ -76,6 +76,13 @@ class BaseModel:
         dtype = torch.promote_types(self.dtype, torch.float32)
         return new_adapter(settings, self.layers, self.device, dtype)
 
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What adapters compute in: on a CPU the weights' own type, since small products in
+        bfloat16 cost many times their float32 twins there; on a GPU the model's."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return wide if self.device == "cpu" else self.dtype
+
     @contextmanager
     def carrying(self, adapters: PassAdapters | None) -> Iterator[None]:
         """Passes inside go through these adapters, their backward passes too."""

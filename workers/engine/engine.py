@@ -22,10 +22,11 @@ from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
 from workers.engine.lora import PassAdapters, Segment
-from workers.engine.measuring import measure_budget
+from workers.engine.measuring import free_bytes, measure_budget
 from workers.engine.memory import memory_faults
 from workers.engine.optimizers import RunOptimizer
 from workers.engine.products import SegmentLoop
+from workers.engine.residency import Residency
 from workers.operations import (
     ArtifactWeights,
     LoadOutcome,
@@ -45,6 +46,7 @@ from workers.window import Window
 T = TypeVar("T")
 
 _MOST_RANK = 1024
+_RUNS_SHARE = 1 / 3
 _KEPT_ADAPTERS = 4
 _SAMPLED_TOKENS = 32_768
 
@@ -65,12 +67,19 @@ class TorchBackend(Backend):
     Args:
         models: at least one, all on one device.
         token_budget: most tokens of one pass; None measures what fits.
+        run_bytes: memory that runs' adapters and optimizers may take before idle ones wait on
+            disk; None: a third of what is free.
     """
 
     name = "torch"
     credits = 16
 
-    def __init__(self, models: Sequence[BaseModel], token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[BaseModel],
+        token_budget: int | None = None,
+        run_bytes: int | None = None,
+    ) -> None:
         self.device = models[0].device
         self._models = {name: m for m in models for name in (m.name, *m.references)}
         self._cards = [model_card(model) for model in models]
@@ -78,7 +87,9 @@ class TorchBackend(Backend):
             model.name: TokenBudget(token_budget) if token_budget else measure_budget(model)
             for model in models
         }
-        self._runs: dict[str, training.Run] = {}
+        if run_bytes is None:
+            run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
+        self._runs = Residency(run_bytes, self._new_run, self.fingerprint)
         self._sampled: OrderedDict[str, _Weights] = OrderedDict()
 
     def models(self) -> Sequence[ModelCard]:
@@ -102,27 +113,31 @@ class TorchBackend(Backend):
         return facts
 
     def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
-        model = self._model(settings.model_ref)
-        _check_lora(model, settings.lora)
-        self.close_run(run_id)
         with memory_faults("adapter"):
-            adapter = model.new_adapter(settings.lora)
-            adapter.initialize(settings.seed)
-            run = training.Run(
-                run_id=run_id,
-                settings=settings,
-                model=model,
-                adapter=adapter,
-                optimizer=RunOptimizer(settings.optimizer, adapter.weights),
-                window=Window(settings.accumulation_steps, settings.max_steps),
-                seed=settings.seed,
-            )
+            run = self._new_run(run_id, settings)
             if state is not None:
                 checkpoints.load(run, state, include_optimizer=True)
-        self._runs[run_id] = run
+            else:
+                run.adapter.initialize(settings.seed)
+            self._runs[run_id] = run
+
+    def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
+        """One whose weights are all zero."""
+        model = self._model(settings.model_ref)
+        _check_lora(model, settings.lora)
+        adapter = model.new_adapter(settings.lora)
+        return training.Run(
+            run_id=run_id,
+            settings=settings,
+            model=model,
+            adapter=adapter,
+            optimizer=RunOptimizer(settings.optimizer, adapter.weights),
+            window=Window(settings.accumulation_steps, settings.max_steps),
+            seed=settings.seed,
+        )
 
     def close_run(self, run_id: str) -> None:
-        self._runs.pop(run_id, None)
+        self._runs.pop(run_id)
 
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
@@ -137,7 +152,8 @@ class TorchBackend(Backend):
     def forward_backward_group(
         self, entries: Sequence[tuple[str, int, LossRequest]]
     ) -> list[LossOutcome | TenSafeFault]:
-        members = [(self._runs[run_id], request) for run_id, _, request in entries]
+        runs = self._runs.take(run_id for run_id, _, _ in entries)
+        members = [(run, request) for run, (_, _, request) in zip(runs, entries, strict=True)]
         (name,) = {run.model.name for run, _ in members}
         return training.forward_backward(members, self._budgets[name])
 
@@ -147,7 +163,9 @@ class TorchBackend(Backend):
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]
     ) -> list[StepOutcome | TenSafeFault]:
-        return training.optim_step([(self._runs[run_id], request) for run_id, request in entries])
+        runs = self._runs.take(run_id for run_id, _ in entries)
+        requests = [request for _, request in entries]
+        return training.optim_step(list(zip(runs, requests, strict=True)))
 
     def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
         with memory_faults("sample"):
@@ -223,7 +241,7 @@ def _everywhere(adapter: Adapter | None, model: BaseModel) -> PassAdapters | Non
     """One adapter for all tokens, without training."""
     if adapter is None:
         return None
-    return PassAdapters([Segment(0, sys.maxsize, adapter)], model.dtype, SegmentLoop())
+    return PassAdapters([Segment(0, sys.maxsize, adapter)], model.adapter_dtype, SegmentLoop())
 
 
 def _check_lora(model: BaseModel, lora: LoraSettings) -> None:

@@ -32,7 +32,7 @@ class PassAdapters:
 
     Args:
         segments: in the order of the tokens, without overlap.
-        dtype: of the pass's activations; the adapters are rounded to it.
+        dtype: what the adapters' products are computed in.
         product: how the segments are computed.
         dropout: None for none.
         trains: whether backward passes add to the adapters' gradients.
@@ -46,13 +46,19 @@ class PassAdapters:
         dropout: PassDropout | None = None,
         trains: bool = False,
     ) -> None:
+        self.dtype = dtype
         self.product = product
         self.dropout = dropout
         self.trains = trains
         # Layers have no parameter that needs a gradient, so this makes autograd record them.
         self.anchor = torch.zeros((), requires_grad=trains)
         self._segments = [
-            (segment, segment.adapter.tensors(dtype), segment.adapter.gradients() if trains else {})
+            (
+                segment,
+                segment.adapter.scale(training=trains),
+                segment.adapter.tensors(dtype),
+                segment.adapter.gradients() if trains else {},
+            )
             for segment in segments
         ]
         self._parts: dict[str, list[Part]] = {}
@@ -64,11 +70,12 @@ class PassAdapters:
                 Part(
                     segment.begin,
                     segment.end,
-                    *tensors[module],
-                    segment.adapter.scale(training=self.trains),
+                    tensors[module][0],
+                    tensors[module][1] * scale,
+                    scale,
                     *gradients.get(module, (None, None)),
                 )
-                for segment, tensors, gradients in self._segments
+                for segment, scale, tensors, gradients in self._segments
                 if module in tensors
             ]
         return self._parts[module]
@@ -124,10 +131,9 @@ class _Adapted(torch.autograd.Function):
         parts: list[Part],
     ) -> Tensor:
         outputs = nn.functional.linear(inputs, layer.weight, layer.bias)
-        mask = _mask(layer, adapters)
-        narrow = adapters.product.forward(
-            inputs if mask is None else masked(inputs, mask), parts, outputs
-        )
+        dropped = _cast(inputs, _bits(layer, adapters), adapters.dtype)
+        added, narrow = adapters.product.forward(dropped, parts, layer.out_features)
+        outputs += added.to(outputs.dtype)
         if adapters.trains:
             ctx.save_for_backward(inputs)
             ctx.rest = layer, adapters, parts, narrow
@@ -137,16 +143,26 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
         layer, adapters, parts, narrow = ctx.rest
-        mask = _mask(layer, adapters)
         grad = grads[0].contiguous()
         # The embeddings are frozen: below the first adapted layer nobody asks for a gradient.
-        grad_inputs = grad @ layer.weight if ctx.needs_input_grad[0] else None
-        dropped = inputs if mask is None else masked(inputs, mask)
-        adapters.product.backward(dropped, parts, narrow, grad, grad_inputs, mask)
+        wants = ctx.needs_input_grad[0]
+        bits = _bits(layer, adapters)
+        added = adapters.product.backward(
+            _cast(inputs, bits, adapters.dtype), parts, narrow, grad.to(adapters.dtype), wants
+        )
+        if added is None:
+            return None, None, None, None, None
+        grad_inputs = grad @ layer.weight
+        added = added.to(grad_inputs.dtype)
+        grad_inputs += added if bits is None else masked(added, bits)
         return grad_inputs, None, None, None, None
 
 
-def _mask(layer: LoraLinear, adapters: PassAdapters) -> Tensor | None:
+def _cast(inputs: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (inputs if bits is None else masked(inputs, bits)).to(dtype)
+
+
+def _bits(layer: LoraLinear, adapters: PassAdapters) -> Tensor | None:
     """int16 [N, K]. Made anew in the backward pass: it is cheaper to draw than to keep."""
     if adapters.dropout is None:
         return None

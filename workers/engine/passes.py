@@ -164,7 +164,7 @@ def compute(
     packing = pack(work.lengths, device)
     adapters = PassAdapters(
         [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
-        model.dtype,
+        model.adapter_dtype,
         SegmentLoop(),
         _dropout(calls, work, numbers) if trains else None,
         trains=trains,
