@@ -149,7 +149,7 @@ class Api:
 
     async def operations(self, run_id: str | None, limit: int | None) -> list[OperationInfo]:
         """Lists operations, newest first."""
-        of_run = check_string("run_id", run_id or "")
+        of_run = _or_empty("run_id", run_id)
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
@@ -225,7 +225,7 @@ class Api:
 
     async def artifacts(self, run_id: str | None, limit: int | None) -> list[ArtifactInfo]:
         """Lists artifacts, newest first."""
-        of_run = check_string("run_id", run_id or "")
+        of_run = _or_empty("run_id", run_id)
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
@@ -342,7 +342,7 @@ class AdminApi:
         request = admin_pb2.CreateKeyRequest(
             request_id=new_request_id(),
             kind=kinds[kind],
-            tenant=check_string("tenant", tenant or ""),
+            tenant=_or_empty("tenant", tenant),
             name=check_string("name", name),
         )
         response = await self._session.call(stubs.admin.CreateKey, request)
@@ -351,7 +351,7 @@ class AdminApi:
     async def keys(self, tenant: str | None) -> list[KeyInfo]:
         """Lists keys."""
         stubs = await self._session.stubs()
-        request = admin_pb2.ListKeysRequest(tenant=check_string("tenant", tenant or ""))
+        request = admin_pb2.ListKeysRequest(tenant=_or_empty("tenant", tenant))
         response = await self._session.call(stubs.admin.ListKeys, request)
         return [KeyInfo.from_proto(message) for message in response.keys]
 
@@ -363,3 +363,7 @@ class AdminApi:
         )
         response = await self._session.call(stubs.admin.RevokeKey, request)
         return KeyInfo.from_proto(response.key)
+
+
+def _or_empty(field: str, value: str | None) -> str:
+    return "" if value is None else check_string(field, value)

@@ -31,9 +31,10 @@ class AsyncServiceClient(ServiceBase):
         api_key: str | None = None,
         profile: str | None = None,
         timeout_s: float | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         super().__init__(
-            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s, ca=ca
         )
         self._io = self._session.io
         self.admin = AsyncAdmin(self._session)
@@ -106,7 +107,7 @@ class AsyncServiceClient(ServiceBase):
 
     async def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
         """Downloads an artifact's files; a download that broke off goes on where it stopped."""
-        return await self._io.bridge(self._downloads.artifact(artifact_id, Path(directory)))
+        return await self._io.bridge(self._downloads.artifact(artifact_id, directory))
 
     async def upload_artifact(
         self,

@@ -38,6 +38,7 @@ TARGETS = ["q_proj", "v_proj"]
 CONFIG = {
     "model_ref": "tiny",
     "seed": 4,
+    "deterministic": True,
     "lora_config": {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": TARGETS},
     "optimizer": {"learning_rate": 1e-2},
 }

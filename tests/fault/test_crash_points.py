@@ -21,6 +21,7 @@ STEPS = 6
 CONFIG = {
     "model_ref": "tiny",
     "seed": 11,
+    "deterministic": True,
     "lora_config": {"dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2},
 }
