@@ -69,7 +69,7 @@ class Api:
             if config is None:
                 raise ConfigError("a run needs a config with model_ref, or from_artifact")
             return await self.create_run(config)
-        spec = specs.load_state("", from_artifact, include_optimizer)
+        spec = specs.load_state("", check_string("from_artifact", from_artifact), include_optimizer)
         info, sequence = await self._create_run(await self.config_of(from_artifact, config))
         spec.run_id = info.id
         try:
@@ -128,6 +128,8 @@ class Api:
         self, run_id: str, on_progress: Callable[[int, int], None] | None
     ) -> VerifyReport:
         """Has a run replayed from its log and compared; begins anew only if the caller does."""
+        if on_progress is not None and not callable(on_progress):
+            raise ConfigError(f"on_progress must be a function, got {on_progress!r}")
         stubs = await self._session.stubs()
         request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
         call = stubs.training.VerifyRun(request, metadata=self._session.metadata)

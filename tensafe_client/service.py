@@ -271,7 +271,7 @@ class ServiceClient(ServiceBase):
             UnsupportedOptionError: for an adapter that runs here cannot have (DoRA, rsLoRA, …).
             UnknownTargetModuleError: for modules that the model lacks.
         """
-        return self._io.run(self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s))
+        return self._io.run(self._uploads.artifact(directory, model_ref, metadata, ttl_s))
 
     def delete_artifact(self, artifact_id: str) -> None:
         """Deletes an artifact and its files; one that is gone already is no error.

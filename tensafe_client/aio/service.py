@@ -118,9 +118,7 @@ class AsyncServiceClient(ServiceBase):
         ttl_s: float | None = None,
     ) -> ArtifactInfo:
         """Uploads an adapter that was made elsewhere; one that broke off goes on."""
-        return await self._io.bridge(
-            self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s)
-        )
+        return await self._io.bridge(self._uploads.artifact(directory, model_ref, metadata, ttl_s))
 
     async def delete_artifact(self, artifact_id: str) -> None:
         """Deletes an artifact and its files."""

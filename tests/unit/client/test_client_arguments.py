@@ -40,10 +40,10 @@ TOKENS = [5, "text", [1.5], [-1], [2**40], ["a"], None, NONSENSE]
 # How to get a parameter wrong, by its name.
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(["artifact_id", "run_id", "operation_id", "model_ref", "key_id"], TEXT),
-    **dict.fromkeys(["artifact", "base_model", "tenant", "name", "kind"], TEXT),
+    **dict.fromkeys(["artifact", "from_artifact", "base_model", "tenant", "name", "kind"], TEXT),
     **dict.fromkeys(["loss_fn", "reduction", "target", "api_key", "profile", "bias"], TEXT),
     **dict.fromkeys(["include_deleted", "include_optimizer", "follow", "drop_last"], FLAG),
-    **dict.fromkeys(["make_default", "enabled"], FLAG),
+    **dict.fromkeys(["make_default", "enabled", "deterministic"], FLAG),
     **dict.fromkeys(["limit", "since", "max_tokens", "top_k", "seed", "num_samples"], COUNT),
     **dict.fromkeys(["step", "batch_size", "epochs", "start", "warmup_steps"], COUNT),
     **dict.fromkeys(["total_steps", "rank", "gradient_accumulation_steps", "max_steps"], COUNT),
@@ -54,6 +54,8 @@ WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(["directory", "path", "ca"], PLACE),
     **dict.fromkeys(["metadata", "lora_config", "optimizer", "dp_config"], MAPPING),
     **dict.fromkeys(["timeout", "timeout_s"], TIME_S),
+    **dict.fromkeys(["ttl_s", "deadline_s"], [*TIME_S, 0.0]),
+    "on_progress": [5, "text", NONSENSE],
     "batch": BATCH,
     **dict.fromkeys(["tokens", "target_tokens", "input_ids", "labels"], TOKENS),
     "weights": ["text", [1.0, 2.0], ["a"], NONSENSE, 5],
