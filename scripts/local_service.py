@@ -70,7 +70,7 @@ def isolated_environment(directory: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in {"TENSAFE_TARGET", "TENSAFE_API_KEY", "TENSAFE_PROFILE"}
+        if name not in {"TENSAFE_TARGET", "TENSAFE_API_KEY", "TENSAFE_PROFILE", "TENSAFE_CA"}
     }
     return {**kept, "TENSAFE_CONFIG": str(directory / "config.toml"), "PYTHONUNBUFFERED": "1"}
 

@@ -69,7 +69,7 @@ class Api:
             if config is None:
                 raise ConfigError("a run needs a config with model_ref, or from_artifact")
             return await self.create_run(config)
-        spec = specs.load_state("", from_artifact, include_optimizer)
+        spec = specs.load_state("", check_string("from_artifact", from_artifact), include_optimizer)
         info, sequence = await self._create_run(await self.config_of(from_artifact, config))
         spec.run_id = info.id
         try:
@@ -128,6 +128,8 @@ class Api:
         self, run_id: str, on_progress: Callable[[int, int], None] | None
     ) -> VerifyReport:
         """Has a run replayed from its log and compared; begins anew only if the caller does."""
+        if on_progress is not None and not callable(on_progress):
+            raise ConfigError(f"on_progress must be a function, got {on_progress!r}")
         stubs = await self._session.stubs()
         request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
         call = stubs.training.VerifyRun(request, metadata=self._session.metadata)
@@ -149,7 +151,7 @@ class Api:
 
     async def operations(self, run_id: str | None, limit: int | None) -> list[OperationInfo]:
         """Lists operations, newest first."""
-        of_run = check_string("run_id", run_id or "")
+        of_run = _or_empty("run_id", run_id)
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
@@ -225,7 +227,7 @@ class Api:
 
     async def artifacts(self, run_id: str | None, limit: int | None) -> list[ArtifactInfo]:
         """Lists artifacts, newest first."""
-        of_run = check_string("run_id", run_id or "")
+        of_run = _or_empty("run_id", run_id)
         stubs = await self._session.stubs()
 
         def request(size: int, token: str) -> Any:
@@ -342,7 +344,7 @@ class AdminApi:
         request = admin_pb2.CreateKeyRequest(
             request_id=new_request_id(),
             kind=kinds[kind],
-            tenant=check_string("tenant", tenant or ""),
+            tenant=_or_empty("tenant", tenant),
             name=check_string("name", name),
         )
         response = await self._session.call(stubs.admin.CreateKey, request)
@@ -351,7 +353,7 @@ class AdminApi:
     async def keys(self, tenant: str | None) -> list[KeyInfo]:
         """Lists keys."""
         stubs = await self._session.stubs()
-        request = admin_pb2.ListKeysRequest(tenant=check_string("tenant", tenant or ""))
+        request = admin_pb2.ListKeysRequest(tenant=_or_empty("tenant", tenant))
         response = await self._session.call(stubs.admin.ListKeys, request)
         return [KeyInfo.from_proto(message) for message in response.keys]
 
@@ -363,3 +365,7 @@ class AdminApi:
         )
         response = await self._session.call(stubs.admin.RevokeKey, request)
         return KeyInfo.from_proto(response.key)
+
+
+def _or_empty(field: str, value: str | None) -> str:
+    return "" if value is None else check_string(field, value)

@@ -16,6 +16,7 @@ from tensafe.v1.models_pb2_grpc import ModelsServiceStub
 from tensafe.v1.operations_pb2_grpc import OperationsServiceStub
 from tensafe.v1.training_pb2_grpc import TrainingServiceStub
 from tensafe.wire.channel import client_options
+from tensafe.wire.tls import find_mismatch, open_channel
 from tensafe_client.backoff import Backoff, retryable
 from tensafe_client.connection import Connection
 from tensafe_client.errors import ConnectionFailedError, TenSafeError, from_rpc_error
@@ -102,18 +103,41 @@ class Channel:
     async def _connect(self) -> Stubs:
         """Opens the channel and waits until it stands, so that a wrong target is found at once."""
         options = client_options()
-        if self.connection.is_loopback:
+        address = self.connection.address
+        if address.is_loopback:
             options.append(("grpc.enable_http_proxy", 0))
-        channel = grpc.aio.insecure_channel(self.connection.host_port, options=options)
+        channel = open_channel(address, self.connection.authorities, options)
         limit_s = min(self.connection.timeout_s, LONGEST_CONNECT_S)
         try:
             async with asyncio.timeout(limit_s):
-                await channel.channel_ready()
+                await self._ready(channel)
         except TimeoutError:
             await channel.close(None)
             raise self.unreachable(f"within {limit_s:g} s") from None
+        except ConnectionFailedError:
+            await channel.close(None)
+            raise
         self._channel = channel
         return Stubs(channel)
+
+    async def _ready(self, channel: grpc.aio.Channel) -> None:
+        """Waits until the channel stands; says at once if it never will because of TLS."""
+        probed = False
+        state = channel.get_state(try_to_connect=True)
+        while state is not grpc.ChannelConnectivity.READY:
+            if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and not probed:
+                probed = True
+                address = self.connection.address
+                found = await find_mismatch(address, self.connection.authorities)
+                if found is not None:
+                    raise ConnectionFailedError(
+                        f"the server at {address.host_port} {found.problem}",
+                        code="UNAVAILABLE",
+                        metadata={"target": str(address)},
+                        remedy=found.remedy,
+                    )
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=True)
 
     def _explain(self, error: TenSafeError) -> TenSafeError:
         if error.code == "UNAVAILABLE" and not error.reason:
@@ -123,7 +147,7 @@ class Channel:
     def unreachable(self, how: str) -> ConnectionFailedError:
         """Makes the error of a coordinator that does not answer; `how` ends the sentence."""
         remedy = "check the target and that the service runs"
-        if self.connection.is_loopback:
+        if self.connection.address.is_loopback:
             remedy = "start a service on this machine with `tensafe up`, or check the target"
         return ConnectionFailedError(
             f"no TenSafe coordinator answers at {self.connection.host_port} {how}",

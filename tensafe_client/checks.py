@@ -1,11 +1,13 @@
-"""Checks of configuration values: right name, right type, an error that names the field."""
+"""Checks of arguments and configuration: right name, right type, an error that names the field."""
 
 from __future__ import annotations
 
 import difflib
 import numbers
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from tensafe_client.errors import ConfigError
@@ -66,6 +68,23 @@ def check_number(field: str, value: object) -> float:
         return float(value)
     except OverflowError:
         raise _wrong(field, "a number below 1.8e308", value) from None
+
+
+def check_seconds(field: str, value: object) -> float:
+    """Returns a time in seconds, 0 or more and maybe infinite, or raises ConfigError."""
+    number = check_number(field, value)
+    if not number >= 0:
+        raise _wrong(field, "0 or more seconds", value)
+    return number
+
+
+def check_path(field: str, value: object) -> Path:
+    """Returns a path, or raises ConfigError."""
+    if isinstance(value, str | os.PathLike):
+        path = os.fspath(value)
+        if isinstance(path, str) and "\0" not in path:
+            return Path(path)
+    raise _wrong(field, "a path", value)
 
 
 def check_strings(field: str, value: object) -> list[str]:

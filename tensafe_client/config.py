@@ -45,7 +45,12 @@ class _Given:
         return {name: getattr(self, name) for name in self._given}
 
     def replace(self, **changes: Any) -> Self:
-        """Returns a copy with other values; fields that were not given stay so."""
+        """Returns a copy with other values; fields that were not given stay so.
+
+        Raises:
+            ConfigError: for an unknown field or a wrong type.
+        """
+        check_fields(type(self).__name__, changes, type(self))
         return type(self)(**{**self.given_fields(), **changes})
 
     @classmethod
@@ -210,6 +215,16 @@ class DPConfig(_Given):
         return cls(enabled=message.enabled, **_present(message, *names))
 
 
+_SCALARS = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "seed",
+    "name",
+    "deterministic",
+)
+
+
 @dataclass(frozen=True)
 class TrainingConfig(_Given):
     """Everything that defines a run.
@@ -224,6 +239,8 @@ class TrainingConfig(_Given):
         max_steps: applied updates after which `optim_step` fails. None: no limit.
         seed: fixes adapter initialisation, dropout and sampling. None: the server draws one.
         name: free text for people.
+        deterministic: whether equal batches give equal bits, whoever else shares the worker; its
+            operations then never execute together with another run's, which costs throughput.
     """
 
     model_ref: str
@@ -235,6 +252,7 @@ class TrainingConfig(_Given):
     max_steps: int | None = None
     seed: int | None = None
     name: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         self._check("model_ref", check_string)
@@ -246,13 +264,18 @@ class TrainingConfig(_Given):
         self._check("max_steps", check_count, bits=64)
         self._check("seed", check_count, bits=64)
         self._check("name", check_string)
+        self._check("deterministic", check_bool)
         if self.optimizer is None:
             raise ConfigError("TrainingConfig.optimizer must not be None; leave it out for AdamW")
 
     @classmethod
     def of(cls, config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
         """Takes what `create_training_client` takes: a config or a dict."""
-        return config if isinstance(config, cls) else cls.from_dict(config)  # type: ignore[arg-type]
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
+        raise ConfigError(f"config must be a dict or a TrainingConfig, got {config!r}")
 
     def to_proto(self) -> pb.RunConfig:
         """Packs the given fields."""
@@ -263,7 +286,7 @@ class TrainingConfig(_Given):
             message.optimizer.CopyFrom(self.optimizer.to_proto())
         if self.dp_config is not None:
             message.dp.CopyFrom(self.dp_config.to_proto())
-        for name in ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name"):
+        for name in _SCALARS:
             if self.given(name) and getattr(self, name) is not None:
                 setattr(message, name, getattr(self, name))
         return message
@@ -271,8 +294,7 @@ class TrainingConfig(_Given):
     @classmethod
     def from_proto(cls, message: pb.RunConfig) -> TrainingConfig:
         """Unpacks the set fields."""
-        scalars = ("batch_size", "gradient_accumulation_steps", "max_steps", "seed", "name")
-        values = _present(message, *scalars)
+        values = _present(message, *_SCALARS)
         if message.HasField("lora"):
             values["lora_config"] = LoRAConfig.from_proto(message.lora)
         if message.HasField("optimizer"):

@@ -6,16 +6,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tensafe_client.checks import check_fields, check_number, check_string
+from tensafe.wire.tls import Address, parse_address, read_authorities
+from tensafe_client.checks import check_fields, check_number, check_path, check_string
 from tensafe_client.errors import ConfigError
-from tensafe_client.profiles import ProfileFile, read_profiles
+from tensafe_client.profiles import Profile, ProfileFile, read_profiles
 
 DEFAULT_TIMEOUT_S = 30.0
 
 _KEY = re.compile(r"[\x21-\x7e]+")
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>[0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,30 @@ class ClientConfig:
     """How to reach a coordinator.
 
     Attributes:
-        target: `HOST:PORT` or `grpc://HOST:PORT`. None: `TENSAFE_TARGET`, else the profile's.
+        target: `HOST:PORT` or `grpc://HOST:PORT` (plain text), or `grpcs://HOST:PORT` (TLS). None:
+            `TENSAFE_TARGET`, else the profile's.
         api_key: secret of a key, `ts_…`. None: `TENSAFE_API_KEY`, else that of a profile with the
             same target (a key is never sent to another server than it was saved for).
         profile: name of the profile. None: `TENSAFE_PROFILE`, else the file's default.
         timeout_s: longest time of one call, retries included, seconds. Operations may take longer:
             they run on the server, and futures wait for them.
+        ca: PEM file of the authority that signed the server's certificate, for `grpcs://`. None:
+            `TENSAFE_CA`, else that of a profile with the same target, else the well-known ones.
     """
 
     target: str | None = None
     api_key: str | None = field(default=None, repr=False)
     profile: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    ca: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "api_key", "profile"):
             value = getattr(self, name)
             if value is not None:
                 check_string(name, value)
+        if self.ca is not None:
+            object.__setattr__(self, "ca", check_path("ca", self.ca))
         object.__setattr__(self, "timeout_s", check_number("timeout_s", self.timeout_s))
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s must be above 0, got {self.timeout_s}")
@@ -68,24 +75,30 @@ class ClientConfig:
 
 @dataclass(frozen=True)
 class Connection:
-    """A resolved target and key."""
+    """A resolved target and key.
 
-    host_port: str
+    Attributes:
+        authorities: who may have signed the server's certificate, PEM. None: the well-known ones.
+        ca: the file that they were read from.
+    """
+
+    address: Address
     api_key: str | None = field(repr=False)
     timeout_s: float
+    authorities: bytes | None = field(default=None, repr=False)
+    ca: Path | None = None
 
     @property
-    def is_loopback(self) -> bool:
-        """Whether the target is this machine."""
-        host = self.host_port.rsplit(":", 1)[0].strip("[]")
-        return host in {"localhost", "::1"} or host.startswith("127.")
+    def host_port(self) -> str:
+        """`HOST:PORT`."""
+        return self.address.host_port
 
 
 def resolve(config: ClientConfig) -> Connection:
     """Fills in from environment and profiles what the config leaves open.
 
     Raises:
-        ConfigError: if no target is known, or target or key cannot be read.
+        ConfigError: if no target is known, or target, key or certificate authority cannot be used.
     """
     file = read_profiles()
     named = config.profile or os.environ.get("TENSAFE_PROFILE")
@@ -104,24 +117,49 @@ def resolve(config: ClientConfig) -> Connection:
             "no target: pass one (ServiceClient('HOST:PORT')), set TENSAFE_TARGET, or start a "
             "service here with `tensafe up`, which saves a profile"
         )
-    host_port = parse_target(target)
+    address = parse_target(target)
+    saved = _same_address(file, named or file.default_profile, address)
     api_key = config.api_key or os.environ.get("TENSAFE_API_KEY")
     if not api_key:
-        api_key = _saved_key(file, named or file.default_profile, host_port)
-    return Connection(host_port, _checked_key(api_key), config.timeout_s)
+        api_key = next((one.api_key for one in saved if one.api_key), None)
+    ca = _authority_file(config, saved, address)
+    return Connection(
+        address, _checked_key(api_key), config.timeout_s, _authorities(ca) if ca else None, ca
+    )
 
 
-def parse_target(target: str) -> str:
-    """Turns `grpc://HOST:PORT` or `HOST:PORT` into `HOST:PORT`.
+def parse_target(target: str) -> Address:
+    """Reads `grpcs://HOST:PORT` (TLS), `grpc://HOST:PORT` or `HOST:PORT` (plain text).
 
     Raises:
         ConfigError: for another scheme, or a missing or impossible port.
     """
-    text = target.strip().removeprefix("grpc://").rstrip("/")
-    match = _HOST_PORT.fullmatch(text)
-    if match is None or not 0 < int(match["port"]) < 65536:
-        raise ConfigError(f"target {target!r} is not HOST:PORT or grpc://HOST:PORT")
-    return text
+    try:
+        return parse_address(target)
+    except ValueError as error:
+        raise ConfigError(f"target {error}") from None
+
+
+def _authority_file(config: ClientConfig, saved: list[Profile], address: Address) -> Path | None:
+    if not address.secure:
+        if config.ca is not None:
+            raise ConfigError(
+                f"ca has no effect on {address}, which is plain text",
+                remedy=f"use TLS by the target grpcs://{address.host_port}, or leave ca out",
+            )
+        return None
+    named = config.ca or os.environ.get("TENSAFE_CA")
+    found = named or next((one.ca for one in saved if one.ca), None)
+    return Path(found).expanduser() if found else None
+
+
+def _authorities(ca: Path) -> bytes:
+    try:
+        return read_authorities(ca)
+    except ValueError as error:
+        raise ConfigError(
+            str(error), remedy="name the authority's PEM file in ca=, --ca or TENSAFE_CA"
+        ) from error
 
 
 def _checked_key(api_key: str | None) -> str | None:
@@ -135,9 +173,8 @@ def _checked_key(api_key: str | None) -> str | None:
     return key or None
 
 
-def _saved_key(file: ProfileFile, first: str, host_port: str) -> str | None:
-    for name in sorted(file.profiles, key=lambda name: name != first):
-        profile = file.profiles[name]
-        if profile.api_key and parse_target(profile.target) == host_port:
-            return profile.api_key
-    return None
+def _same_address(file: ProfileFile, first: str, address: Address) -> list[Profile]:
+    """The profiles of an address, `first` before the others; TLS and plain text are two."""
+    names = sorted(file.profiles, key=lambda name: name != first)
+    profiles = [file.profiles[name] for name in names]
+    return [one for one in profiles if parse_target(one.target) == address]

@@ -14,7 +14,7 @@ import grpc
 from tensafe.v1 import artifacts_pb2, models_pb2
 from tensafe_client.api import Api
 from tensafe_client.backoff import Backoff, retryable
-from tensafe_client.checks import check_string
+from tensafe_client.checks import check_path, check_string
 from tensafe_client.errors import ChecksumMismatchError, ServerError, from_rpc_error
 from tensafe_client.infos import ArtifactFile
 from tensafe_client.session import Session
@@ -30,7 +30,7 @@ class Downloads:
         self._session = session
         self._api = Api(session)
 
-    async def artifact(self, artifact_id: str, directory: Path) -> Path:
+    async def artifact(self, artifact_id: str, directory: str | Path) -> Path:
         """Downloads the files of an artifact into a directory, which is made if need be.
 
         A file that is there and right is kept; one that was begun (`NAME.part`) goes on where it
@@ -39,14 +39,15 @@ class Downloads:
         Raises:
             ChecksumMismatchError: if what came is not what was saved; the part is deleted.
         """
+        place = check_path("directory", directory)
         info = await self._api.artifact(artifact_id)
-        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(place.mkdir, parents=True, exist_ok=True)
         for file in info.files:
             check_name(file.name)
-            target = directory / file.name
+            target = place / file.name
             if await asyncio.to_thread(_digest_of, target) != file.sha256:
                 await self._file(info.id, file, target)
-        return directory
+        return place
 
     async def tokenizer(self, model_ref: str) -> dict[str, bytes]:
         """Fetches the tokenizer's files into memory; they are small."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import threading
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from tensafe.v1 import operations_pb2 as pb
 from tensafe.wire.tensors import Array
+from tensafe_client.checks import check_seconds
 from tensafe_client.errors import (
     DeadlineExceededError,
     OperationCancelledError,
@@ -72,6 +74,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             OperationTimeoutError: if the wait ends first; the operation goes on.
             OperationCancelledError: if it was cancelled before it ran.
             DeadlineExceededError: if its `deadline_s` was over before it ran.
+            ConfigError: for a timeout that is no number of seconds, 0 or more.
             TenSafeError: what the operation failed with.
         """
         if self._converted is None:
@@ -121,6 +124,9 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
     def _wait(self, timeout: float | None) -> None:
         """Waits until done, and turns the base class's exceptions into typed ones."""
+        if timeout is not None:
+            # The standard library's waits overflow beyond this, 292 years.
+            timeout = min(check_seconds("timeout", timeout), threading.TIMEOUT_MAX)
         if not self.done() and self._session.io.is_current_thread():
             raise RuntimeError(
                 f"{self!r} is not done, and a done-callback must not wait for it: the thread "

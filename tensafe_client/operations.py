@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from tensafe_client import specs
 from tensafe_client.config import TrainingConfig
 from tensafe_client.data.batches import encode_batch
+from tensafe_client.errors import TenSafeError
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
 from tensafe_client.results import (
@@ -108,16 +110,25 @@ class RunOperations:
                 it never runs, ends with DeadlineExceededError and poisons its window. None: for
                 ever.
 
+        A call that raises counts as a failed forward_backward, as one does that the server refuses:
+        it takes its place in the run's order, and the `optim_step` that closes this accumulation
+        window fails with `WindowPoisonedError` instead of stepping on half a gradient.
+
         Raises:
-            BatchError: if the batch is malformed; nothing is submitted.
+            BatchError: if the batch is malformed.
             MessageTooLargeError: if it is larger than one request may be.
         """
-        encoded = encode_batch(batch)
-        spec = specs.forward_backward(self.run_id, encoded, specs.loss_config(loss_fn, reduction))
-        specs.set_deadline(spec, deadline_s)
-        return self._session.submit_numbered(
-            self._sequence, "forward_backward", spec, encoded.offsets
-        )
+        try:
+            encoded = encode_batch(batch)
+            loss = specs.loss_config(loss_fn, reduction)
+            spec = specs.forward_backward(self.run_id, encoded, loss)
+            specs.set_deadline(spec, deadline_s)
+            return self._session.submit_numbered(
+                self._sequence, "forward_backward", spec, encoded.offsets
+            )
+        except Exception:
+            self._poison_window()
+            raise
 
     def optim_step(
         self,
@@ -211,6 +222,16 @@ class RunOperations:
         return (
             f"<{type(self).__name__} {self.run_id} model={self.config.model_ref} step={self.step}>"
         )
+
+    def _poison_window(self) -> None:
+        """Records a forward_backward that was refused here where it would have run.
+
+        Sent without a batch, it is refused by the server too, and so poisons its window.
+        """
+        spec = specs.refused_forward_backward(self.run_id)
+        # A session that takes no more operations cannot step on half a gradient either.
+        with contextlib.suppress(TenSafeError):
+            self._session.submit_numbered(self._sequence, "forward_backward", spec)
 
     def _take_info(self, info: RunInfo) -> RunInfo:
         self._info = info

@@ -17,6 +17,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tensafe_client.checks import check_bool, check_path, check_string
 from tensafe_client.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -24,10 +25,11 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True)
 class Profile:
-    """Where to connect, and with which key."""
+    """Where to connect, with which key, and for TLS whose signature to trust (a PEM file)."""
 
     target: str
     api_key: str | None = field(default=None, repr=False)
+    ca: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def read_profiles(path: Path | None = None) -> ProfileFile:
     Raises:
         ConfigError: if the file cannot be read, or is not what `save_profile` writes.
     """
-    path = path or config_path()
+    path = config_path() if path is None else check_path("path", path)
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -75,15 +77,21 @@ def read_profiles(path: Path | None = None) -> ProfileFile:
 
 
 def save_profile(
-    name: str, target: str, api_key: str | None, *, make_default: bool = False
+    name: str,
+    target: str,
+    api_key: str | None,
+    *,
+    make_default: bool = False,
+    ca: str | Path | None = None,
 ) -> Path:
     """Writes one profile and keeps the others; the file is readable by its owner only.
 
     Args:
         name: letters, digits, `-` and `_`.
-        target: `grpc://HOST:PORT` or `HOST:PORT`.
+        target: `grpc://HOST:PORT`, `HOST:PORT`, or `grpcs://HOST:PORT` for TLS.
         api_key: the key's secret.
         make_default: use this profile where none is named. The first one saved is the default.
+        ca: PEM file of the authority that signed the server's certificate; saved as a full path.
 
     Returns:
         The file written.
@@ -91,28 +99,37 @@ def save_profile(
     Raises:
         ConfigError: for a bad name, or a file that cannot be read.
     """
-    if not _NAME.fullmatch(name):
+    check_string("target", target)
+    if api_key is not None:
+        check_string("api_key", api_key)
+    check_bool("make_default", make_default)
+    authority = None if ca is None else str(check_path("ca", ca).expanduser().resolve())
+    if not _NAME.fullmatch(check_string("name", name)):
         raise ConfigError(f"profile name {name!r} may only have letters, digits, '-' and '_'")
     path = config_path()
     old = read_profiles(path)
-    profiles = {**old.profiles, name: Profile(target, api_key)}
+    profiles = {**old.profiles, name: Profile(target, api_key, authority)}
     default = name if make_default or old.default_profile not in profiles else old.default_profile
     lines = [f"default_profile = {_quote(default)}"]
     for key, profile in sorted(profiles.items()):
         lines += ["", f"[profiles.{key}]", f"target = {_quote(profile.target)}"]
         if profile.api_key is not None:
             lines.append(f"api_key = {_quote(profile.api_key)}")
+        if profile.ca is not None:
+            lines.append(f"ca = {_quote(profile.ca)}")
     _write_private(path, "\n".join(lines) + "\n")
     return path
 
 
 def _profile(path: Path, name: str, table: object) -> Profile:
-    if not isinstance(table, dict) or not table.keys() <= {"target", "api_key"}:
-        raise ConfigError(f"{path}: [profiles.{name}] takes target and api_key only")
-    target, api_key = table.get("target"), table.get("api_key")
-    if not isinstance(target, str) or not isinstance(api_key, str | None):
-        raise ConfigError(f"{path}: [profiles.{name}] needs target, and api_key, as strings")
-    return Profile(target, api_key)
+    if not isinstance(table, dict) or not table.keys() <= {"target", "api_key", "ca"}:
+        raise ConfigError(f"{path}: [profiles.{name}] takes target, api_key and ca only")
+    target, api_key, ca = table.get("target"), table.get("api_key"), table.get("ca")
+    if not (
+        isinstance(target, str) and isinstance(api_key, str | None) and isinstance(ca, str | None)
+    ):
+        raise ConfigError(f"{path}: [profiles.{name}] needs target, and api_key and ca, as strings")
+    return Profile(target, api_key, ca)
 
 
 def _quote(text: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tensafe_client.checks import check_count, check_number, check_string
 from tensafe_client.errors import ConfigError
 
 
@@ -37,10 +38,13 @@ class Schedule:
     final_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "linear", "cosine"):
-            raise ConfigError(f"no schedule {self.kind!r}; use constant, linear or cosine")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps must be 0 or more, got {self.warmup_steps}")
+        for name in ("learning_rate", "final_learning_rate"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        check_count("warmup_steps", self.warmup_steps)
+        if self.total_steps is not None:
+            check_count("total_steps", self.total_steps)
+        if check_string("kind", self.kind) not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"no kind of schedule {self.kind!r}; use constant, linear or cosine")
         if self.kind == "constant":
             if self.total_steps is not None or self.final_learning_rate:
                 raise ConfigError("a constant schedule has no total_steps and final_learning_rate")
@@ -50,9 +54,13 @@ class Schedule:
             )
 
     def __call__(self, step: int) -> float:
-        """Returns the learning rate of update `step`, counted from 1."""
-        if step < 1:
-            raise ValueError(f"updates are counted from 1, got {step}")
+        """Returns the learning rate of update `step`, counted from 1.
+
+        Raises:
+            ConfigError: if it is no integer, or below 1.
+        """
+        if check_count("step", step, bits=64) < 1:
+            raise ConfigError(f"step must be 1 or more (updates are counted from 1), got {step}")
         if step <= self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
         if self.total_steps is None:

@@ -33,10 +33,17 @@ class ServiceBase:
         api_key: str | None = None,
         profile: str | None = None,
         timeout_s: float | None = None,
+        ca: str | Path | None = None,
     ) -> None:
-        given = {"target": target, "api_key": api_key, "profile": profile, "timeout_s": timeout_s}
+        given: dict[str, Any] = {
+            "target": target,
+            "api_key": api_key,
+            "profile": profile,
+            "timeout_s": timeout_s,
+            "ca": ca,
+        }
         chosen = {name: value for name, value in given.items() if value is not None}
-        self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))  # type: ignore[arg-type]
+        self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))
         self._api = Api(self._session)
         self._downloads = Downloads(self._session)
         self._uploads = Uploads(self._session)
@@ -48,8 +55,8 @@ class ServiceBase:
 
     @property
     def target(self) -> str:
-        """Where it connects: `grpc://HOST:PORT`."""
-        return f"grpc://{self.connection.host_port}"
+        """Where it connects: `grpc://HOST:PORT`, or `grpcs://HOST:PORT` with TLS."""
+        return str(self.connection.address)
 
     def sample_async(
         self,
@@ -95,11 +102,14 @@ class ServiceClient(ServiceBase):
     Args:
         config: a target string, a dict or a `ClientConfig`. None: `TENSAFE_TARGET` and
             `TENSAFE_API_KEY`, else the profile that `tensafe up` saves.
-        target: `HOST:PORT` or `grpc://HOST:PORT`; stands above the config's.
+        target: `HOST:PORT` or `grpc://HOST:PORT`, or `grpcs://HOST:PORT` for TLS; stands above the
+            config's.
         api_key: secret of a key; stands above the config's.
         profile: name of a saved profile.
         timeout_s: longest time of one call with all repetitions, seconds; default 30. It does not
             limit operations, which run on the server while futures wait.
+        ca: PEM file of the authority that signed the server's certificate, for `grpcs://`. None:
+            `TENSAFE_CA`, else the profile's, else the well-known authorities.
 
     The first call connects and raises `ConnectionFailedError` if nothing answers within 10 s or
     `timeout_s`. After that the client reconnects by itself: futures only wait.
@@ -116,9 +126,10 @@ class ServiceClient(ServiceBase):
         api_key: str | None = None,
         profile: str | None = None,
         timeout_s: float | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         super().__init__(
-            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s, ca=ca
         )
         self._io = self._session.io
         self.admin = Admin(self._session)
@@ -233,7 +244,7 @@ class ServiceClient(ServiceBase):
         Raises:
             ChecksumMismatchError: if a file came damaged.
         """
-        return self._io.run(self._downloads.artifact(artifact_id, Path(directory)))
+        return self._io.run(self._downloads.artifact(artifact_id, directory))
 
     def upload_artifact(
         self,
@@ -260,7 +271,7 @@ class ServiceClient(ServiceBase):
             UnsupportedOptionError: for an adapter that runs here cannot have (DoRA, rsLoRA, …).
             UnknownTargetModuleError: for modules that the model lacks.
         """
-        return self._io.run(self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s))
+        return self._io.run(self._uploads.artifact(directory, model_ref, metadata, ttl_s))
 
     def delete_artifact(self, artifact_id: str) -> None:
         """Deletes an artifact and its files; one that is gone already is no error.

@@ -131,7 +131,7 @@ class Session:
         """Gives an operation its seq and queues it; never blocks on the network.
 
         Raises:
-            MessageTooLargeError: if it is too large; no seq is used up.
+            MessageTooLargeError: if it is too large; it takes no seq.
             SequenceGapError: if earlier operations of the run were lost.
         """
         self.check_open()

@@ -70,6 +70,11 @@ def forward_backward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> p
     return spec
 
 
+def refused_forward_backward(run_id: str) -> pb.OperationSpec:
+    """Packs the place of a forward_backward that this side has refused: it has no batch."""
+    return pb.OperationSpec(run_id=run_id, forward_backward=pb.ForwardBackward())
+
+
 def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:
     """Packs an optimizer step; an option that is None stays unset."""
     given = {

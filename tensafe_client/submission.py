@@ -43,7 +43,7 @@ class Submission(NamedTuple):
 
 
 def check_size(kind: str, size_bytes: int) -> None:
-    """Refuses an operation that the server would not take; no seq is used up.
+    """Refuses an operation that the server would not take.
 
     Raises:
         MessageTooLargeError: naming size, limit and remedy.

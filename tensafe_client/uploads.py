@@ -14,7 +14,7 @@ from tensafe.v1 import artifacts_pb2, types_pb2
 from tensafe.wire.channel import CHUNK_BYTES
 from tensafe_client import specs
 from tensafe_client.backoff import Backoff, retryable
-from tensafe_client.checks import check_string
+from tensafe_client.checks import check_path, check_string
 from tensafe_client.errors import (
     ChecksumMismatchError,
     InvalidArgumentError,
@@ -37,7 +37,7 @@ class Uploads:
 
     async def artifact(
         self,
-        directory: Path,
+        directory: str | Path,
         model_ref: str,
         metadata: Mapping[str, Any] | None,
         ttl_s: float | None,
@@ -50,17 +50,18 @@ class Uploads:
         Raises:
             InvalidArgumentError: if a file is missing, or the server refuses one.
         """
+        place = check_path("directory", directory)
         request = artifacts_pb2.BeginUploadRequest(model_ref=check_string("model_ref", model_ref))
         if metadata is not None:
             request.metadata.CopyFrom(specs.json_object(metadata))
         if ttl_s is not None:
             request.ttl.CopyFrom(specs.time_to_live(ttl_s))
         for name in FILES:
-            request.files.append(await asyncio.to_thread(_described, directory / name))
+            request.files.append(await asyncio.to_thread(_described, place / name))
         digest = hashlib.sha256(request.SerializeToString(deterministic=True))
         request.request_id = f"upl-{digest.hexdigest()[:48]}"
         for attempt in range(1, _ATTEMPTS_DAMAGED + 1):
-            upload = await self._sent(request, directory)
+            upload = await self._sent(request, place)
             if upload.HasField("artifact"):
                 return ArtifactInfo.from_proto(upload.artifact)
             try:

@@ -65,6 +65,7 @@ from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
+from tensafe_server.tls import Certificate
 from tensafe_server.uploads.desk import UploadDesk
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ class Settings:
             the store beyond.
         worker_silence_s: a worker that says nothing for so long is taken for dead.
         grace_s: how long ending may take: what runs is finished, calls are answered.
+        certificate: serve `listen` with TLS. None: in plain text.
+        local_listen: with a certificate, a plain-text loopback HOST:PORT beside it, for this
+            machine's own workers.
     """
 
     data: Path
@@ -115,6 +119,8 @@ class Settings:
     spec_memory_bytes: int = SPEC_MEMORY_BYTES
     worker_silence_s: float = 10.0
     grace_s: float = 30.0
+    certificate: Certificate | None = None
+    local_listen: str | None = None
 
 
 class Coordinator:
@@ -123,7 +129,8 @@ class Coordinator:
     Attributes:
         identity: its tenants and keys.
         dispatcher: its workers.
-        port: where it listens.
+        address: where it serves, for clients.
+        local_address: where this machine's own workers and profile find it, always in plain text.
         failed: resolves with the error that makes it impossible to go on.
     """
 
@@ -185,7 +192,7 @@ class Coordinator:
         outcomes.on_lost_store = self._fail
         outcomes.on_saved = self._artifacts.news
 
-        self.port = 0
+        self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
@@ -267,18 +274,31 @@ class Coordinator:
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
     async def _listen(self) -> None:
-        listen = self._settings.listen
-        try:
-            self.port = self._server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise AddressInUseError(
-                f"cannot listen on {listen}: the address is in use or not this machine's; "
-                "choose another with --listen, or port 0 for a free one"
-            ) from error
+        listen, certificate = self._settings.listen, self._settings.certificate
+        self.address = self._add_port(listen, "--listen", certificate)
+        if certificate is None:
+            port = self.address.rpartition(":")[2]
+            self.local_address = f"grpc://127.0.0.1:{port}"
+        elif self._settings.local_listen is not None:
+            self.local_address = self._add_port(self._settings.local_listen, "--local-listen", None)
         await self._server.start()
         self._pruner.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    def _add_port(self, listen: str, option: str, certificate: Certificate | None) -> str:
+        try:
+            if certificate is None:
+                scheme, port = "grpc", self._server.add_insecure_port(listen)
+            else:
+                credentials = certificate.credentials()
+                scheme, port = "grpcs", self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise AddressInUseError(
+                f"cannot listen on {listen}: the address is in use or not this machine's; "
+                f"choose another with {option}, or port 0 for a free one"
+            ) from error
+        return f"{scheme}://{listen.rpartition(':')[0]}:{port}"
 
     async def drain(self) -> None:
         """Accepts no more operations and sends none out, and says so to load balancers and callers;

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,25 @@ from tensafe_server.local import LocalSettings, serve, serve_locally
 from tensafe_server.operations.limits import Limits
 from tensafe_server.operations.snapshots import RecoveryPolicy
 from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
+from tensafe_server.tls import Certificate, CertificateError
 
 _DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
+
+_LOCAL_LISTEN = "127.0.0.1:50052"
 
 
 def _checked_address(context: click.Context, option: click.Parameter, value: str) -> str:
     host, separator, port = value.rpartition(":")
     if not (host and separator and port.isascii() and port.isdigit() and int(port) < 65536):
         raise click.BadParameter(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
+    return value
+
+
+def _checked_loopback(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and not _checked_address(context, option, value).startswith("127."):
+        raise click.BadParameter(f"{value!r} is not on loopback, and it serves in plain text")
     return value
 
 
@@ -44,6 +56,16 @@ _data = click.option(
     default=_DATA,
     show_default=True,
     help="Directory of the store and the artifacts; made if missing.",
+)
+_tls_cert = click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Serve with TLS: PEM certificate, with the chain to its authority.",
+)
+_tls_key = click.option(
+    "--tls-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The certificate's private key, PEM, unencrypted.",
 )
 
 
@@ -147,6 +169,8 @@ def _life(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_settings(
         listen: str,
+        tls_cert: Path | None,
+        tls_key: Path | None,
         data: Path,
         grace_s: float,
         worker_silence_s: float,
@@ -167,6 +191,7 @@ def _life(command: Callable[..., None]) -> Callable[..., None]:
         settings = Settings(
             data=data,
             listen=listen,
+            certificate=_certificate(tls_cert, tls_key),
             limits=limits,
             recovery=recovery,
             spec_memory_bytes=spec_memory_mib * 2**20,
@@ -176,12 +201,19 @@ def _life(command: Callable[..., None]) -> Callable[..., None]:
         command(settings=settings, **rest)
 
     with_all = _recovery(with_settings)
-    for option in (*reversed(_LIFE), _data, _listen):
+    for option in (*reversed(_LIFE), _data, _tls_key, _tls_cert, _listen):
         with_all = option(with_all)
     return with_all
 
 
 @click.command()
+@click.option(
+    "--local-listen",
+    metavar="HOST:PORT",
+    callback=_checked_loopback,
+    help="With --tls-cert: loopback address, in plain text, for this machine's own workers and "
+    "profile.  [default: 127.0.0.1:50052]",
+)
 @click.option(
     "--backend",
     type=click.Choice(["torch", "mock"]),
@@ -227,6 +259,7 @@ def _life(command: Callable[..., None]) -> Callable[..., None]:
 @_life
 def up(
     settings: Settings,
+    local_listen: str | None,
     backend: str,
     models: tuple[str, ...],
     workers: int | None,
@@ -248,9 +281,13 @@ def up(
       tensafe up --model smollm2-135m
       tensafe up --backend mock --listen 127.0.0.1:0
       tensafe up --model mine=/models/mine --workers 2 --data /var/lib/tensafe
+      tensafe up --listen 0.0.0.0:50051 --tls-cert cert.pem --tls-key key.pem
     """
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
+    if local_listen is not None and settings.certificate is None:
+        raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
+    settings = replace(settings, local_listen=local_listen or _LOCAL_LISTEN)
     arguments = _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype)
     if operation_limit_s is not None:
         arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
@@ -268,6 +305,17 @@ def server(settings: Settings) -> None:
     with 0 within --grace-s; a second one ends it at once.
     """
     _run(serve(settings, _announce, _tell_secret))
+
+
+def _certificate(tls_cert: Path | None, tls_key: Path | None) -> Certificate | None:
+    if tls_cert is None or tls_key is None:
+        if tls_cert is not tls_key:
+            raise click.UsageError("--tls-cert and --tls-key belong together; give both")
+        return None
+    try:
+        return Certificate.read(tls_cert, tls_key)
+    except CertificateError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _worker_arguments(

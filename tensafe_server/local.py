@@ -53,7 +53,7 @@ async def serve(
                 admin.KEY_KIND_ADMIN, None, "first admin key"
             )
             tell_secret(secret)
-        announce(_address(settings, coordinator))
+        announce(coordinator.address)
         await _until_stopped(coordinator.failed)
     finally:
         await coordinator.stop()
@@ -71,11 +71,10 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
     coordinator = await Coordinator.start(settings.coordinator)
     launcher = LocalLauncher()
     try:
-        address = _address(settings.coordinator, coordinator)
         _, key = await coordinator.identity.create_key(admin.KEY_KIND_WORKER, None, "local workers")
         for number, arguments in enumerate(settings.worker_arguments):
             name = f"worker-{number}"
-            connect = ["--connect", f"127.0.0.1:{coordinator.port}", "--name", name]
+            connect = ["--connect", coordinator.local_address, "--name", name]
             connect += ["--grace-s", str(_WORKERS_SHARE * grace_s)]
             launcher.start(WorkerSpec(name, [*connect, *arguments], key))
         arrived = coordinator.dispatcher.wait_for(len(settings.worker_arguments))
@@ -83,8 +82,10 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
             return
         launcher.served.update(link.name for link in coordinator.dispatcher.links)
         if settings.profile is not None:
-            await _write_profiles(coordinator.identity, address, settings.profile)
-        announce(address)
+            await _write_profiles(
+                coordinator.identity, _profile_address(coordinator), settings.profile
+            )
+        announce(coordinator.address)
         await _until_stopped(launcher.failed, coordinator.failed)
     finally:
         await coordinator.drain()
@@ -107,9 +108,10 @@ async def _write_profiles(identity: Identity, address: str, profile: str) -> Non
         save_profile(name, address, secret, make_default=name == profile)
 
 
-def _address(settings: Settings, coordinator: Coordinator) -> str:
-    host = settings.listen.rpartition(":")[0]
-    return f"grpc://{host}:{coordinator.port}"
+def _profile_address(coordinator: Coordinator) -> str:
+    """With TLS the local one: the certificate need not be made out to this machine's loopback."""
+    secure = coordinator.address.startswith("grpcs://")
+    return coordinator.local_address if secure else coordinator.address
 
 
 async def _until_stopped(*ends: Awaitable[None]) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
+from tensafe.wire.status import TenSafeFault
 from workers.operations import (
     LoadOutcome,
     LossOutcome,
@@ -19,6 +20,9 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Captured(Protocol):
@@ -33,7 +37,7 @@ class Captured(Protocol):
 
 
 class Backend(ABC):
-    """Holds runs and executes operations on them, one at a time, from one thread.
+    """Holds runs and executes operations on them, from one thread.
 
     Every method may raise `TenSafeFault` for a known reason. Whatever it raises, no other run is
     touched, and the run itself takes its next operation; a failed `forward_backward` has poisoned
@@ -80,9 +84,26 @@ class Backend(ABC):
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         """As `forward`, with dropout; adds the gradient to the accumulation window."""
 
+    def forward_backward_group(
+        self, entries: Sequence[tuple[str, int, LossRequest]]
+    ) -> list[LossOutcome | TenSafeFault]:
+        """Several at once, for a backend that gains by it.
+
+        Args:
+            entries: run, seq and batch, of different runs on one base model; that of a
+                deterministic run comes alone. Outcomes and failures are each entry's own.
+        """
+        return [_outcome(self.forward_backward, *entry) for entry in entries]
+
     @abstractmethod
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         """Closes a call of the window; the call that closes the window changes the weights."""
+
+    def optim_step_group(
+        self, entries: Sequence[tuple[str, StepRequest]]
+    ) -> list[StepOutcome | TenSafeFault]:
+        """Several at once, of different runs."""
+        return [_outcome(self.optim_step, *entry) for entry in entries]
 
     @abstractmethod
     def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
@@ -111,3 +132,10 @@ class Backend(ABC):
         Weights alone (`include_optimizer` False, or an artifact without more) drop the open
         accumulation window: its gradient belongs to the weights that are gone.
         """
+
+
+def _outcome(method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | TenSafeFault:
+    try:
+        return method(*args, **kwargs)
+    except TenSafeFault as fault:
+        return fault

@@ -11,10 +11,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from tensafe.wire.tls import Address, parse_address, read_authorities
 from workers.threads import pick_threads
 
 if TYPE_CHECKING:
@@ -28,7 +31,15 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     "--connect",
     required=True,
     metavar="HOST:PORT",
-    help="The coordinator's address; grpc://HOST:PORT is taken too.",
+    help="The coordinator's address; grpcs://HOST:PORT where it serves with TLS.",
+)
+@click.option(
+    "--ca",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="TENSAFE_CA",
+    show_envvar=True,
+    help="PEM file of the authority that signed the coordinator's certificate.  "
+    "[default: the well-known ones]",
 )
 @click.option(
     "--backend",
@@ -87,6 +98,7 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
 )
 def worker(
     connect: str,
+    ca: Path | None,
     backend: str,
     models: tuple[str, ...],
     device: str,
@@ -121,6 +133,7 @@ def worker(
         )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
+    address, authorities = _coordinator(connect, ca)
     chosen = threads or pick_threads(share)
     # Before torch is imported: spinning OpenMP threads starve their neighbours.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -130,7 +143,8 @@ def worker(
     from workers.watchdog import OperationLimits
 
     options = LinkOptions(
-        target=connect.removeprefix("grpc://"),
+        address=address,
+        authorities=authorities,
         key=key,
         name=name or f"{socket.gethostname()}/{os.getpid()}",
         grace_s=grace_s,
@@ -147,6 +161,19 @@ def worker(
             runner.run(link.run())
     except LinkError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _coordinator(connect: str, ca: Path | None) -> tuple[Address, bytes | None]:
+    try:
+        address = parse_address(connect)
+        if address.secure:
+            return address, None if ca is None else read_authorities(ca)
+        source = click.get_current_context().get_parameter_source("ca")
+        if source is ParameterSource.COMMANDLINE:
+            raise ValueError(f"--ca has no effect on {address}; use grpcs://{address.host_port}")
+        return address, None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _backend(kind: str, models: tuple[str, ...], device: str, dtype: str, threads: int) -> Backend:

@@ -22,6 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 from tensafe import failpoints
 from tensafe.v1 import worker_pb2, worker_pb2_grpc
 from tensafe.wire.channel import client_options
+from tensafe.wire.tls import Address, find_mismatch, open_channel
 from workers import wire
 from workers.backend import Backend
 from workers.executor import Executor
@@ -60,18 +61,20 @@ class LinkOptions:
     """Where to connect, as whom.
 
     Attributes:
-        target: `HOST:PORT`.
+        address: the coordinator's.
         key: the worker key's secret.
         name: for people and logs.
         grace_s: how long leaving may take: the operation at hand, and what comes before goodbye.
         limits: how long an operation may run before the watchdog ends the process.
+        authorities: who may have signed its certificate, PEM. None: the well-known ones.
     """
 
-    target: str
+    address: Address
     key: str
     name: str
     grace_s: float = 30.0
     limits: OperationLimits = field(default_factory=OperationLimits)
+    authorities: bytes | None = None
 
 
 class Link:
@@ -85,6 +88,7 @@ class Link:
         self._started = False
         self._stopping = False
         self._signalled = False
+        self._welcomed = False
         self._wake = asyncio.Event()
         self._stop_requested = asyncio.Event()
         self._silence_limit_s: float | None = None
@@ -100,9 +104,8 @@ class Link:
         """
         failpoints.warn_if_armed(log)
         self._loop = asyncio.get_running_loop()
-        async with grpc.aio.insecure_channel(
-            self._options.target, options=client_options()
-        ) as channel:
+        options = self._options
+        async with open_channel(options.address, options.authorities, client_options()) as channel:
             self._stub: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
             transfers = GrpcTransfers(self._stub, self._metadata, self._loop)
             self._transfers = transfers
@@ -166,21 +169,22 @@ class Link:
                 await self._session()
                 if self._stopping:
                     return
-                log.warning("the coordinator at %s ended the stream", self._options.target)
+                log.warning("the coordinator at %s ended the stream", self._options.address)
             except TimeoutError:
                 log.warning(
-                    "heard nothing from the coordinator at %s in time", self._options.target
+                    "heard nothing from the coordinator at %s in time", self._options.address
                 )
             except grpc.aio.AioRpcError as error:
                 if error.code() in _FATAL:
                     raise LinkError(
-                        f"the coordinator at {self._options.target} refuses this worker: "
+                        f"the coordinator at {self._options.address} refuses this worker: "
                         f"{error.code().name}: {error.details()}"
                     ) from error
+                await self._check_tls(error)
                 log.warning(
                     "%s the coordinator at %s (%s: %s)",
                     "lost" if self._connected else "cannot reach",
-                    self._options.target,
+                    self._options.address,
                     error.code().name,
                     error.details(),
                 )
@@ -190,6 +194,16 @@ class Link:
                 pause_s = _FIRST_PAUSE_S
             await self._pause(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
             pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+    async def _check_tls(self, error: grpc.aio.AioRpcError) -> None:
+        """Raises LinkError if this worker and a coordinator it never reached differ about TLS."""
+        if self._welcomed or error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return
+        found = await find_mismatch(self._options.address, self._options.authorities)
+        if found is not None:
+            raise LinkError(
+                f"the server at {self._options.address.host_port} {found.problem}; {found.remedy}"
+            ) from error
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -216,8 +230,8 @@ class Link:
                 await _raise_status(call)
                 return
             self._welcome(first.welcome)
-            log.info("connected to %s as %s", self._options.target, first.welcome.worker_id)
-            self._connected = True
+            log.info("connected to %s as %s", self._options.address, first.welcome.worker_id)
+            self._connected = self._welcomed = True
             self._silence_limit_s = _seconds(first.welcome.silence_limit) or None
             self._beat(_seconds(first.welcome.heartbeat_interval))
             tasks = [

@@ -70,6 +70,7 @@ class RunSettings:
     accumulation_steps: int = 1
     max_steps: int | None = None
     seed: int = 0
+    deterministic: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a checkpoint's `state.json`."""

@@ -152,9 +152,9 @@ class Window:
         if poisoned:
             raise TenSafeFault(
                 "WINDOW_POISONED",
-                "a forward_backward of this accumulation window failed or was cancelled; its "
-                "gradients were dropped and no update was made; repeat the window's "
-                "forward_backward calls",
+                "a forward_backward of this accumulation window was refused, failed or was "
+                "cancelled; the window's gradients were dropped and no update was made; repeat "
+                "the window's forward_backward calls",
             )
         if not backwards:
             raise TenSafeFault(

@@ -70,6 +70,7 @@ def run_settings(config: training_pb2.RunConfig) -> RunSettings:
         accumulation_steps=_or(config, "gradient_accumulation_steps", 1),
         max_steps=_or(config, "max_steps", None),
         seed=_or(config, "seed", 0),
+        deterministic=config.deterministic,
     )
 
 

@@ -31,9 +31,10 @@ class AsyncServiceClient(ServiceBase):
         api_key: str | None = None,
         profile: str | None = None,
         timeout_s: float | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         super().__init__(
-            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s
+            config, target=target, api_key=api_key, profile=profile, timeout_s=timeout_s, ca=ca
         )
         self._io = self._session.io
         self.admin = AsyncAdmin(self._session)
@@ -106,7 +107,7 @@ class AsyncServiceClient(ServiceBase):
 
     async def download_artifact(self, artifact_id: str, directory: str | Path) -> Path:
         """Downloads an artifact's files; a download that broke off goes on where it stopped."""
-        return await self._io.bridge(self._downloads.artifact(artifact_id, Path(directory)))
+        return await self._io.bridge(self._downloads.artifact(artifact_id, directory))
 
     async def upload_artifact(
         self,
@@ -117,9 +118,7 @@ class AsyncServiceClient(ServiceBase):
         ttl_s: float | None = None,
     ) -> ArtifactInfo:
         """Uploads an adapter that was made elsewhere; one that broke off goes on."""
-        return await self._io.bridge(
-            self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s)
-        )
+        return await self._io.bridge(self._uploads.artifact(directory, model_ref, metadata, ttl_s))
 
     async def delete_artifact(self, artifact_id: str) -> None:
         """Deletes an artifact and its files."""

@@ -118,7 +118,7 @@ def create_key(
     client = connect_admin(ctx)
     new = client.admin.create_key(tenant, kind=kind, name=name)
     if profile is not None:
-        path = save_profile(profile, f"grpc://{client.connection.host_port}", new.secret)
+        path = save_profile(profile, client.target, new.secret, ca=client.connection.ca)
         click.echo(f"Saved the profile {profile} in {path}.", err=True)
     if as_json:
         print_json({"key": new.key, "secret": new.secret})

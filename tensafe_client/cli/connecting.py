@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import click
 
@@ -16,15 +17,16 @@ ADMIN_SUFFIX = "-admin"
 
 @dataclass(frozen=True)
 class Connection:
-    """What --target, --api-key and --profile said; None where they did not."""
+    """What --target, --api-key, --profile and --ca said; None where they did not."""
 
     target: str | None = None
     api_key: str | None = field(default=None, repr=False)
     profile: str | None = None
+    ca: Path | None = None
 
     def client(self) -> ServiceClient:
         """A client for a tenant's commands."""
-        return ServiceClient(ClientConfig(self.target, self.api_key, self.profile))
+        return ServiceClient(ClientConfig(self.target, self.api_key, self.profile, ca=self.ca))
 
     def admin_client(self) -> ServiceClient:
         """A client for an operator's commands.
@@ -39,7 +41,7 @@ class Connection:
         if admin not in file.profiles:
             return self.client()
         target = self.target or os.environ.get("TENSAFE_TARGET")
-        return ServiceClient(ClientConfig(target, profile=admin))
+        return ServiceClient(ClientConfig(target, profile=admin, ca=self.ca))
 
 
 def connection_of(ctx: click.Context) -> Connection:

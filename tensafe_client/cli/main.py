@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import click
 
@@ -72,9 +73,18 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 @click.group(
     cls=Root, lazy_commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option("--target", metavar="HOST:PORT", help="Service to talk to. [env: TENSAFE_TARGET]")
+@click.option(
+    "--target",
+    metavar="HOST:PORT",
+    help="Service to talk to; grpcs://HOST:PORT for TLS. [env: TENSAFE_TARGET]",
+)
 @click.option("--api-key", metavar="KEY", help="Key to present. [env: TENSAFE_API_KEY]")
-@click.option("--profile", metavar="NAME", help="Profile to take both from. [env: TENSAFE_PROFILE]")
+@click.option("--profile", metavar="NAME", help="Profile to take them from. [env: TENSAFE_PROFILE]")
+@click.option(
+    "--ca",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="PEM file of the authority that signed the service's certificate. [env: TENSAFE_CA]",
+)
 @click.option(
     "--version",
     is_flag=True,
@@ -84,10 +94,16 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
     help="Show the version and exit.",
 )
 @click.pass_context
-def main(ctx: click.Context, target: str | None, api_key: str | None, profile: str | None) -> None:
+def main(
+    ctx: click.Context,
+    target: str | None,
+    api_key: str | None,
+    profile: str | None,
+    ca: Path | None,
+) -> None:
     """TenSafe: LoRA fine-tuning as a service, on your own machines.
 
     `tensafe up` starts a service and writes a profile, from which the other commands know where it
     is. Commands that print take --json.
     """
-    ctx.obj = Connection(target=target, api_key=api_key, profile=profile)
+    ctx.obj = Connection(target=target, api_key=api_key, profile=profile, ca=ca)

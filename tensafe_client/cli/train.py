@@ -25,7 +25,17 @@ from tensafe_client.errors import ConfigError, TenSafeError
 from tensafe_client.schedules import Schedule
 from tensafe_client.training import TrainingClient
 
-_FIXED_BY_THE_RUN = ("model", "batch_size", "rank", "alpha", "dropout", "seed", "name")
+_FIXED_BY_THE_RUN = (
+    "model",
+    "batch_size",
+    "rank",
+    "alpha",
+    "dropout",
+    "seed",
+    "name",
+    "deterministic",
+)
+_TOP = ("batch_size", "seed", "name", "deterministic")
 _REPEATED_ON_RESUME = (
     *("steps", "learning_rate", "schedule", "warmup", "max_tokens"),
     *("eval_data", "eval_every", "eval_examples", "save_every"),
@@ -66,6 +76,12 @@ def train() -> None:
     help="Fixes initialisation, dropout, sampling and the data's order. [default: drawn]",
 )
 @click.option("--name", help="Name of the run, for people.")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    default=None,
+    help="Equal runs give equal bits, whoever else shares the worker; slower when others do.",
+)
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "linear", "cosine"]),
@@ -225,7 +241,7 @@ def _create(
     client: ServiceClient, given: dict[str, Any], learning_rate: float | None
 ) -> TrainingClient:
     lora = {name: given[name] for name in ("rank", "alpha", "dropout") if given[name] is not None}
-    top = {name: given[name] for name in ("batch_size", "seed", "name") if given[name] is not None}
+    top = {name: given[name] for name in _TOP if given[name] is not None}
     config: dict[str, Any] = {"model_ref": given["model"], **top}
     if lora:
         config["lora_config"] = lora

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from tensafe_client.checks import check_number, check_strings
 from tensafe_client.data.jsonl import Example
+from tensafe_client.errors import ConfigError
 
 # Modules whose import does nothing but define names, and which no library of ours patches (torch
 # replaces a function of `inspect`).
@@ -70,10 +72,13 @@ def docstring_pairs(modules: Sequence[str] = MODULES) -> list[DocstringPair]:
     """Collects the pairs, in the order of the modules and of their names; the same each time.
 
     A module that this Python lacks is passed over.
+
+    Raises:
+        ConfigError: if `modules` is no list of names.
     """
     pairs: list[DocstringPair] = []
     seen: set[str] = set()
-    for name in modules:
+    for name in check_strings("modules", modules):
         module = _import(name)
         if module is None:
             continue
@@ -92,13 +97,19 @@ def split_by_module(
     Args:
         pairs: what `docstring_pairs` gives.
         held_out: about this share of the modules, chosen by a hash of their names.
+
+    Raises:
+        ConfigError: for a value of a wrong type.
     """
+    share_held_out = check_number("held_out", held_out)
+    if not isinstance(pairs, Sequence) or not all(isinstance(one, DocstringPair) for one in pairs):
+        raise ConfigError("pairs must be a list of DocstringPair, as docstring_pairs gives it")
     train: list[DocstringPair] = []
     test: list[DocstringPair] = []
     for pair in pairs:
         digest = hashlib.sha256(pair.module.encode()).digest()
         share = int.from_bytes(digest[:4], "big") / 2**32
-        (test if share < held_out else train).append(pair)
+        (test if share < share_held_out else train).append(pair)
     return train, test
 
 

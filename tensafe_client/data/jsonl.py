@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tensafe_client.checks import check_path
 from tensafe_client.errors import BatchError
 
 Message = dict[str, str]
@@ -49,9 +50,10 @@ def read_jsonl(path: str | Path) -> list[Example]:
 
     Raises:
         BatchError: naming the number of a bad line and what is wrong with it.
+        ConfigError: if `path` is no path.
         FileNotFoundError: if there is no such file.
     """
-    examples = list(_read(Path(path)))
+    examples = list(_read(check_path("path", path)))
     if not examples:
         raise BatchError(f"{path} has no examples")
     return examples

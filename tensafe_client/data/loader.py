@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from tensafe_client.checks import check_bool, check_count
 from tensafe_client.errors import ConfigError
 
 T = TypeVar("T")
@@ -27,7 +28,7 @@ class DataLoader(Generic[T]):
         start: batches to pass over, so that a resumed run goes on where it stopped.
 
     Raises:
-        ConfigError: if there is nothing to iterate.
+        ConfigError: for a value of a wrong type or range, or if there is nothing to iterate.
     """
 
     def __init__(
@@ -40,8 +41,17 @@ class DataLoader(Generic[T]):
         drop_last: bool = False,
         start: int = 0,
     ) -> None:
-        if batch_size < 1 or start < 0 or (epochs is not None and epochs < 1):
-            raise ConfigError("batch_size and epochs must be 1 or more, start 0 or more")
+        if not isinstance(items, Sequence):
+            raise ConfigError(
+                f"items must be a list or another sequence, got {type(items).__name__}"
+            )
+        batch_size = check_count("batch_size", batch_size)
+        epochs = None if epochs is None else check_count("epochs", epochs)
+        start = check_count("start", start, bits=63)
+        seed = None if seed is None else check_count("seed", seed, bits=64)
+        check_bool("drop_last", drop_last)
+        if batch_size == 0 or epochs == 0:
+            raise ConfigError("batch_size and epochs must be 1 or more")
         self._items = items
         self._batch_size = batch_size
         self._epochs = epochs

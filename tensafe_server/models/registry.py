@@ -109,6 +109,7 @@ class ModelRegistry:
             resolved.gradient_accumulation_steps = 1
         if not config.HasField("seed"):
             resolved.seed = secrets.randbits(63)
+        resolved.deterministic = config.deterministic
         return resolved
 
 

@@ -129,8 +129,8 @@ class ArtifactBook:
             if use is not None:
                 raise TenSafeFault(
                     "ARTIFACT_IN_USE",
-                    f"artifact {artifact.id} is still needed by {use}; wait for the operation, or "
-                    "save the run again or delete it, then delete the artifact",
+                    f"artifact {artifact.id} is still needed by {use}; wait for the operation; "
+                    "or save the run again, or delete it, then delete the artifact",
                     artifact_id=artifact.id,
                     needed_by=use,
                 )

@@ -20,16 +20,17 @@ _INSERT_ARTIFACT = (
 )
 _READS = f"({ops.OPERATION_KIND_LOAD_STATE}, {ops.OPERATION_KIND_SAMPLE})"
 _UNFINISHED = f"({ops.OPERATION_STATE_QUEUED}, {ops.OPERATION_STATE_RUNNING})"
-# A replay begins at the base and executes the successful LOAD_STATEs after it again.
+# A replay may begin at any recovery point from which the log reaches on, and executes the
+# successful LOAD_STATEs after it again.
 _USES = f"""
     SELECT 'operation ' || id FROM operations
       WHERE artifact_id = ?1 AND kind IN {_READS} AND state IN {_UNFINISHED}
     UNION ALL SELECT 'run ' || id || ', whose recovery begins at it' FROM runs
       WHERE base_artifact_id = ?1 AND status != {training.RUN_STATUS_DELETED}
-    UNION ALL SELECT 'run ' || r.id || ', whose recovery would load it again'
+    UNION ALL SELECT 'run ' || r.id || ', whose recovery may load it again'
       FROM operations o JOIN runs r ON r.id = o.run_id
       WHERE o.artifact_id = ?1 AND o.kind = {ops.OPERATION_KIND_LOAD_STATE}
-        AND o.state = {ops.OPERATION_STATE_SUCCEEDED} AND o.seq > r.base_seq
+        AND o.state = {ops.OPERATION_STATE_SUCCEEDED} AND o.seq > r.pruned_seq
         AND r.status != {training.RUN_STATUS_DELETED}
     LIMIT 1"""  # noqa: S608 - our own numbers
 

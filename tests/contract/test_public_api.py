@@ -124,6 +124,7 @@ def test_the_seeds_defaults() -> None:
         "max_steps": None,
         "seed": None,
         "name": None,
+        "deterministic": False,
     }
     assert dataclasses.asdict(tensafe_client.LoRAConfig()) == {
         "rank": 16,

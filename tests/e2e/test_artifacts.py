@@ -38,6 +38,7 @@ TARGETS = ["q_proj", "v_proj"]
 CONFIG = {
     "model_ref": "tiny",
     "seed": 4,
+    "deterministic": True,
     "lora_config": {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": TARGETS},
     "optimizer": {"learning_rate": 1e-2},
 }
@@ -307,7 +308,7 @@ def test_deleted_is_gone_and_needed_is_kept(tiny_service: LocalService, client: 
     other = client.create_training_client(from_artifact=second)
     train(tc, range(1))
     tc.save_state()
-    with pytest.raises(ArtifactInUseError, match="would load it again"):
+    with pytest.raises(ArtifactInUseError, match="may load it again"):
         client.delete_artifact(second)
     other.delete()
     client.delete_artifact(second)

@@ -81,7 +81,9 @@ class Trainer:
         self._progress = progress
         self._resolved = 0
         self._finish = threading.Event()
-        self._run = client.create_training_client({"model_ref": "tiny", **tenant.config})
+        self._run = client.create_training_client(
+            {"model_ref": "tiny", "deterministic": True, **tenant.config}
+        )
         self.story.run_id = self._run.run_id
         self._open: deque[OperationFuture[Any]] = deque()
         self._thread: threading.Thread | None = None

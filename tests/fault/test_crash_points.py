@@ -21,6 +21,7 @@ STEPS = 6
 CONFIG = {
     "model_ref": "tiny",
     "seed": 11,
+    "deterministic": True,
     "lora_config": {"dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2},
 }
@@ -128,6 +129,13 @@ def test_a_death_in_a_migration_leaves_the_old_store_whole(tmp_path: Path):
         assert cluster.stop() == [0]
         tenants = sqlite3.connect(cluster.data / "tensafe.db").execute("SELECT name FROM tenants")
         assert {name for (name,) in tenants} == {"old", "new"}
+
+
+def test_every_point_is_documented():
+    text = (Path(__file__).parents[2] / "docs/faults.md").read_text()
+    for name, where in failpoints.POINTS.items():
+        process, _, what = where.partition(": ")
+        assert f"| `{name}` | {process} | {what} |" in text
 
 
 def test_every_point_has_a_test():

@@ -13,7 +13,7 @@ from local_service import LocalService
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import operations_pb2_grpc
 from tensafe.v1 import training_pb2 as pb
-from tensafe_client import ServiceClient
+from tensafe_client import BatchError, ServiceClient, WindowPoisonedError
 
 
 @pytest.fixture
@@ -107,6 +107,22 @@ def test_a_refused_forward_backward_poisons_only_its_window(raw: RawClient, clie
     assert closing is not None
     assert closing.reason == "WINDOW_POISONED"  # type: ignore[attr-defined]
     assert client.future(outcomes[4].operation_id).result(30).step == 1
+
+
+def test_a_loop_that_passes_over_a_bad_batch_never_steps_on_half_a_gradient(client: ServiceClient):
+    good = {"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]}
+    run = client.create_training_client({"model_ref": "any", "gradient_accumulation_steps": 2})
+    closing = []
+    for number, content in enumerate([good, {"input_ids": [[1], [2, 3]]}, good, good]):
+        try:
+            run.forward_backward(content)
+        except BatchError:
+            assert number == 1
+        closing.append(run.optim_step())
+    assert not closing[0].result(30).applied
+    with pytest.raises(WindowPoisonedError):
+        closing[1].result(30)
+    assert closing[3].result(30).step == 1
 
 
 def test_operations_wait_for_an_earlier_seq(raw: RawClient, client: ServiceClient):

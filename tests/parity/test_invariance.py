@@ -8,6 +8,7 @@ import torch
 from parity.tiny_runs import metric, request_of, rows_of, settings
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine import optimizers
 from workers.engine.engine import TorchBackend
 from workers.operations import Reduction, StepRequest
 
@@ -236,16 +237,20 @@ def test_an_update_that_overflows_is_not_applied(base, case, steps_before):
         assert run.window.step == steps_before + 1
 
 
+def step_alone(optimizer: optimizers.RunOptimizer, gradient: torch.Tensor) -> list[bool]:
+    return optimizers.step([optimizers.Update(optimizer, gradient, 1e-2, 0.0)])
+
+
 def test_moments_that_overflow_are_not_kept(base):
     """A second moment at infinity would hold the weights still from then on."""
     backend = TorchBackend([base])
     backend.open_run("run", settings(), None)
     run = backend._runs["run"]
     before = run.adapter.weights.detach().clone()
-    assert not run.optimizer.step(torch.full_like(before, 1e25), 1e-2, 0.0)
+    assert step_alone(run.optimizer, torch.full_like(before, 1e25)) == [False]
     assert torch.equal(run.adapter.weights, before)
     assert run.optimizer.state() == {}
-    assert run.optimizer.step(torch.ones_like(before), 1e-2, 0.0)
+    assert step_alone(run.optimizer, torch.ones_like(before)) == [True]
     assert not torch.equal(run.adapter.weights, before)
 
 
@@ -256,17 +261,16 @@ def test_an_update_that_runs_out_of_memory_leaves_nothing_behind(base, monkeypat
     request = request_of(rows_of(4, [9, 17]))
     backend.forward_backward("run", 1, request)
     before = run.adapter.weights.detach().clone()
-    optimizer = run.optimizer._optimizer
 
-    def half_way() -> None:
+    def half_way(updates) -> None:
         # As the first step does: it makes one moment, and has no room for the next.
-        optimizer.state[run.adapter.weights]["exp_avg"] = torch.zeros_like(before)
+        updates[0].optimizer._state["exp_avg"] = torch.zeros_like(before)
         with torch.no_grad():
             run.adapter.weights[0] += 1
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "step", half_way)
+        patch.setitem(optimizers._STEPS, "adamw", half_way)
         with pytest.raises(TenSafeFault) as caught:
             backend.optim_step("run", StepRequest())
     assert caught.value.detail.reason == "OUT_OF_MEMORY"

@@ -182,7 +182,7 @@ def test_the_options_shape_the_distribution():
     assert shares(top_k=99) == shares()
 
 
-@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-12])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-30, 1e-12])
 def test_a_tiny_temperature_is_greedy(backend, temperature):
     prompts = token_prompts(5, 9)
     greedy = base_sample(backend, prompts, temperature=0, max_tokens=8, stop=Stop())
@@ -196,9 +196,10 @@ def test_a_tiny_temperature_is_greedy(backend, temperature):
             assert not completion.logprobs.any()
 
 
-def test_a_tiny_temperature_takes_extreme_logits():
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40])
+def test_a_tiny_temperature_takes_extreme_logits(temperature):
     logits = torch.tensor([[3e38, -3e38, 0.0, -torch.inf], [-1.0, -1.5, -2.0, -3.0]])
-    tokens, logprobs = pick(logits, SamplingParams(temperature=1e-40), [0.5, 0.999])
+    tokens, logprobs = pick(logits, SamplingParams(temperature=temperature), [0.5, 0.999])
     assert tokens.tolist() == [0, 0]
     assert logprobs.tolist() == [0, 0]
 

@@ -1,31 +1,28 @@
-"""LoRA adapters of many runs on one frozen model, each one flat float32 vector.
+"""LoRA adapters of many runs on one frozen model, each one flat vector.
 
-`peft` puts its layers into the model and does the forward pass. The weights of an adapter are views
-into one vector, and so are their gradients: norms, accumulation, clipping and the optimizer each
-take one operation instead of one per tensor.
+An adapter's tensors are views into one vector, and so are their gradients: norms, accumulation,
+clipping and the optimizer each take one operation instead of one per tensor. Names, shapes and
+initialisation are `peft`'s.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine.dropout import CounterDropout, DropoutScope
 from workers.engine.randomness import cpu_generator
 from workers.operations import LoraSettings
 
 _KEY = "base_model.model.{module}.{side}.weight"
 """A tensor's name in `adapter_model.safetensors`, as `peft` writes it."""
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""Module → A and B, or what belongs to each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +47,50 @@ class Adapter:
     """One run's adapter.
 
     Attributes:
-        name: unique among the model's adapters.
         settings: its rank, scale, dropout and targets.
         slots: its tensors, in the order of the vector.
-        weights: float32 [P], what the optimizer steps.
+        weights: float32 [P], or wider if the model is; what the optimizer steps.
     """
 
-    def __init__(self, name: str, settings: LoraSettings, slots: list[Slot], device: str) -> None:
-        self.name = name
+    def __init__(
+        self, settings: LoraSettings, slots: list[Slot], device: str, dtype: torch.dtype
+    ) -> None:
         self.settings = settings
         self.slots = slots
-        self.weights = nn.Parameter(torch.zeros(slots[-1].end, device=device))
-        self.tensors: list[nn.Parameter] = []
+        self.weights = nn.Parameter(torch.zeros(slots[-1].end, device=device, dtype=dtype))
         self._gradient: Tensor | None = None
+        self._gradients: Pairs = {}
+
+    def scale(self, *, training: bool) -> float:
+        """What B·A is multiplied by; under dropout, what was kept stands for all."""
+        scale = self.settings.alpha / self.settings.rank
+        return scale / (1 - self.settings.dropout) if training else scale
 
     def gradient(self) -> Tensor:
-        """float32 [P]: where backward passes add; made when first asked for."""
+        """[P]: where backward passes add; made when first asked for."""
         if self._gradient is None:
-            self._gradient = torch.zeros_like(self.weights)
-            for slot, tensor in zip(self.slots, self.tensors, strict=True):
-                tensor.grad = slot.view(self._gradient)
+            self._gradient = torch.zeros_like(self.weights, requires_grad=False)
+            self._gradients = self._pairs(self._gradient)
         return self._gradient
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether `gradient` was asked for yet."""
+        return self._gradient is not None
+
+    def gradients(self) -> Pairs:
+        """Module → where A's and B's gradients are added."""
+        self.gradient()
+        return self._gradients
+
+    def tensors(self, dtype: torch.dtype) -> Pairs:
+        """Module → A [r, K] and B [O, r], rounded to `dtype`."""
+        return self._pairs(self.weights.detach().to(dtype))
+
+    def _pairs(self, vector: Tensor) -> Pairs:
+        views = [slot.view(vector) for slot in self.slots]
+        modules = [slot.module for slot in self.slots[::2]]
+        return dict(zip(modules, zip(views[::2], views[1::2], strict=True), strict=True))
 
     def named(self, vector: Tensor | None = None) -> dict[str, Tensor]:
         """`peft`'s names → the tensors of a vector laid out like the weights, or of these."""
@@ -109,98 +129,28 @@ class Adapter:
                 slot.view(self.weights).copy_(drawn)
 
 
-class AdapterPool:
-    """Adds, removes and switches the adapters of one model."""
+def new_adapter(
+    settings: LoraSettings, layers: Mapping[str, nn.Linear], device: str, dtype: torch.dtype
+) -> Adapter:
+    """An adapter for those layers that the settings target, all zero.
 
-    def __init__(self, module: nn.Module, scope: DropoutScope, device: str) -> None:
-        self._module = module
-        self._scope = scope
-        self._device = device
-        self._numbers = itertools.count(1)
-        self._adapters: dict[str, Adapter] = {}
-        self._layers: list[LoraLayer] = []
-        self._active: str | None = None
-
-    def add(self, settings: LoraSettings) -> Adapter:
-        """Puts a new adapter, all zero, beside the others."""
-        name = f"adapter{next(self._numbers)}"
-        config = peft.LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=0.0,
-            target_modules=list(settings.target_modules),
-            bias="none",
+    Args:
+        layers: the model's layers that can carry one, by full name.
+        dtype: of its numbers.
+    """
+    slots: list[Slot] = []
+    begin = 0
+    for module, layer in layers.items():
+        if module.rsplit(".", 1)[-1] not in settings.target_modules:
+            continue
+        shapes = (
+            ("lora_A", (settings.rank, layer.in_features)),
+            ("lora_B", (layer.out_features, settings.rank)),
         )
-        with warnings.catch_warnings():
-            # It warns of several adapters on one model, which is the point.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            peft.inject_adapter_in_model(config, self._module, name, low_cpu_mem_usage=True)
-        try:
-            adapter = self._bind(name, settings)
-        except BaseException:
-            self._delete(name)
-            raise
-        self._adapters[name] = adapter
-        # peft has frozen the other adapters and made the new one active; we say whose turn it is.
-        for other in self._adapters.values():
-            for tensor in other.tensors:
-                tensor.requires_grad_(True)
-        self.activate(None)
-        return adapter
-
-    def _bind(self, name: str, settings: LoraSettings) -> Adapter:
-        layers = list(self._named_layers())
-        self._layers = [layer for _, layer in layers]
-        mine = [(module, layer) for module, layer in layers if name in layer.lora_A]
-        slots: list[Slot] = []
-        begin = 0
-        for module, layer in mine:
-            for side in ("lora_A", "lora_B"):
-                shape = tuple(getattr(layer, side)[name].weight.shape)
-                slots.append(Slot(_KEY.format(module=module, side=side), module, shape, begin))
-                begin = slots[-1].end
-        adapter = Adapter(name, settings, slots, self._device)
-        views = iter(slots)
-        for module, layer in mine:
-            for side in ("lora_A", "lora_B"):
-                tensor = nn.Parameter(next(views).view(adapter.weights.detach()))
-                getattr(layer, side)[name].weight = tensor
-                adapter.tensors.append(tensor)
-            if settings.dropout > 0:
-                layer.lora_dropout[name] = CounterDropout(settings.dropout, module, self._scope)
-        return adapter
-
-    def remove(self, adapter: Adapter) -> None:
-        """Takes an adapter out of the model."""
-        del self._adapters[adapter.name]
-        self._delete(adapter.name)
-
-    def _delete(self, name: str) -> None:
-        self._layers = [layer for _, layer in self._named_layers()]
-        # peft would warn, and make another run's adapter active instead.
-        self.activate(None)
-        for layer in self._layers:
-            if name in layer.lora_A:
-                layer.delete_adapter(name)
-        configs: Any = self._module.peft_config
-        configs.pop(name, None)
-        self.activate(None)
-
-    def activate(self, adapter: Adapter | None) -> None:
-        """Makes the model's passes go through this adapter, or through none."""
-        name = None if adapter is None else adapter.name
-        if name == self._active and name is not None:
-            return
-        # set_adapter would also walk over every parameter to freeze and unfreeze.
-        active = [] if name is None else [name]
-        for layer in self._layers:
-            layer._active_adapter = active
-        self._active = name
-
-    def _named_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        for name, module in self._module.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module
+        for side, shape in shapes:
+            slots.append(Slot(_KEY.format(module=module, side=side), module, shape, begin))
+            begin = slots[-1].end
+    return Adapter(settings, slots, device, dtype)
 
 
 def _mismatch(text: str) -> TenSafeFault:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.engine.adapters import AdapterPool
-from workers.engine.dropout import DropoutScope
+from workers.engine import attention
+from workers.engine.adapters import Adapter, new_adapter
+from workers.engine.blocks import Blocks
+from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
+from workers.engine.norms import lean_norms
+from workers.operations import LoraSettings
+
+attention.register()
 
 
 class UnsupportedModelError(Exception):
@@ -49,8 +56,9 @@ class BaseModel:
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.scope = DropoutScope()
-        self.adapters = AdapterPool(self.module, self.scope, self.device)
+        self.scope = LoraScope()
+        self.blocks = Blocks(self.body)
+        self.layers = _carry_adapters(self.module, self.head, self.scope)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
 
     @property
@@ -60,17 +68,53 @@ class BaseModel:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the frozen weights are, tied ones once, adapters not."""
-        return sum(p.numel() for name, p in self.module.named_parameters() if ".lora_" not in name)
+        """How many numbers the frozen weights are, tied ones once."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Hidden states [R, T, D] of rows padded on the right.
+    def new_adapter(self, settings: LoraSettings) -> Adapter:
+        """An adapter for this model, all zero, in float32 or the model's wider type."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return new_adapter(settings, self.layers, self.device, dtype)
 
-        No attention mask: a causal model's position sees nothing to its right, and without a mask
-        attention takes its fast path.
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """What adapters compute in: on a CPU the weights' own type, since small products in
+        bfloat16 cost many times their float32 twins there; on a GPU the model's."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return wide if self.device == "cpu" else self.dtype
+
+    @contextmanager
+    def carrying(self, adapters: PassAdapters | None) -> Iterator[None]:
+        """Passes inside go through these adapters, their backward passes too."""
+        self.scope.adapters = adapters
+        try:
+            yield
+        finally:
+            self.scope.adapters = None
+
+    def hidden(
+        self,
+        ids_N: Tensor,  # noqa: N803 - the suffixes give shapes
+        positions_N: Tensor,  # noqa: N803
+        packing: attention.Packing,
+        *,
+        frugal: bool = False,
+    ) -> Tensor:
+        """Hidden states [N, D] of documents laid end to end.
+
+        Args:
+            frugal: keep only the layers' inputs for the backward pass, and compute them again.
         """
-        output = self.body(input_ids=input_ids, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
+        self.blocks.frugal = frugal
+        output = self.body(
+            input_ids=ids_N[None],
+            position_ids=positions_N[None],
+            # A mask of four dimensions is handed on as it is; ours is in the packing.
+            attention_mask=ids_N.new_ones(1, 1, 1, 1, dtype=torch.bool),
+            use_cache=False,
+            packing=packing,
+        )
+        hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
 
@@ -100,7 +144,9 @@ def freeze(
     if not isinstance(head, nn.Linear) or body is module:
         raise UnsupportedModelError(f"{name}: it has no plain linear output head")
     _check_head(name, module, body, head)
-    return BaseModel(
+    module.set_attn_implementation(attention.NAME)
+    lean_norms(module)
+    model = BaseModel(
         name=name,
         module=module,
         body=body,
@@ -114,6 +160,8 @@ def freeze(
         references=references,
         tokenizer_files=tokenizer_files or {},
     )
+    _check_packing(model)
+    return model
 
 
 @torch.no_grad()
@@ -124,6 +172,41 @@ def _check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> Non
     actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
     if not torch.allclose(expected, actual, rtol=1e-2, atol=1e-3):
         raise UnsupportedModelError(f"{name}: its logits are not a linear map of its hidden states")
+
+
+@torch.no_grad()
+def _check_packing(model: BaseModel) -> None:
+    """Some models keep to themselves what our attention needs, or mix tokens in other ways."""
+    lengths = (5, 3)
+    ids = torch.arange(sum(lengths), device=model.device) % model.vocabulary_size
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+    try:
+        packed = model.hidden(ids, positions, attention.pack(lengths, model.device))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{model.name}: {error}") from error
+    alone = [
+        model.body(input_ids=part[None], use_cache=False)
+        for part in (ids[: lengths[0]], ids[lengths[0] :])
+    ]
+    expected = torch.cat([output.last_hidden_state[0] for output in alone])
+    distance = (packed - expected).float().norm() / expected.float().norm()
+    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
+        raise UnsupportedModelError(f"{model.name}: its documents cannot be laid end to end")
+
+
+def _carry_adapters(module: nn.Module, head: nn.Module, scope: LoraScope) -> dict[str, nn.Linear]:
+    """Puts a `LoraLinear` in the place of every linear layer but the head."""
+    found = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+    layers: dict[str, nn.Linear] = {}
+    for name, layer in found.items():
+        parent, _, last = name.rpartition(".")
+        layers[name] = LoraLinear(layer, name, scope)
+        setattr(module.get_submodule(parent), last, layers[name])
+    return layers
 
 
 def _linear_modules(module: nn.Module, head: nn.Linear) -> dict[str, int]:

@@ -1,9 +1,4 @@
-"""Checks a batch and cuts it into passes of padded rows.
-
-The result does not depend on the cut but for float rounding: the loss is a sum over positions, and
-a causal model's position sees nothing to its right, so neither padding there nor a row's tail
-after its last scored position matters, and both can be dropped.
-"""
+"""Checks a batch before anything is computed from it."""
 
 from __future__ import annotations
 
@@ -13,9 +8,6 @@ import numpy as np
 
 from tensafe.wire.status import TenSafeFault
 from workers.operations import Float32, Int32, Int64, LossRequest, Reduction
-
-_DENSE_TOKENS = 256
-_LEAST_FILL = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +21,7 @@ class ScoredBatch:
         weights: float32 [N].
         denominator: Σ weights, in float64.
         scored: positions whose weight is not 0.
+        ends: int64 [B], tokens of each row up to its last scored position; 0 without one.
     """
 
     offsets: Int64
@@ -37,27 +30,7 @@ class ScoredBatch:
     weights: Float32
     denominator: float
     scored: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """Rows that go through the model together, padded on the right with token 0.
-
-    Attributes:
-        rows: int32 [R], each row's index in its batch.
-        input_ids: int64 [R, T].
-        positions: int64 [S], where the scored positions lie in the flattened [R·T].
-        sources: int64 [S], where they lie in the batch's [N].
-        targets: int64 [S].
-        weights: float32 [S].
-    """
-
-    rows: Int32
-    input_ids: Int64
-    positions: Int64
-    sources: Int64
-    targets: Int64
-    weights: Float32
+    ends: Int64
 
 
 def check_batch(request: LossRequest, vocabulary_size: int, context_length: int) -> ScoredBatch:
@@ -104,6 +77,7 @@ def check_batch(request: LossRequest, vocabulary_size: int, context_length: int)
         weights,
         denominator,
         int(scored.sum()),
+        _last_scored(batch.offsets, weights),
     )
 
 
@@ -126,57 +100,10 @@ def check_tokens(tokens: Int32, vocabulary_size: int, field: str) -> None:
         )
 
 
-def split(batch: ScoredBatch, token_budget: int) -> list[Pass]:
-    """Cuts a batch into passes of at most `token_budget` padded tokens, or of one row.
-
-    Rows of like length go together, and rows without a scored position are left out.
-    """
-    ends = _last_scored(batch)
-    order = [int(row) for row in np.argsort(-ends, kind="stable") if ends[row] > 0]
-    passes: list[list[int]] = []
-    padded_to = real = 0
-    for row in order:
-        length = int(ends[row])
-        current = passes[-1] if passes else None
-        fits = current is not None and (len(current) + 1) * padded_to <= token_budget
-        sparse = real >= _DENSE_TOKENS and length < _LEAST_FILL * padded_to
-        if current is None or not fits or sparse:
-            passes.append([row])
-            padded_to, real = length, length
-        else:
-            current.append(row)
-            real += length
-    return [_pass(batch, rows, ends) for rows in passes]
-
-
-def _pass(batch: ScoredBatch, rows: list[int], ends: Int64) -> Pass:
-    longest = int(max(ends[row] for row in rows))
-    input_ids = np.zeros((len(rows), longest), np.int64)
-    positions, sources = [], []
-    for index, row in enumerate(rows):
-        begin, length = int(batch.offsets[row]), int(ends[row])
-        input_ids[index, :length] = batch.tokens[begin : begin + length]
-        scored = np.flatnonzero(batch.weights[begin : begin + length])
-        positions.append(scored + index * longest)
-        sources.append(scored + begin)
-    source = np.concatenate(sources)
-    return Pass(
-        rows=np.asarray(rows, np.int32),
-        input_ids=input_ids,
-        positions=np.concatenate(positions),
-        sources=source,
-        targets=batch.targets[source].astype(np.int64),
-        weights=batch.weights[source],
-    )
-
-
-def _last_scored(batch: ScoredBatch) -> Int64:
-    """int64 [B]: tokens of each row up to its last scored position; 0 without one."""
-    ends = np.zeros(len(batch.offsets) - 1, np.int64)
-    for row, (begin, end) in enumerate(zip(batch.offsets[:-1], batch.offsets[1:], strict=True)):
-        scored = np.flatnonzero(batch.weights[begin:end])
-        ends[row] = scored[-1] + 1 if len(scored) else 0
-    return ends
+def _last_scored(offsets: Int64, weights: Float32) -> Int64:
+    places = np.where(weights != 0, np.arange(1, len(weights) + 1), 0)
+    last = np.maximum.reduceat(places, offsets[:-1])
+    return np.where(last > 0, last - offsets[:-1], 0)
 
 
 def _check_offsets(offsets: Int64, count: int) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from workers.engine.randomness import int32_key, mix32
 
@@ -14,82 +14,76 @@ _MULTIPLY_1 = 0x7FEB352D
 _MULTIPLY_2 = 0x846CA68B - 2**32
 
 
-@dataclass(slots=True)
-class DropoutScope:
-    """What the pass at hand drops: int32 `token_keys` [B, T], or None for no dropout at all."""
-
-    token_keys: Tensor | None = None
+_DRAWS = 2**15
+_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def token_keys(seed: int, operation: int, rows: Tensor, length: int) -> Tensor:
-    """Keys [B, T] of the tokens of one pass.
+@dataclass(frozen=True, slots=True)
+class PassDropout:
+    """What one pass of N tokens drops.
+
+    Attributes:
+        keys: int32 [N], from `token_keys`.
+        last: int16 [N, 1], from `last_dropped`; each token's own.
+    """
+
+    keys: Tensor
+    last: Tensor
+
+    def mask(self, module_key: int, features: int) -> Tensor:
+        """int16 [N, F]: −1 where an input to one module stays, 0 where it is dropped."""
+        return keep_bits(mix32(self.keys ^ module_key), features, self.last)
+
+
+def masked(values: Tensor, bits: Tensor) -> Tensor:
+    """`values` where the bits are set, 0 elsewhere.
+
+    On the bits of the numbers, since a product with a mask first converts the mask: measured on a
+    CPU, 0.04 ms against 0.7 ms for [1016, 576] in bfloat16.
+    """
+    whole = _SAME_WIDTH[values.element_size()]
+    return (values.view(whole) & bits).view(values.dtype)
+
+
+def token_keys(seed: int, operation: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """int32 [N]: one key for each token.
 
     Args:
         seed: the run's.
         operation: the run's count of forward_backward calls that took effect.
-        rows: int32 [B], each row's index in its batch.
-        length: T; the padding's keys are made too, and used by nobody.
+        rows: int32 [N], the index of each token's datum in its batch.
+        positions: int32 [N], each token's place in its datum.
     """
-    row_keys = mix32(rows ^ int32_key(seed, "dropout", operation))
-    positions = torch.arange(length, dtype=torch.int32, device=rows.device)
-    return mix32(row_keys[:, None] + positions)
+    return mix32(mix32(rows ^ int32_key(seed, "dropout", operation)) + positions)
 
 
-class CounterDropout(nn.Module):
-    """Inverted dropout in place of `lora_dropout`; passes its input through outside a scope.
+@lru_cache(maxsize=4096)
+def module_key(name: str) -> int:
+    """What tells one module's masks from its neighbours'."""
+    return int32_key(0, "module", name)
+
+
+def last_dropped(p: float) -> int:
+    """Draws of 15 bits up to this one drop: with probability p, rounded to steps of 2⁻¹⁵."""
+    return round(p * _DRAWS) - 1
+
+
+def keep_bits(tokens: Tensor, features: int, last: Tensor) -> Tensor:
+    """int16 [N, F]: −1 where one of a token's F inputs stays, 0 where it is dropped.
 
     Args:
-        p: probability of zeroing an input, 0 < p < 1.
-        module_name: what tells this module's masks from its neighbours'.
-        scope: shared with whoever runs the pass.
+        tokens: int32 [N], mixed keys.
+        last: int16 [N, 1], from `last_dropped`.
     """
-
-    def __init__(self, p: float, module_name: str, scope: DropoutScope) -> None:
-        super().__init__()
-        self.p = p
-        self._module_key = int32_key(0, "module", module_name)
-        self._scope = scope
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` [..., F], the leading dimensions those of the scope's token keys."""
-        keys = self._scope.token_keys
-        if keys is None:
-            return inputs
-        tokens = mix32(keys ^ self._module_key).reshape(inputs.shape[:-1])
-        mask = keep_mask(tokens, inputs.shape[-1], self.p)
-        kept: Tensor = _Dropout.apply(inputs, mask, self.p)  # type: ignore[no-untyped-call]
-        return kept
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-def keep_mask(tokens: Tensor, features: int, p: float) -> Tensor:
-    """bool [..., F]: which of each token's F inputs stay, each with probability 1 − p."""
-    columns = mix32(torch.arange(features, dtype=torch.int32, device=tokens.device))
-    bits = tokens[..., None] ^ columns
-    # A shorter finaliser than mix32 (constants of Chris Wellons' lowbias32): both halves of the
-    # key are mixed already, and only the upper bits decide.
+    pairs = (features + 1) // 2
+    bits = tokens[:, None] ^ mix32(torch.arange(pairs, dtype=torch.int32, device=tokens.device))
+    # A shorter finaliser than mix32 (constants of Chris Wellons' lowbias32), since both halves of
+    # the key are mixed already. Each 32-bit word serves two features. The shifts copy the sign,
+    # which costs one of the bits that are not used.
     bits *= _MULTIPLY_1
-    bits ^= (bits >> 15) & 0x1FFFF
+    bits ^= bits >> 15
     bits *= _MULTIPLY_2
-    threshold = round(p * 2**32) - 2**31
-    if threshold >= 2**31:
-        # p rounds to 1, and the comparison would wrap round to keeping everything.
-        return torch.zeros_like(bits, dtype=torch.bool)
-    return bits >= threshold
-
-
-class _Dropout(torch.autograd.Function):
-    """Keeps the mask as one byte for each input, instead of a float one for the product."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, mask: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.scale = 1.0 / (1.0 - p)
-        return (inputs * mask).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (mask,) = ctx.saved_tensors
-        return (grads[0] * mask).mul_(ctx.scale), None, None
+    bits ^= bits >> 16
+    draws = bits.view(torch.int16)[:, :features] & (_DRAWS - 1)
+    # last − draw is negative, so that its sign fills all bits, where the input stays.
+    return torch.sub(last, draws, out=draws).__irshift__(15)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import peft
 import torch
@@ -17,9 +19,14 @@ from workers.backend import Backend
 from workers.engine import checkpoints, prompts, sampling, training
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
+from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
+from workers.engine.lora import PassAdapters, Segment
+from workers.engine.measuring import free_bytes, measure_budget
 from workers.engine.memory import memory_faults
 from workers.engine.optimizers import RunOptimizer
+from workers.engine.products import SegmentLoop
+from workers.engine.residency import Residency
 from workers.operations import (
     ArtifactWeights,
     LoadOutcome,
@@ -36,7 +43,10 @@ from workers.operations import (
 )
 from workers.window import Window
 
+T = TypeVar("T")
+
 _MOST_RANK = 1024
+_RUNS_SHARE = 1 / 3
 _KEPT_ADAPTERS = 4
 _SAMPLED_TOKENS = 32_768
 
@@ -56,18 +66,30 @@ class TorchBackend(Backend):
 
     Args:
         models: at least one, all on one device.
-        token_budget: padded tokens that go through a model at once; None picks by device.
+        token_budget: most tokens of one pass; None measures what fits.
+        run_bytes: memory that runs' adapters and optimizers may take before idle ones wait on
+            disk; None: a third of what is free.
     """
 
     name = "torch"
     credits = 16
 
-    def __init__(self, models: Sequence[BaseModel], token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[BaseModel],
+        token_budget: int | None = None,
+        run_bytes: int | None = None,
+    ) -> None:
         self.device = models[0].device
         self._models = {name: m for m in models for name in (m.name, *m.references)}
         self._cards = [model_card(model) for model in models]
-        self._token_budget = token_budget or (2048 if self.device == "cpu" else 16_384)
-        self._runs: dict[str, training.Run] = {}
+        self._budgets = {
+            model.name: TokenBudget(token_budget) if token_budget else measure_budget(model)
+            for model in models
+        }
+        if run_bytes is None:
+            run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
+        self._runs = Residency(run_bytes, self._new_run, self.fingerprint)
         self._sampled: OrderedDict[str, _Weights] = OrderedDict()
 
     def models(self) -> Sequence[ModelCard]:
@@ -91,45 +113,59 @@ class TorchBackend(Backend):
         return facts
 
     def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
+        with memory_faults("adapter"):
+            run = self._new_run(run_id, settings)
+            if state is not None:
+                checkpoints.load(run, state, include_optimizer=True)
+            else:
+                run.adapter.initialize(settings.seed)
+            self._runs[run_id] = run
+
+    def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
+        """One whose weights are all zero."""
         model = self._model(settings.model_ref)
         _check_lora(model, settings.lora)
-        self.close_run(run_id)
-        with memory_faults("adapter"):
-            adapter = model.adapters.add(settings.lora)
-            try:
-                adapter.initialize(settings.seed)
-                run = training.Run(
-                    run_id=run_id,
-                    settings=settings,
-                    model=model,
-                    adapter=adapter,
-                    optimizer=RunOptimizer(settings.optimizer, adapter.weights),
-                    window=Window(settings.accumulation_steps, settings.max_steps),
-                    seed=settings.seed,
-                )
-                if state is not None:
-                    checkpoints.load(run, state, include_optimizer=True)
-            except BaseException:
-                model.adapters.remove(adapter)
-                raise
-        self._runs[run_id] = run
+        adapter = model.new_adapter(settings.lora)
+        return training.Run(
+            run_id=run_id,
+            settings=settings,
+            model=model,
+            adapter=adapter,
+            optimizer=RunOptimizer(settings.optimizer, adapter.weights),
+            window=Window(settings.accumulation_steps, settings.max_steps),
+            seed=settings.seed,
+        )
 
     def close_run(self, run_id: str) -> None:
-        run = self._runs.pop(run_id, None)
-        if run is not None:
-            run.model.adapters.remove(run.adapter)
+        self._runs.pop(run_id)
 
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
 
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
-        return training.forward(self._runs[run_id], request, self._token_budget)
+        run = self._runs[run_id]
+        return training.forward(run, request, self._budgets[run.model.name])
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
-        return training.forward_backward(self._runs[run_id], request, self._token_budget)
+        return _only(self.forward_backward_group([(run_id, seq, request)]))
+
+    def forward_backward_group(
+        self, entries: Sequence[tuple[str, int, LossRequest]]
+    ) -> list[LossOutcome | TenSafeFault]:
+        runs = self._runs.take(run_id for run_id, _, _ in entries)
+        members = [(run, request) for run, (_, _, request) in zip(runs, entries, strict=True)]
+        (name,) = {run.model.name for run, _ in members}
+        return training.forward_backward(members, self._budgets[name])
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
-        return training.optim_step(self._runs[run_id], request)
+        return _only(self.optim_step_group([(run_id, request)]))
+
+    def optim_step_group(
+        self, entries: Sequence[tuple[str, StepRequest]]
+    ) -> list[StepOutcome | TenSafeFault]:
+        runs = self._runs.take(run_id for run_id, _ in entries)
+        requests = [request for _, request in entries]
+        return training.optim_step(list(zip(runs, requests, strict=True)))
 
     def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
         with memory_faults("sample"):
@@ -141,10 +177,10 @@ class TorchBackend(Backend):
             elif request.artifact is not None:
                 operation = f"step {weights.step}"
             model = weights.model
-            model.adapters.activate(weights.adapter)
-            completions = sampling.generate(
-                model, encoded, request.params, seed, operation, _SAMPLED_TOKENS
-            )
+            with model.carrying(_everywhere(weights.adapter, model)):
+                completions = sampling.generate(
+                    model, encoded, request.params, seed, operation, _SAMPLED_TOKENS
+                )
         return SampleOutcome(completions, weights.step)
 
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
@@ -175,20 +211,14 @@ class TorchBackend(Backend):
         model = self._model(state["model"])
         settings = checkpoints.lora_settings(state)
         _check_lora(model, settings)
-        adapter = model.adapters.add(settings)
-        try:
-            with torch.no_grad():
-                adapter.weights.copy_(checkpoints.read_weights(adapter, artifact.directory))
-        except BaseException:
-            model.adapters.remove(adapter)
-            raise
+        adapter = model.new_adapter(settings)
+        with torch.no_grad():
+            adapter.weights.copy_(checkpoints.read_weights(adapter, artifact.directory))
         # Artifacts saved without optimizer had no seed at first.
         weights = _Weights(model, adapter, int(state["step"]), int(state.get("seed", 0)))
         self._sampled[artifact.artifact_id] = weights
         if len(self._sampled) > _KEPT_ADAPTERS:
-            _, oldest = self._sampled.popitem(last=False)
-            if oldest.adapter is not None:
-                oldest.model.adapters.remove(oldest.adapter)
+            self._sampled.popitem(last=False)
         return weights
 
     def _model(self, reference: str) -> BaseModel:
@@ -201,6 +231,20 @@ class TorchBackend(Backend):
                 model_ref=reference,
             )
         return model
+
+
+def _only(outcomes: Sequence[T | TenSafeFault]) -> T:
+    (outcome,) = outcomes
+    if isinstance(outcome, TenSafeFault):
+        raise outcome
+    return outcome
+
+
+def _everywhere(adapter: Adapter | None, model: BaseModel) -> PassAdapters | None:
+    """One adapter for all tokens, without training."""
+    if adapter is None:
+        return None
+    return PassAdapters([Segment(0, sys.maxsize, adapter)], model.adapter_dtype, SegmentLoop())
 
 
 def _check_lora(model: BaseModel, lora: LoraSettings) -> None:

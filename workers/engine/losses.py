@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS = 2**24
-"""Logits held at a time: 64 MiB in float32."""
+_CHUNK_LOGITS = 2**23
+"""Logits held at a time: 32 MiB in float32, which a CPU's last cache still holds."""
 
 
 def target_logprobs(
@@ -42,20 +42,32 @@ class _TargetLogprobs(torch.autograd.Function):
         targets_S: Tensor,
     ) -> Tensor:
         wants_grad = ctx.needs_input_grad[0]
-        logprobs_S = torch.empty(len(targets_S), dtype=torch.float32, device=hidden_SD.device)
+        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
+        count, vocabulary = len(targets_S), weight_VD.shape[0]
+        logprobs_S = torch.empty(count, dtype=wide, device=hidden_SD.device)
         grad_SD = torch.empty_like(hidden_SD) if wants_grad else None
-        chunk = max(64, _CHUNK_LOGITS // weight_VD.shape[0])
-        for begin in range(0, len(targets_S), chunk):
-            part = slice(begin, begin + chunk)
+        chunk = max(1, min(count, max(32, _CHUNK_LOGITS // vocabulary)))
+        # Filled again and again: fresh memory would cost more than what is computed in it.
+        logits = torch.empty(chunk, vocabulary, dtype=hidden_SD.dtype, device=hidden_SD.device)
+        powers = torch.empty(chunk, vocabulary, dtype=wide, device=hidden_SD.device)
+        for begin in range(0, count, chunk):
+            part = slice(begin, min(begin + chunk, count))
             targets = targets_S[part, None]
-            logits_CV = torch.nn.functional.linear(hidden_SD[part], weight_VD, bias_V).float()
-            lse_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
-            logprobs_S[part] = (logits_CV.gather(1, targets) - lse_C1).squeeze(1)
+            logits_CV, powers_CV = logits[: len(targets)], powers[: len(targets)]
+            torch.mm(hidden_SD[part], weight_VD.t(), out=logits_CV)
+            if bias_V is not None:
+                logits_CV += bias_V
+            powers_CV.copy_(logits_CV)
+            top_C = powers_CV.amax(1)
+            below_top = powers_CV.gather(1, targets)[:, 0] - top_C
+            torch.softmax(powers_CV, 1, out=powers_CV)
+            # log softmax = logit − top + log softmax(top), and softmax(top) never underflows.
+            logprobs_S[part] = below_top + powers_CV.amax(1).log_()
             if grad_SD is not None:
-                # d logprob / d logits = onehot − softmax
-                slope_CV = logits_CV.sub_(lse_C1).exp_().neg_()
-                slope_CV.scatter_add_(1, targets, torch.ones_like(lse_C1))
-                grad_SD[part] = slope_CV.to(weight_VD.dtype) @ weight_VD
+                # d logprob / d logits = onehot − softmax; its negative here
+                logits_CV.copy_(powers_CV)
+                logits_CV.scatter_add_(1, targets, -torch.ones_like(targets, dtype=logits.dtype))
+                torch.mm(logits_CV, weight_VD, out=grad_SD[part])
         if grad_SD is not None:
             ctx.save_for_backward(grad_SD)
         return logprobs_S
@@ -63,4 +75,4 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_SD,) = ctx.saved_tensors
-        return (grads[0][:, None] * grad_SD).to(grad_SD.dtype), None, None, None
+        return (grads[0][:, None] * grad_SD).neg_().to(grad_SD.dtype), None, None, None

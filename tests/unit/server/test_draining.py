@@ -22,7 +22,7 @@ def test_a_draining_server_refuses_what_is_new_and_says_when_to_come_back(tmp_pa
         tenant = await coordinator.identity.create_tenant("a")
         _, key = await coordinator.identity.create_key(admin.KEY_KIND_TENANT, tenant.id, "k")
         metadata = (("authorization", f"Bearer {key}"),)
-        target = f"127.0.0.1:{coordinator.port}"
+        target = coordinator.address.removeprefix("grpc://")
         async with grpc.aio.insecure_channel(target, options=client_options()) as channel:
             training = training_pb2_grpc.TrainingServiceStub(channel)
             spec = training_pb2.OperationSpec(run_id="run-1", seq=1)

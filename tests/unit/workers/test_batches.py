@@ -1,14 +1,12 @@
-"""Batches: what is refused, and that cutting them into passes loses and repeats nothing."""
+"""Batches: what is refused."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine.batches import check_batch, split
+from workers.engine.batches import check_batch
 from workers.operations import Batch, LossRequest, Reduction
 
 VOCABULARY, CONTEXT = 50, 16
@@ -25,39 +23,6 @@ def request(lengths: list[int], weights=None, **changes) -> LossRequest:
         else np.asarray(weights, np.float32),
     } | changes
     return LossRequest(Batch(**fields))
-
-
-@given(
-    st.lists(
-        st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=1, max_size=16), min_size=1, max_size=9
-    ),
-    st.integers(1, 60),
-)
-def test_every_scored_position_is_in_one_pass(weights, budget):
-    flat = np.concatenate([np.asarray(row, np.float32) for row in weights])
-    if not flat.any():
-        return
-    batch = check_batch(request([len(row) for row in weights], flat), VOCABULARY, CONTEXT)
-    passes = split(batch, budget)
-    seen = np.sort(np.concatenate([part.sources for part in passes]))
-    np.testing.assert_array_equal(seen, np.flatnonzero(flat))
-    for part in passes:
-        assert part.input_ids.size <= budget or len(part.rows) == 1
-        ids = part.input_ids.reshape(-1)
-        np.testing.assert_array_equal(ids[part.positions], batch.tokens[part.sources])
-        np.testing.assert_array_equal(part.targets, batch.targets[part.sources])
-        np.testing.assert_array_equal(part.weights, batch.weights[part.sources])
-        for row, line in zip(part.rows, part.input_ids, strict=True):
-            begin, end = batch.offsets[row], batch.offsets[row + 1]
-            length = min(end - begin, len(line))
-            longest = np.flatnonzero(batch.weights[begin:end])[-1] + 1
-            np.testing.assert_array_equal(line[:longest], batch.tokens[begin : begin + longest])
-            assert length >= longest
-
-
-def test_rows_of_unlike_length_do_not_pad_each_other():
-    batch = check_batch(request([16] * 16 + [2] * 16), VOCABULARY, CONTEXT)
-    assert [part.input_ids.shape for part in split(batch, 10_000)] == [(16, 16), (16, 2)]
 
 
 BAD = [

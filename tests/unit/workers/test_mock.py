@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -118,6 +120,10 @@ def test_weights_alone_drop_the_open_window(tmp_path):
     with pytest.raises(TenSafeFault) as caught:
         backend.optim_step("run", StepRequest())
     assert caught.value.detail.reason == "EMPTY_WINDOW"
+    backend.forward_backward("run", 2, request())
+    backend.load_state("run", tmp_path, False)
+    backend.save_state("run", tmp_path, include_optimizer=True)
+    assert json.loads((tmp_path / "state.json").read_text())["grad_norms"] == []
 
 
 def test_it_refuses_what_it_cannot_mean(backend, tmp_path):

@@ -291,6 +291,7 @@ class RunConfig(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
     model_ref: _builtins.str
     """A registered model's name or reference. Paths are refused."""
     batch_size: _builtins.int
@@ -309,6 +310,12 @@ class RunConfig(_message.Message):
     """
     name: _builtins.str
     """Free text for people. Unset: empty."""
+    deterministic: _builtins.bool
+    """Whether equal batches give equal bits: losses, gradients and weights that
+    depend on the run's own operations, its seed and the worker's fingerprint
+    alone, whoever else shares the worker. Its operations then execute by
+    themselves, never together with another run's. Unset: false.
+    """
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """The adapter. Unset: LoRA with its defaults."""
@@ -333,13 +340,16 @@ class RunConfig(_message.Message):
         max_steps: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
         name: _builtins.str | None = ...,
+        deterministic: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_max_steps", b"_max_steps", "_name", b"_name", "_seed", b"_seed", "batch_size", b"batch_size", "dp", b"dp", "gradient_accumulation_steps", b"gradient_accumulation_steps", "lora", b"lora", "max_steps", b"max_steps", "name", b"name", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_deterministic", b"_deterministic", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_max_steps", b"_max_steps", "_name", b"_name", "_seed", b"_seed", "batch_size", b"batch_size", "deterministic", b"deterministic", "dp", b"dp", "gradient_accumulation_steps", b"gradient_accumulation_steps", "lora", b"lora", "max_steps", b"max_steps", "name", b"name", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_max_steps", b"_max_steps", "_name", b"_name", "_seed", b"_seed", "batch_size", b"batch_size", "dp", b"dp", "gradient_accumulation_steps", b"gradient_accumulation_steps", "lora", b"lora", "max_steps", b"max_steps", "model_ref", b"model_ref", "name", b"name", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_deterministic", b"_deterministic", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_max_steps", b"_max_steps", "_name", b"_name", "_seed", b"_seed", "batch_size", b"batch_size", "deterministic", b"deterministic", "dp", b"dp", "gradient_accumulation_steps", b"gradient_accumulation_steps", "lora", b"lora", "max_steps", b"max_steps", "model_ref", b"model_ref", "name", b"name", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__deterministic: _TypeAlias = _typing.Literal["deterministic"]  # noqa: Y015
+    _WhichOneofArgType__deterministic: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic"]  # noqa: Y015
     _WhichOneofReturnType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofArgType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
@@ -350,6 +360,8 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deterministic) -> _WhichOneofReturnType__deterministic | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_accumulation_steps) -> _WhichOneofReturnType__gradient_accumulation_steps | None: ...
     @_typing.overload
@@ -554,7 +566,12 @@ Global___Forward: _TypeAlias = Forward  # noqa: Y015
 
 @_typing.final
 class ForwardBackward(_message.Message):
-    """Computes a loss and adds its gradient to the run's accumulator."""
+    """Computes a loss and adds its gradient to the run's accumulator.
+
+    A client that refuses a batch itself sends the call without one: it is
+    recorded as FAILED at its seq and poisons its accumulation window, so that no
+    optim_step can apply half a gradient.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,0 +1,82 @@
+"""Runs that are set aside on disk and come back: no bit changes, and memory stays bounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity.tiny_runs import metric, request_of, rows_of, settings
+
+from workers.engine.engine import TorchBackend
+from workers.engine.residency import state_bytes
+from workers.operations import StepRequest
+
+NAMES = ("a", "b", "c")
+
+
+def train(backend: TorchBackend) -> dict[str, list[float]]:
+    """Six calls of each run, in turn; windows of two calls stay open in between."""
+    curves: dict[str, list[float]] = {name: [] for name in NAMES}
+    for seed, name in enumerate(NAMES):
+        options = {"rank": 2 + seed, "dropout": 0.2}
+        backend.open_run(name, settings(seed=seed, accumulation_steps=2, lora=options), None)
+    for call in range(6):
+        for name in NAMES:
+            outcome = backend.forward_backward(
+                name, 2 * call + 1, request_of(rows_of(call, [9, 5]))
+            )
+            curves[name].append(metric(outcome, "loss"))
+        for name in NAMES:
+            backend.optim_step(name, StepRequest())
+    return curves
+
+
+def test_setting_aside_changes_no_bit(base):
+    roomy, tight = TorchBackend([base], run_bytes=2**30), TorchBackend([base], run_bytes=1)
+    expected = train(roomy)
+    assert roomy._runs.resident == list(NAMES)
+    assert train(tight) == expected
+    assert tight._runs.resident == ["c"]
+    for name in NAMES:
+        assert torch.equal(tight._runs[name].adapter.weights, roomy._runs[name].adapter.weights)
+
+
+def test_the_run_idle_longest_goes_first_and_those_at_work_stay(base):
+    backend = TorchBackend([base], run_bytes=2**30)
+    for name in NAMES:
+        backend.open_run(name, settings(), None)
+    backend._runs._limit_bytes = 2 * state_bytes(backend._runs["a"])
+    backend._runs["a"]
+    assert backend._runs.resident == ["c", "a"]
+    request = request_of(rows_of(0, [9]))
+    outcomes = backend.forward_backward_group([(name, 1, request) for name in NAMES])
+    assert len({metric(outcome, "loss") for outcome in outcomes}) == 1
+    assert set(NAMES) == set(backend._runs.resident)
+
+
+def test_a_full_disk_keeps_runs_in_memory(base, monkeypatch):
+    backend = TorchBackend([base], run_bytes=1)
+
+    def full(*args) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.engine.residency.checkpoints.save", full)
+        expected = train(TorchBackend([base], run_bytes=2**30))
+        assert train(backend) == expected
+    assert set(backend._runs.resident) == set(NAMES)
+
+
+def test_a_run_that_is_closed_leaves_no_file(base):
+    backend = TorchBackend([base], run_bytes=1)
+    for name in NAMES:
+        backend.open_run(name, settings(), None)
+    folder = backend._runs._directory.name
+    for name in NAMES:
+        backend.close_run(name)
+        backend.close_run(name)
+        assert name not in backend._runs
+        with pytest.raises(KeyError):
+            backend._runs[name]
+    import os
+
+    assert os.listdir(folder) == []

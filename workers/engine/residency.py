@@ -1,0 +1,116 @@
+"""Runs in memory; when they take more than their share, those idle longest wait on disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from workers.engine import checkpoints
+from workers.engine.training import Run
+from workers.operations import RunSettings
+
+log = logging.getLogger(__name__)
+
+
+class Residency:
+    """The runs of one worker, by id; a run that was set aside comes back when it is asked for.
+
+    Setting aside and coming back change no bit of a run.
+
+    Args:
+        limit_bytes: what runs may take in memory; those at work may exceed it.
+        renew: makes a fresh run of an id and settings.
+        fingerprint: for the files' own record.
+    """
+
+    def __init__(
+        self,
+        limit_bytes: int,
+        renew: Callable[[str, RunSettings], Run],
+        fingerprint: Callable[[], dict[str, str]],
+    ) -> None:
+        self._limit_bytes = limit_bytes
+        self._renew = renew
+        self._fingerprint = fingerprint
+        self._resident: OrderedDict[str, Run] = OrderedDict()
+        self._aside: dict[str, tuple[RunSettings, Path]] = {}
+        self._directory = tempfile.TemporaryDirectory(prefix="tensafe-runs-")
+
+    def __contains__(self, run_id: str) -> bool:
+        return run_id in self._resident or run_id in self._aside
+
+    def __getitem__(self, run_id: str) -> Run:
+        return self.take([run_id])[0]
+
+    def __setitem__(self, run_id: str, run: Run) -> None:
+        self._drop(run_id)
+        self._resident[run_id] = run
+        self._make_room({run_id})
+
+    def take(self, run_ids: Iterable[str]) -> list[Run]:
+        """These runs, all in memory together."""
+        wanted = list(run_ids)
+        runs = []
+        for run_id in wanted:
+            if run_id in self._aside:
+                self._bring_back(run_id)
+            self._resident.move_to_end(run_id)
+            runs.append(self._resident[run_id])
+        self._make_room(set(wanted))
+        return runs
+
+    def pop(self, run_id: str) -> None:
+        """Forgets a run; an unknown one is no error."""
+        self._drop(run_id)
+
+    @property
+    def resident(self) -> list[str]:
+        """Ids of those in memory, the one idle longest first."""
+        return list(self._resident)
+
+    def _make_room(self, at_work: set[str]) -> None:
+        taken = sum(state_bytes(run) for run in self._resident.values())
+        for run_id in [each for each in self._resident if each not in at_work]:
+            if taken <= self._limit_bytes:
+                return
+            taken -= state_bytes(self._resident[run_id])
+            if not self._set_aside(run_id):
+                return
+
+    def _set_aside(self, run_id: str) -> bool:
+        run = self._resident[run_id]
+        directory = Path(tempfile.mkdtemp(dir=self._directory.name))
+        try:
+            checkpoints.save(run, directory, True, self._fingerprint())
+        except OSError as error:
+            log.warning("run %s stays in memory beyond its limit: %s", run_id, error)
+            shutil.rmtree(directory, ignore_errors=True)
+            return False
+        del self._resident[run_id]
+        self._aside[run_id] = (run.settings, directory)
+        log.info("set run %s aside", run_id)
+        return True
+
+    def _bring_back(self, run_id: str) -> None:
+        settings, directory = self._aside[run_id]
+        run = self._renew(run_id, settings)
+        checkpoints.load(run, directory, include_optimizer=True)
+        self._resident[run_id] = run
+        del self._aside[run_id]
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def _drop(self, run_id: str) -> None:
+        self._resident.pop(run_id, None)
+        if run_id in self._aside:
+            shutil.rmtree(self._aside.pop(run_id)[1], ignore_errors=True)
+
+
+def state_bytes(run: Run) -> int:
+    """Memory of a run's weights, gradient, accumulator and optimizer state."""
+    held = [run.adapter.weights, run.accumulator, *run.optimizer.state().values()]
+    gradient = run.adapter.weights.nbytes if run.adapter.has_gradient else 0
+    return gradient + sum(tensor.nbytes for tensor in held if tensor is not None)
