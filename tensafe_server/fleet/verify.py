@@ -102,7 +102,7 @@ class Verifications:
                 from_seq=point.seq, pruned=run.pruned_seq > 0, to_seq=end
             )
             total = max(0, end - point.seq)
-            lineage = Lineage.of(link)
+            lineage = Lineage.of(run, link)
             async for done in self._replayed(check, check_id, operations):
                 await self._compare(run, report, lineage, done)
                 progress = training.VerifyProgress(

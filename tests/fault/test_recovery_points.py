@@ -23,6 +23,7 @@ CONFIG = {
     "lora_config": {"dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2},
     "gradient_accumulation_steps": 2,
+    "deterministic": True,
 }
 STEPS = 10  # optim_step calls; every second one applies
 WORKER = ["--dtype", "float32", "--threads", "1"]
