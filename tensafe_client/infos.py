@@ -358,6 +358,7 @@ class StorageInfo:
         snapshots: recovery points of runs.
         artifacts: saved checkpoints.
         other: everything else in the blob store.
+        damaged_snapshots: snapshots that were found damaged since the server started.
     """
 
     log: StorageUse
@@ -366,6 +367,7 @@ class StorageInfo:
     snapshots: StorageUse
     artifacts: StorageUse
     other: StorageUse
+    damaged_snapshots: int
 
     @classmethod
     def from_proto(cls, message: admin_pb2.GetStorageResponse) -> StorageInfo:
@@ -377,6 +379,7 @@ class StorageInfo:
             snapshots=StorageUse.from_proto(message.snapshots),
             artifacts=StorageUse.from_proto(message.artifacts),
             other=StorageUse.from_proto(message.other),
+            damaged_snapshots=message.damaged_snapshots,
         )
 
 

@@ -227,7 +227,7 @@ class Coordinator:
             ModelsServicer(self._models, blobs), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(store, self.identity, blobs), server
+            AdminServicer(store, self.identity, blobs, snapshots), server
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(
             WorkerServicer(store, blobs, self._models, reception, snapshots), server

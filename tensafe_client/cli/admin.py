@@ -35,6 +35,7 @@ def storage(ctx: click.Context, as_json: bool) -> None:
             ("  of it free", "", found.log_free_bytes),
             ("payloads", found.payloads.count, found.payloads.size_bytes),
             ("snapshots", found.snapshots.count, found.snapshots.size_bytes),
+            ("  found damaged", found.damaged_snapshots, ""),
             ("artifacts", found.artifacts.count, found.artifacts.size_bytes),
             ("other", found.other.count, found.other.size_bytes),
         ],

@@ -11,6 +11,7 @@ from tensafe_server.blobs.base import BlobStore
 from tensafe_server.blobs.sizes import blob_use
 from tensafe_server.events.translate import timestamp
 from tensafe_server.ids import new_id
+from tensafe_server.operations.snapshots import SnapshotBook
 from tensafe_server.operations.validation import refused
 from tensafe_server.store.base import KeyRow, Store, TenantRow
 from tensafe_server.store.requests import first_request, new_request, uninterrupted
@@ -20,9 +21,12 @@ _SCOPE = "admin"
 
 
 class AdminServicer(rpc.AdminServiceServicer):
-    def __init__(self, store: Store, identity: Identity, blobs: BlobStore) -> None:
+    def __init__(
+        self, store: Store, identity: Identity, blobs: BlobStore, snapshots: SnapshotBook
+    ) -> None:
         self._store = store
         self._blobs = blobs
+        self._snapshots = snapshots
         self._identity = identity
         self._creating = asyncio.Lock()
 
@@ -68,6 +72,7 @@ class AdminServicer(rpc.AdminServiceServicer):
             snapshots=pb.StorageUse(count=use.snapshots, size_bytes=sizes["snapshots"].size_bytes),
             artifacts=pb.StorageUse(count=use.artifacts, size_bytes=sizes["artifacts"].size_bytes),
             other=pb.StorageUse(count=sizes["other"].blobs, size_bytes=sizes["other"].size_bytes),
+            damaged_snapshots=self._snapshots.damaged,
         )
 
     async def _tenant(self, request: pb.CreateTenantRequest) -> TenantRow:

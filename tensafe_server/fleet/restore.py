@@ -79,9 +79,10 @@ class Restorer:
             TenSafeFault: RUN_STATE_LOST.
         """
         await self.settled(run)
-        point = await self.newest(run)
-        message = pb.Plan(runs=[point.assignment(run, run.id, epoch)])
-        message.operations.extend([op async for op in self.history(run, point.seq, epoch)])
+        async with run.past_kept():
+            point = await self.newest(run)
+            message = pb.Plan(runs=[point.assignment(run, run.id, epoch)])
+            message.operations.extend([op async for op in self.history(run, point.seq, epoch)])
         log.info(
             "restoring %s under epoch %d from %s and %d operations after it",
             *(run.id, epoch, point, len(message.operations)),

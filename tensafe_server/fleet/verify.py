@@ -87,34 +87,32 @@ class Verifications:
         link = self._free_worker(run)
         await self._restorer.settled(run)
         end = settled_seq(run)
-        async with run.pruning:
-            run.pinned += 1
         check_id = new_id("check")
         check = _Check(link)
         self._checks[check_id] = check
         try:
-            point = await self._restorer.oldest(run)
-            assignment = point.assignment(run, check_id, _EPOCH)
-            assignment.check = True
-            link.send_plan(pb.Plan(runs=[assignment]))
-            operations = self._restorer.history(run, point.seq, _EPOCH, end)
-            report = training.VerifyReport(
-                from_seq=point.seq, pruned=run.pruned_seq > 0, to_seq=end
-            )
-            total = max(0, end - point.seq)
-            lineage = Lineage.of(run, link)
-            async for done in self._replayed(check, check_id, operations):
-                await self._compare(run, report, lineage, done)
-                progress = training.VerifyProgress(
-                    replayed=report.replayed, total=max(total, report.replayed)
+            async with run.past_kept():
+                point = await self._restorer.oldest(run)
+                assignment = point.assignment(run, check_id, _EPOCH)
+                assignment.check = True
+                link.send_plan(pb.Plan(runs=[assignment]))
+                report = training.VerifyReport(
+                    from_seq=point.seq, pruned=run.pruned_seq > 0, to_seq=end
                 )
-                yield training.VerifyRunResponse(progress=progress)
+                total = max(0, end - point.seq)
+                lineage = Lineage.of(run, link)
+                operations = self._restorer.history(run, point.seq, _EPOCH, end)
+                async for done in self._replayed(check, check_id, operations):
+                    await self._compare(run, report, lineage, done)
+                    progress = training.VerifyProgress(
+                        replayed=report.replayed, total=max(total, report.replayed)
+                    )
+                    yield training.VerifyRunResponse(progress=progress)
             yield training.VerifyRunResponse(report=report)
         finally:
             del self._checks[check_id]
-            run.pinned -= 1
-            self._on_unpinned(run)
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=check_id)))
+            self._on_unpinned(run)
 
     def _free_worker(self, run: RunState) -> WorkerLink:
         able = [

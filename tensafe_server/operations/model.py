@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
@@ -144,6 +146,16 @@ class RunState:
     @property
     def deleted(self) -> bool:
         return self.status == training.RUN_STATUS_DELETED
+
+    @asynccontextmanager
+    async def past_kept(self) -> AsyncIterator[None]:
+        """Nothing of the run's past is pruned meanwhile."""
+        async with self.pruning:
+            self.pinned += 1
+        try:
+            yield
+        finally:
+            self.pinned -= 1
 
 
 def run_state(row: RunRow) -> RunState:

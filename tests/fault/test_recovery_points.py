@@ -167,6 +167,8 @@ def test_a_damaged_snapshot_is_noticed_and_the_one_before_it_is_used(
     assert f"snapshot {newest.name} of {tc.run_id} at seq 12 is not used" in (
         house.cluster.coordinator.log
     )
+    with ServiceClient(house.cluster.target, api_key=house.cluster._admin_key) as operator:
+        assert operator.admin.storage().damaged_snapshots >= 1
     assert not newest.exists()
 
 

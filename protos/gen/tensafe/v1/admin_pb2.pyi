@@ -430,8 +430,13 @@ class GetStorageResponse(_message.Message):
     SNAPSHOTS_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     OTHER_FIELD_NUMBER: _builtins.int
+    DAMAGED_SNAPSHOTS_FIELD_NUMBER: _builtins.int
     log_free_bytes: _builtins.int
     """Of the file, what is free to be used again, bytes."""
+    damaged_snapshots: _builtins.int
+    """Snapshots that were found damaged, or could not be loaded, since the server
+    started; the log names each.
+    """
     @_builtins.property
     def log(self) -> Global___StorageUse:
         """The store's file with its write-ahead log, bytes; `count` is of operations."""
@@ -461,10 +466,11 @@ class GetStorageResponse(_message.Message):
         snapshots: Global___StorageUse | None = ...,
         artifacts: Global___StorageUse | None = ...,
         other: Global___StorageUse | None = ...,
+        damaged_snapshots: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "log", b"log", "other", b"other", "payloads", b"payloads", "snapshots", b"snapshots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "log", b"log", "log_free_bytes", b"log_free_bytes", "other", b"other", "payloads", b"payloads", "snapshots", b"snapshots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "damaged_snapshots", b"damaged_snapshots", "log", b"log", "log_free_bytes", b"log_free_bytes", "other", b"other", "payloads", b"payloads", "snapshots", b"snapshots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
