@@ -11,85 +11,101 @@ for batch in dataloader:
 print(tc.sample("Once upon a time").samples[0].completion)
 """
 
-from tensafe_client.admin import Admin
-from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
-from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
-from tensafe_client.connection import ClientConfig
-from tensafe_client.data.datum import Datum
-from tensafe_client.data.loader import DataLoader
-from tensafe_client.errors import (
-    ArtifactMismatchError,
-    ArtifactNotFoundError,
-    AuthenticationError,
-    BatchError,
-    ChecksumMismatchError,
-    ClientClosedError,
-    ConfigError,
-    ConflictError,
-    ConnectionFailedError,
-    ContextExceededError,
-    EmptyWindowError,
-    InvalidArgumentError,
-    MaxStepsReachedError,
-    MessageTooLargeError,
-    MixedReductionError,
-    ModelNotFoundError,
-    NameTakenError,
-    NoChatTemplateError,
-    NonFiniteGradientError,
-    NonFiniteLossError,
-    NotFoundError,
-    OperationCancelledError,
-    OperationNotFoundError,
-    OperationTimeoutError,
-    OutOfMemoryError,
-    OutOfRangeError,
-    PermissionDeniedError,
-    PreconditionError,
-    QueueFullError,
-    RequestTimeoutError,
-    ResourceExhaustedError,
-    RunDeletedError,
-    RunNotFoundError,
-    SequenceConflictError,
-    SequenceGapError,
-    ServerError,
-    TenSafeError,
-    TokenOutOfRangeError,
-    UnknownTargetModuleError,
-    UnsupportedOptionError,
-    VersionNotSavedError,
-    WindowPoisonedError,
-)
-from tensafe_client.futures import OperationFuture
-from tensafe_client.infos import (
-    ArtifactFile,
-    ArtifactInfo,
-    KeyInfo,
-    ModelInfo,
-    NewKey,
-    OperationInfo,
-    RunInfo,
-    TenantInfo,
-)
-from tensafe_client.profiles import Profile, read_profiles, save_profile
-from tensafe_client.results import (
-    ForwardBackwardResult,
-    ForwardResult,
-    LoadStateResult,
-    OptimStepResult,
-    Sample,
-    SampleResult,
-    SaveStateResult,
-    StepMetrics,
-)
-from tensafe_client.schedules import Schedule, constant, cosine, linear
-from tensafe_client.service import ServiceClient
-from tensafe_client.training import TrainingClient
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tensafe_client.admin import Admin
+    from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
+    from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+    from tensafe_client.connection import ClientConfig
+    from tensafe_client.data.datum import Datum
+    from tensafe_client.data.loader import DataLoader
+    from tensafe_client.errors import (
+        ArtifactExpiredError,
+        ArtifactInUseError,
+        ArtifactMismatchError,
+        ArtifactNotFoundError,
+        AuthenticationError,
+        BatchError,
+        ChecksumMismatchError,
+        ClientClosedError,
+        ConfigError,
+        ConflictError,
+        ConnectionFailedError,
+        ContextExceededError,
+        DeadlineExceededError,
+        EmptyWindowError,
+        InvalidArgumentError,
+        MaxStepsReachedError,
+        MessageTooLargeError,
+        MixedReductionError,
+        ModelNotFoundError,
+        NameTakenError,
+        NoChatTemplateError,
+        NonFiniteGradientError,
+        NonFiniteLossError,
+        NotFoundError,
+        OperationCancelledError,
+        OperationNotFoundError,
+        OperationTimeoutError,
+        OutOfMemoryError,
+        OutOfRangeError,
+        PermissionDeniedError,
+        PreconditionError,
+        QueueFullError,
+        RequestTimeoutError,
+        ResourceExhaustedError,
+        RunDeletedError,
+        RunNotFoundError,
+        SequenceConflictError,
+        SequenceGapError,
+        ServerError,
+        StorageFullError,
+        TenSafeError,
+        TokenOutOfRangeError,
+        UnknownTargetModuleError,
+        UnsupportedOptionError,
+        VersionNotSavedError,
+        WindowPoisonedError,
+    )
+    from tensafe_client.futures import OperationFuture
+    from tensafe_client.infos import (
+        AdapterShape,
+        ArtifactFile,
+        ArtifactInfo,
+        KeyInfo,
+        ModelInfo,
+        NewKey,
+        OperationInfo,
+        RunInfo,
+        StorageInfo,
+        TenantInfo,
+        VerifyReport,
+    )
+    from tensafe_client.profiles import Profile, read_profiles, save_profile
+    from tensafe_client.results import (
+        ForwardBackwardResult,
+        ForwardResult,
+        LoadStateResult,
+        OptimStepResult,
+        Sample,
+        SampleResult,
+        SaveStateResult,
+        StepMetrics,
+    )
+    from tensafe_client.schedules import Schedule, constant, cosine, linear
+    from tensafe_client.service import ServiceClient
+    from tensafe_client.training import TrainingClient
 
 __all__ = [
+    "AdapterShape",
     "Admin",
+    "ArtifactExpiredError",
     "ArtifactFile",
+    "ArtifactInUseError",
     "ArtifactInfo",
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
@@ -108,6 +124,7 @@ __all__ = [
     "DPConfig",
     "DataLoader",
     "Datum",
+    "DeadlineExceededError",
     "EmptyWindowError",
     "ForwardBackwardResult",
     "ForwardResult",
@@ -153,6 +170,8 @@ __all__ = [
     "ServerError",
     "ServiceClient",
     "StepMetrics",
+    "StorageFullError",
+    "StorageInfo",
     "TenSafeError",
     "TenantInfo",
     "TokenOutOfRangeError",
@@ -160,6 +179,7 @@ __all__ = [
     "TrainingConfig",
     "UnknownTargetModuleError",
     "UnsupportedOptionError",
+    "VerifyReport",
     "VersionNotSavedError",
     "WindowPoisonedError",
     "constant",
@@ -168,3 +188,38 @@ __all__ = [
     "read_profiles",
     "save_profile",
 ]
+
+# Where each name is; the …Errors are in `errors`. They are imported when they are first used (PEP
+# 562), so that the command line, which lives below this package, minds its signals from the first
+# moment on.
+_MODULES = {
+    "admin": "Admin",
+    "aio": "AsyncAdmin AsyncServiceClient AsyncTrainingClient",
+    "config": "DPConfig LoRAConfig OptimizerConfig TrainingConfig",
+    "connection": "ClientConfig",
+    "data.datum": "Datum",
+    "data.loader": "DataLoader",
+    "futures": "OperationFuture",
+    "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
+    "RunInfo StorageInfo TenantInfo VerifyReport",
+    "profiles": "Profile read_profiles save_profile",
+    "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult Sample "
+    "SampleResult SaveStateResult StepMetrics",
+    "schedules": "Schedule constant cosine linear",
+    "service": "ServiceClient",
+    "training": "TrainingClient",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _HOMES.get(name, "errors")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

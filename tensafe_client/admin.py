@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensafe_client.api import AdminApi
-from tensafe_client.infos import KeyInfo, NewKey, TenantInfo
+from tensafe_client.infos import KeyInfo, NewKey, StorageInfo, TenantInfo
 from tensafe_client.session import Session
 
 
@@ -28,6 +28,10 @@ class Admin:
     def tenants(self) -> list[TenantInfo]:
         """Lists the tenants, by name."""
         return self._io.run(self._api.tenants())
+
+    def storage(self) -> StorageInfo:
+        """Asks what takes how much disk on the server."""
+        return self._io.run(self._api.storage())
 
     def create_key(
         self, tenant: str | None = None, *, kind: str = "tenant", name: str = ""

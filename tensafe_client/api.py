@@ -16,11 +16,14 @@ from tensafe.v1 import (
     operations_pb2,
     training_pb2,
 )
+from tensafe_client import specs
 from tensafe_client.backoff import Backoff, retryable
 from tensafe_client.checks import check_bool, check_count, check_string
 from tensafe_client.config import TrainingConfig
 from tensafe_client.errors import (
+    ConfigError,
     InvalidArgumentError,
+    ServerError,
     from_rpc_error,
 )
 from tensafe_client.futures import OperationFuture
@@ -31,7 +34,9 @@ from tensafe_client.infos import (
     NewKey,
     OperationInfo,
     RunInfo,
+    StorageInfo,
     TenantInfo,
+    VerifyReport,
 )
 from tensafe_client.results import StepMetrics
 from tensafe_client.session import RunSequence, Session, new_request_id
@@ -49,8 +54,35 @@ class Api:
         self, config: TrainingConfig | Mapping[str, Any]
     ) -> tuple[RunInfo, RunSequence]:
         """Creates a run."""
+        return await self._create_run(TrainingConfig.of(config))
+
+    async def create_run_from(
+        self,
+        config: TrainingConfig | Mapping[str, Any] | None,
+        from_artifact: str | None,
+        include_optimizer: bool | None,
+    ) -> tuple[RunInfo, RunSequence]:
+        """Creates a run, and loads an artifact into it if one is named."""
+        if from_artifact is None:
+            if include_optimizer is not None:
+                raise ConfigError("include_optimizer says how from_artifact is loaded; name one")
+            if config is None:
+                raise ConfigError("a run needs a config with model_ref, or from_artifact")
+            return await self.create_run(config)
+        spec = specs.load_state("", from_artifact, include_optimizer)
+        info, sequence = await self._create_run(await self.config_of(from_artifact, config))
+        spec.run_id = info.id
+        try:
+            await self._session.submit_numbered(sequence, "load_state", spec)
+            info = await self.run(info.id)
+        except BaseException:
+            await self.delete_run(info.id)
+            raise
+        return info, sequence
+
+    async def _create_run(self, config: TrainingConfig) -> tuple[RunInfo, RunSequence]:
         request = training_pb2.CreateRunRequest(
-            request_id=new_request_id(), config=TrainingConfig.of(config).to_proto()
+            request_id=new_request_id(), config=config.to_proto()
         )
         stubs = await self._session.stubs()
         response = await self._session.call(stubs.training.CreateRun, request)
@@ -91,6 +123,25 @@ class Api:
         )
         response = await self._session.call(stubs.training.DeleteRun, request)
         return RunInfo.from_proto(response.run)
+
+    async def verify_run(
+        self, run_id: str, on_progress: Callable[[int, int], None] | None
+    ) -> VerifyReport:
+        """Has a run replayed from its log and compared; begins anew only if the caller does."""
+        stubs = await self._session.stubs()
+        request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
+        call = stubs.training.VerifyRun(request, metadata=self._session.metadata)
+        try:
+            async for response in call:
+                if response.HasField("report"):
+                    return VerifyReport.from_proto(run_id, response.report)
+                if on_progress is not None:
+                    on_progress(response.progress.replayed, response.progress.total)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            call.cancel()
+        raise ServerError(f"the server ended the verification of {run_id} without a report")
 
     async def operation(self, operation_id: str) -> OperationInfo:
         """Reads an operation."""
@@ -185,6 +236,34 @@ class Api:
         found = await self._pages(stubs.artifacts.ListArtifacts, request, "artifacts", limit)
         return [ArtifactInfo.from_proto(message) for message in found]
 
+    async def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact."""
+        stubs = await self._session.stubs()
+        request = artifacts_pb2.DeleteArtifactRequest(
+            artifact_id=check_string("artifact_id", artifact_id), request_id=new_request_id()
+        )
+        await self._session.call(stubs.artifacts.DeleteArtifact, request)
+
+    async def config_of(
+        self, artifact_id: str, config: TrainingConfig | Mapping[str, Any] | None
+    ) -> TrainingConfig:
+        """The configuration of a run that continues from an artifact: that of the run that was
+        saved, or the uploaded adapter's shape, with the given fields over it."""
+        artifact = await self.artifact(artifact_id)
+        if isinstance(config, TrainingConfig):
+            return config
+        base: dict[str, Any] = {"model_ref": artifact.model_ref}
+        if artifact.run_id:
+            base = (await self.run(artifact.run_id)).config.given_fields()
+        elif artifact.adapter.rank:
+            base["lora_config"] = {
+                "rank": artifact.adapter.rank,
+                "alpha": artifact.adapter.alpha,
+                "dropout": artifact.adapter.dropout,
+                "target_modules": list(artifact.adapter.target_modules),
+            }
+        return TrainingConfig.of({**base, **(config or {})})
+
     async def model(self, model_ref: str) -> ModelInfo:
         """Reads a model."""
         stubs = await self._session.stubs()
@@ -243,6 +322,12 @@ class AdminApi:
         stubs = await self._session.stubs()
         response = await self._session.call(stubs.admin.ListTenants, admin_pb2.ListTenantsRequest())
         return [TenantInfo.from_proto(message) for message in response.tenants]
+
+    async def storage(self) -> StorageInfo:
+        """Asks what takes how much disk."""
+        stubs = await self._session.stubs()
+        response = await self._session.call(stubs.admin.GetStorage, admin_pb2.GetStorageRequest())
+        return StorageInfo.from_proto(response)
 
     async def create_key(self, kind: str, tenant: str | None, name: str) -> NewKey:
         """Creates a key."""

@@ -40,6 +40,10 @@ class _Given:
         """Tells whether the caller passed this field."""
         return name in self._given
 
+    def given_fields(self) -> dict[str, Any]:
+        """The fields that the caller passed."""
+        return {name: getattr(self, name) for name in self._given}
+
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with other values; fields that were not given stay so.
 
@@ -47,8 +51,7 @@ class _Given:
             ConfigError: for an unknown field or a wrong type.
         """
         check_fields(type(self).__name__, changes, type(self))
-        kept = {name: getattr(self, name) for name in self._given}
-        return type(self)(**{**kept, **changes})
+        return type(self)(**{**self.given_fields(), **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:

@@ -111,6 +111,10 @@ class ArtifactNotFoundError(NotFoundError):
     remedy = "client.artifacts() lists the artifacts of this key's tenant"
 
 
+class ArtifactExpiredError(ArtifactNotFoundError):
+    """The artifact was deleted, or its time to live is over."""
+
+
 class ModelNotFoundError(NotFoundError):
     """No model is registered under this name."""
 
@@ -197,6 +201,12 @@ class ArtifactMismatchError(PreconditionError):
     """The artifact does not fit the run."""
 
 
+class ArtifactInUseError(PreconditionError):
+    """A run's recovery or an unfinished operation still needs the artifact."""
+
+    remedy = "save the run again or delete it; wait for the operation"
+
+
 class NoChatTemplateError(PreconditionError):
     """The model has no chat template, or no tokenizer."""
 
@@ -227,6 +237,10 @@ class QueueFullError(ResourceExhaustedError):
     """A queue is full; `retry_delay_s` says when to try again."""
 
 
+class StorageFullError(ResourceExhaustedError):
+    """The server's disk is full; nothing of the call was stored."""
+
+
 class OutOfMemoryError(ResourceExhaustedError):
     """The device has too little memory for this operation."""
 
@@ -235,6 +249,10 @@ class OutOfMemoryError(ResourceExhaustedError):
 
 class OperationCancelledError(TenSafeError, concurrent.futures.CancelledError):
     """The operation was cancelled before it ran."""
+
+
+class DeadlineExceededError(TenSafeError, TimeoutError):
+    """The operation had not started when its `deadline_s` was over; it never ran."""
 
 
 class OperationTimeoutError(TenSafeError, TimeoutError):
@@ -261,6 +279,9 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "RUN_NOT_FOUND": RunNotFoundError,
     "OPERATION_NOT_FOUND": OperationNotFoundError,
     "ARTIFACT_NOT_FOUND": ArtifactNotFoundError,
+    "ARTIFACT_EXPIRED": ArtifactExpiredError,
+    "ARTIFACT_IN_USE": ArtifactInUseError,
+    "STORAGE_FULL": StorageFullError,
     "MODEL_NOT_FOUND": ModelNotFoundError,
     "RUN_DELETED": RunDeletedError,
     "SEQ_CONFLICT": SequenceConflictError,
@@ -284,9 +305,11 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "VERSION_NOT_SAVED": VersionNotSavedError,
     "CHECKSUM_MISMATCH": ChecksumMismatchError,
     "OPERATION_CANCELLED": OperationCancelledError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
     "QUEUE_FULL": QueueFullError,
     "OUT_OF_MEMORY": OutOfMemoryError,
     "DRAINING": ConnectionFailedError,
+    "RUN_STATE_LOST": ServerError,
 }
 
 _BY_CODE: dict[str, type[TenSafeError]] = {

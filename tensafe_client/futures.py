@@ -12,8 +12,10 @@ from tensafe.v1 import operations_pb2 as pb
 from tensafe.wire.tensors import Array
 from tensafe_client.checks import check_seconds
 from tensafe_client.errors import (
+    DeadlineExceededError,
     OperationCancelledError,
     OperationTimeoutError,
+    PreconditionError,
     TenSafeError,
     from_status,
 )
@@ -72,6 +74,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             OperationTimeoutError: if the wait ends first; the operation goes on.
             OperationCancelledError: if it was cancelled before it ran.
             ConfigError: for a timeout that is no number of seconds, 0 or more.
+            DeadlineExceededError: if its `deadline_s` was over before it ran.
             TenSafeError: what the operation failed with.
         """
         if self._converted is None:
@@ -165,6 +168,16 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             metadata=self._metadata(),
         )
 
+    def _expired_error(self) -> PreconditionError:
+        return PreconditionError(
+            f"{self._name()} succeeded, but its per-token outputs or completions are past the "
+            "server's retention",
+            reason="RESULT_EXPIRED",
+            code="FAILED_PRECONDITION",
+            metadata=self._metadata(),
+            remedy="read results while they are fresh; metrics of steps stay in metrics()",
+        )
+
     def _timeout_error(self, timeout: float | None) -> OperationTimeoutError:
         again = (
             f"client.future({self._operation_id!r}).result() in any process"
@@ -199,10 +212,16 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         state = operation.state
         if state not in _FINISHED:
             return False
-        if state == pb.OPERATION_STATE_SUCCEEDED:
+        if state == pb.OPERATION_STATE_SUCCEEDED and operation.result_pruned:
+            self.set_exception(self._expired_error())
+        elif state == pb.OPERATION_STATE_SUCCEEDED:
             # The base class keeps the message; `result` unpacks it.
             self.set_result(cast(T, operation))
         elif state == pb.OPERATION_STATE_CANCELLED:
+            error = from_status(operation.error)
+            if isinstance(error, DeadlineExceededError):
+                self.set_exception(error)
+                return True
             super().cancel()
             self.set_running_or_notify_cancel()
         else:

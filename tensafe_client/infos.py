@@ -31,6 +31,10 @@ class RunInfo:
         step: applied optimizer updates.
         next_seq: the seq of the next numbered operation.
         created_at: when it was created.
+        replay_mismatches: replayed operations whose results were not those in the log; above 0,
+            the run may differ from what it was before a recovery.
+        snapshot_seq: the last operation in the newest snapshot, where a recovery would begin; 0 if
+            there is none.
     """
 
     id: str
@@ -39,6 +43,8 @@ class RunInfo:
     next_seq: int
     created_at: datetime
     config: TrainingConfig
+    replay_mismatches: int = 0
+    snapshot_seq: int = 0
 
     @classmethod
     def from_proto(cls, message: training_pb2.Run) -> RunInfo:
@@ -50,6 +56,64 @@ class RunInfo:
             next_seq=message.next_seq,
             created_at=to_datetime(message.created_at),
             config=TrainingConfig.from_proto(message.config),
+            replay_mismatches=message.replay_mismatches,
+            snapshot_seq=message.snapshot_seq,
+        )
+
+
+@dataclass(frozen=True)
+class ReplayMismatch:
+    """A replayed operation whose result was not that in the log."""
+
+    operation_id: str
+    seq: int
+    difference: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What replaying a run from its log has shown.
+
+    Attributes:
+        reproduces: whether every replayed result was that in the log.
+        from_seq: the last operation in the state from which the replay began; 0: a fresh adapter.
+        to_seq: the last operation that had ended when it began.
+        pruned: earlier operations are past the server's retention and were not replayed.
+        replayed: operations replayed.
+        exact: of them, those compared bit by bit.
+        within_tolerance: of them, those compared within a tolerance, since another kind of machine
+            gave the logged result, or one before it.
+        mismatches: how many results differed.
+        details: the first of those, at most 100.
+    """
+
+    run_id: str
+    reproduces: bool
+    from_seq: int
+    to_seq: int
+    pruned: bool
+    replayed: int
+    exact: int
+    within_tolerance: int
+    mismatches: int
+    details: list[ReplayMismatch]
+
+    @classmethod
+    def from_proto(cls, run_id: str, message: training_pb2.VerifyReport) -> VerifyReport:
+        """Unpacks a report."""
+        return cls(
+            run_id=run_id,
+            reproduces=message.mismatches == 0,
+            from_seq=message.from_seq,
+            to_seq=message.to_seq,
+            pruned=message.pruned,
+            replayed=message.replayed,
+            exact=message.exact,
+            within_tolerance=message.within_tolerance,
+            mismatches=message.mismatches,
+            details=[
+                ReplayMismatch(one.operation_id, one.seq, one.difference) for one in message.details
+            ],
         )
 
 
@@ -109,12 +173,22 @@ class ArtifactFile:
 
 
 @dataclass(frozen=True)
+class AdapterShape:
+    """The shape of a LoRA adapter; `rank` 0 for one that was saved before shapes were kept."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ArtifactInfo:
     """A saved checkpoint.
 
     Attributes:
         id: `art-…`.
-        run_id: the run that was saved.
+        run_id: the run that was saved; empty for an adapter that was uploaded.
         model_ref: its base model.
         step: applied updates of the saved weights.
         size_bytes: sum of its files' sizes.
@@ -123,6 +197,8 @@ class ArtifactInfo:
         metadata: the caller's own JSON object.
         created_at: when it was saved.
         files: its files, in name order.
+        expires_at: when its time to live is over; None if it has none.
+        adapter: its shape: what a run must have as `lora_config` to load it.
     """
 
     id: str
@@ -135,6 +211,8 @@ class ArtifactInfo:
     metadata: Mapping[str, Any]
     created_at: datetime
     files: tuple[ArtifactFile, ...]
+    expires_at: datetime | None
+    adapter: AdapterShape
 
     @classmethod
     def from_proto(cls, message: artifacts_pb2.Artifact) -> ArtifactInfo:
@@ -150,6 +228,13 @@ class ArtifactInfo:
             metadata=to_dict(message.metadata),
             created_at=to_datetime(message.created_at),
             files=tuple(ArtifactFile(f.name, f.size_bytes, f.sha256) for f in message.files),
+            expires_at=to_datetime(message.expires_at) if message.HasField("expires_at") else None,
+            adapter=AdapterShape(
+                rank=message.adapter.rank,
+                alpha=message.adapter.alpha,
+                dropout=message.adapter.dropout,
+                target_modules=tuple(message.adapter.target_modules),
+            ),
         )
 
 
@@ -246,6 +331,52 @@ class KeyInfo:
             name=message.name,
             created_at=to_datetime(message.created_at),
             revoked_at=to_datetime(message.revoked_at) if revoked else None,
+        )
+
+
+@dataclass(frozen=True)
+class StorageUse:
+    """How many things of a kind are stored, and their size, bytes."""
+
+    count: int
+    size_bytes: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.StorageUse) -> StorageUse:
+        """Unpacks a kind's use."""
+        return cls(message.count, message.size_bytes)
+
+
+@dataclass(frozen=True)
+class StorageInfo:
+    """What takes how much disk on the server.
+
+    Attributes:
+        log: the store's file; its count is of operations.
+        log_free_bytes: what of the file is free to be used again, bytes.
+        payloads: specs and results too big for a row.
+        snapshots: recovery points of runs.
+        artifacts: saved checkpoints.
+        other: everything else in the blob store.
+    """
+
+    log: StorageUse
+    log_free_bytes: int
+    payloads: StorageUse
+    snapshots: StorageUse
+    artifacts: StorageUse
+    other: StorageUse
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.GetStorageResponse) -> StorageInfo:
+        """Unpacks the answer."""
+        return cls(
+            log=StorageUse.from_proto(message.log),
+            log_free_bytes=message.log_free_bytes,
+            payloads=StorageUse.from_proto(message.payloads),
+            snapshots=StorageUse.from_proto(message.snapshots),
+            artifacts=StorageUse.from_proto(message.artifacts),
+            other=StorageUse.from_proto(message.other),
         )
 
 

@@ -65,7 +65,12 @@ class RunOperations:
         return self._sequence.step
 
     def forward(
-        self, batch: Any, loss_fn: str = "cross_entropy", reduction: str | None = None
+        self,
+        batch: Any,
+        loss_fn: str = "cross_entropy",
+        reduction: str | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[ForwardResult]:
         """Computes a loss and its per-token outputs, without dropout and without any gradient.
 
@@ -73,16 +78,24 @@ class RunOperations:
             batch: as for `forward_backward`.
             loss_fn: name of the loss.
             reduction: "weighted_mean" or "sum". None: the weighted mean.
+            deadline_s: how long it may wait on the server, seconds: if it has not started by then,
+                it never runs and ends with DeadlineExceededError. None: for ever.
 
         Raises:
             BatchError: if the batch is malformed; nothing is submitted.
         """
         encoded = encode_batch(batch)
         spec = specs.forward(self.run_id, encoded, specs.loss_config(loss_fn, reduction))
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "forward", spec, encoded.offsets)
 
     def forward_backward(
-        self, batch: Any, loss_fn: str = "cross_entropy", reduction: str | None = None
+        self,
+        batch: Any,
+        loss_fn: str = "cross_entropy",
+        reduction: str | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[ForwardBackwardResult]:
         """Computes a loss and adds its gradient to the run's accumulator.
 
@@ -93,6 +106,9 @@ class RunOperations:
             loss_fn: name of the loss.
             reduction: "weighted_mean" or "sum"; one accumulation window has one. None: the
                 weighted mean.
+            deadline_s: how long it may wait on the server, seconds: if it has not started by then,
+                it never runs, ends with DeadlineExceededError and poisons its window. None: for
+                ever.
 
         A call that raises counts as a failed forward_backward, as one does that the server refuses:
         it takes its place in the run's order, and the `optim_step` that closes this accumulation
@@ -106,6 +122,7 @@ class RunOperations:
             encoded = encode_batch(batch)
             loss = specs.loss_config(loss_fn, reduction)
             spec = specs.forward_backward(self.run_id, encoded, loss)
+            specs.set_deadline(spec, deadline_s)
             return self._session.submit_numbered(
                 self._sequence, "forward_backward", spec, encoded.offsets
             )
@@ -118,6 +135,8 @@ class RunOperations:
         learning_rate: float | None = None,
         weight_decay: float | None = None,
         grad_clip_norm: float | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[OptimStepResult]:
         """Closes a call of the accumulation window; the N-th call applies the update.
 
@@ -125,6 +144,8 @@ class RunOperations:
             learning_rate: step size of this update. None: the run's.
             weight_decay: weight decay of this update. None: the run's.
             grad_clip_norm: L2 norm to which its gradient is clipped. None: the run's.
+            deadline_s: how long it may wait on the server, seconds: if it has not started by then,
+                it never runs, and the window stays open. None: for ever.
         """
         spec = specs.optim_step(
             self.run_id,
@@ -132,6 +153,7 @@ class RunOperations:
             weight_decay=weight_decay,
             grad_clip_norm=grad_clip_norm,
         )
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "optim_step", spec)
 
     def sample_async(
@@ -148,6 +170,7 @@ class RunOperations:
         *,
         step: int | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text; the future twin of `sample`, with the same arguments."""
         weights = specs.run_weights(step, artifact)
@@ -165,22 +188,34 @@ class RunOperations:
             stop=stop,
             num_samples=num_samples,
         )
+        specs.set_deadline(spec, deadline_s)
         if current:
             return self._session.submit_numbered(self._sequence, "sample", spec)
         return self._session.submit_unnumbered("sample", spec)
 
     def save_state_async(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SaveStateResult]:
         """Saves the adapter; the future twin of `save_state`, with the same arguments."""
-        spec = specs.save_state(self.run_id, metadata, include_optimizer)
+        spec = specs.save_state(self.run_id, metadata, include_optimizer, ttl_s)
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "save_state", spec)
 
     def load_state_async(
-        self, artifact_id: str, include_optimizer: bool | None = None
+        self,
+        artifact_id: str,
+        include_optimizer: bool | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[LoadStateResult]:
         """Restores a state; the future twin of `load_state`, with the same arguments."""
         spec = specs.load_state(self.run_id, artifact_id, include_optimizer)
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "load_state", spec)
 
     def __repr__(self) -> str:

@@ -117,6 +117,7 @@ class SaveStateResult:
         has_optimizer: whether it holds what continuing needs.
         metadata: the caller's own JSON object.
         created_at: when it was saved.
+        expires_at: when its time to live is over; None if it has none.
     """
 
     artifact_id: str
@@ -126,6 +127,7 @@ class SaveStateResult:
     has_optimizer: bool
     metadata: Mapping[str, Any]
     created_at: datetime
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,7 @@ def _save_state(message: operations_pb2.SaveStateResult) -> SaveStateResult:
         has_optimizer=artifact.has_optimizer,
         metadata=to_dict(artifact.metadata),
         created_at=to_datetime(artifact.created_at),
+        expires_at=to_datetime(artifact.expires_at) if artifact.HasField("expires_at") else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,11 @@ from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig, Connection, resolve
 from tensafe_client.downloads import Downloads
 from tensafe_client.futures import OperationFuture
-from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.results import SampleResult
 from tensafe_client.session import Session
 from tensafe_client.training import TrainingClient
+from tensafe_client.uploads import Uploads
 
 
 class ServiceBase:
@@ -45,6 +46,7 @@ class ServiceBase:
         self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))
         self._api = Api(self._session)
         self._downloads = Downloads(self._session)
+        self._uploads = Uploads(self._session)
 
     @property
     def connection(self) -> Connection:
@@ -70,6 +72,7 @@ class ServiceBase:
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text from weights of no run; the future twin of `sample`."""
         spec = specs.sample(
@@ -84,6 +87,7 @@ class ServiceBase:
             stop=stop,
             num_samples=num_samples,
         )
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_unnumbered("sample", spec)
 
     def __repr__(self) -> str:
@@ -132,18 +136,32 @@ class ServiceClient(ServiceBase):
         self._io = self._session.io
         self.admin = Admin(self._session)
 
-    def create_training_client(self, config: TrainingConfig | Mapping[str, Any]) -> TrainingClient:
+    def create_training_client(
+        self,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        from_artifact: str | None = None,
+        include_optimizer: bool | None = None,
+    ) -> TrainingClient:
         """Creates a run.
 
         Args:
-            config: a `TrainingConfig`, or a dict of its fields.
+            config: a `TrainingConfig`, or a dict of its fields. With `from_artifact` it may be
+                left out, and a dict may leave out what is as in the run that was saved; an
+                uploaded adapter brings its model and its LoRA shape.
+            from_artifact: an artifact whose state the run begins with.
+            include_optimizer: as in `TrainingClient.load_state`. True goes on exactly where the
+                saved run was, False begins a fresh optimizer on its weights.
 
         Raises:
             ConfigError: for an unknown field, naming the closest valid one, or a wrong type.
             InvalidArgumentError: if the server refuses a value; it names the field.
             ModelNotFoundError: if the model is not registered.
+            ArtifactMismatchError: if the artifact does not fit the config; no run is left.
         """
-        info, sequence = self._io.run(self._api.create_run(config))
+        info, sequence = self._io.run(
+            self._api.create_run_from(config, from_artifact, include_optimizer)
+        )
         return TrainingClient(self._session, info, sequence)
 
     def training_client(self, run_id: str) -> TrainingClient:
@@ -177,6 +195,21 @@ class ServiceClient(ServiceBase):
     def delete_run(self, run_id: str) -> RunInfo:
         """Deletes a run; its queued operations are cancelled, its artifacts stay."""
         return self._io.run(self._api.delete_run(run_id))
+
+    def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run from its log on a worker, beside the run itself, and compares the results.
+
+        Args:
+            run_id: the run.
+            on_progress: called with (replayed, total) operations, on the SDK's thread.
+
+        Raises:
+            RunNotFoundError: if there is no such run.
+            ConnectionFailedError: if no worker serves its model, or the worker was lost.
+        """
+        return self._io.run(self._api.verify_run(run_id, on_progress))
 
     def operations(
         self, run_id: str | None = None, *, limit: int | None = None
@@ -215,6 +248,41 @@ class ServiceClient(ServiceBase):
         """
         return self._io.run(self._downloads.artifact(artifact_id, directory))
 
+    def upload_artifact(
+        self,
+        directory: str | Path,
+        model_ref: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> ArtifactInfo:
+        """Uploads an adapter that was made elsewhere, as an artifact to load or sample from.
+
+        What is sent are the two files that `peft`'s `save_pretrained` writes,
+        `adapter_config.json` and `adapter_model.safetensors`; anything else in the folder stays.
+        An upload that broke off goes on where it stopped when the same call is made again.
+
+        Args:
+            directory: the folder.
+            model_ref: the base model that the adapter was trained on (`client.models()`).
+            metadata: your own JSON object, kept with the artifact; at most 64 KiB.
+            ttl_s: how long the artifact is kept, seconds. None: until it is deleted.
+
+        Raises:
+            InvalidArgumentError: for what is no sound adapter; it names the file and the field.
+            UnsupportedOptionError: for an adapter that runs here cannot have (DoRA, rsLoRA, …).
+            UnknownTargetModuleError: for modules that the model lacks.
+        """
+        return self._io.run(self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s))
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact and its files; one that is gone already is no error.
+
+        Raises:
+            ArtifactInUseError: while a run's recovery or an unfinished operation needs it.
+        """
+        self._io.run(self._api.delete_artifact(artifact_id))
+
     def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""
         return self._io.run(self._api.models())
@@ -241,6 +309,7 @@ class ServiceClient(ServiceBase):
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> SampleResult:
         """Generates text from a base model or an artifact, and waits for it.
 
@@ -258,6 +327,7 @@ class ServiceClient(ServiceBase):
             num_samples,
             base_model=base_model,
             artifact=artifact,
+            deadline_s=deadline_s,
         ).result()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from google.protobuf import struct_pb2
+from google.protobuf.duration_pb2 import Duration
 
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.tensors import encode
@@ -16,6 +17,8 @@ from tensafe_client.data.datum import token_array
 from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
 
 _MAX_METADATA_DEPTH = 16
+_LONGEST_DEADLINE_S = 30 * 24 * 3600
+_LONGEST_TTL_S = 100 * 365 * 86400.0
 _REDUCTIONS = {
     "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
     "sum": pb.LOSS_REDUCTION_SUM,
@@ -32,6 +35,23 @@ def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
         name=check_string("loss_fn", loss_fn),
         reduction=_REDUCTIONS[reduction] if reduction else pb.LOSS_REDUCTION_UNSPECIFIED,
     )
+
+
+def set_deadline(spec: pb.OperationSpec, deadline_s: float | None) -> None:
+    """Says how long the operation may wait, seconds; None leaves it open.
+
+    Raises:
+        InvalidArgumentError: if it is not above 0, or longer than 30 days.
+    """
+    if deadline_s is None:
+        return
+    seconds = check_number("deadline_s", deadline_s)
+    if not 0 < seconds <= _LONGEST_DEADLINE_S:
+        raise InvalidArgumentError(
+            f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:,} (30 days), "
+            f"got {deadline_s}"
+        )
+    spec.time_to_live.FromNanoseconds(max(1, round(seconds * 1e9)))
 
 
 def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
@@ -64,16 +84,21 @@ def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:
 
 
 def save_state(
-    run_id: str, metadata: Mapping[str, Any] | None, include_optimizer: bool | None
+    run_id: str,
+    metadata: Mapping[str, Any] | None,
+    include_optimizer: bool | None,
+    ttl_s: float | None,
 ) -> pb.OperationSpec:
     """Packs a checkpoint.
 
     Raises:
-        InvalidArgumentError: if the metadata is no JSON object.
+        InvalidArgumentError: if the metadata is no JSON object, or the time to live is too short.
     """
     message = pb.SaveState(include_optimizer=_flag(include_optimizer))
     if metadata is not None:
-        message.metadata.CopyFrom(_json_object(metadata))
+        message.metadata.CopyFrom(json_object(metadata))
+    if ttl_s is not None:
+        message.ttl.CopyFrom(time_to_live(ttl_s))
     return pb.OperationSpec(run_id=run_id, save_state=message)
 
 
@@ -199,7 +224,24 @@ def _flag(include_optimizer: object) -> bool | None:
     return None if include_optimizer is None else check_bool("include_optimizer", include_optimizer)
 
 
-def _json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
+def time_to_live(ttl_s: float) -> Duration:
+    """Packs a time to live, seconds.
+
+    Raises:
+        InvalidArgumentError: below one second, or above a hundred years.
+    """
+    seconds = check_number("ttl_s", ttl_s)
+    if not 1 <= seconds <= _LONGEST_TTL_S:
+        raise InvalidArgumentError(
+            f"ttl_s must be from 1 to {_LONGEST_TTL_S:.0f} seconds, got {ttl_s!r}; None keeps the "
+            "artifact until it is deleted"
+        )
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
     if not isinstance(metadata, Mapping):
         raise InvalidArgumentError(f"metadata must be a dict, got {type(metadata).__name__}")
     struct = struct_pb2.Struct()

@@ -69,6 +69,9 @@ class Submitter:
         self._sending = False
         self._progress = asyncio.Event()
         self._backoff = Backoff()
+        # How many operations go into a batch: few while the server's queue is full, so that what it
+        # refuses is not sent to it over and over.
+        self._window = MAX_OPERATIONS
 
     def put(self, submission: Submission) -> None:
         """Queues an operation; from any thread, never blocks."""
@@ -131,7 +134,7 @@ class Submitter:
     def _take(self) -> list[Submission]:
         batch = [self._waiting.popleft()]
         size = len(batch[0].spec)
-        while self._waiting and len(batch) < MAX_OPERATIONS:
+        while self._waiting and len(batch) < self._window:
             size += len(self._waiting[0].spec)
             if size > MAX_BATCH_BYTES:
                 break
@@ -156,11 +159,15 @@ class Submitter:
                 delay_s = max(delay_s or 0.0, error.retry_delay_s or 0.0)
             else:
                 self._session.refused(submission.future, outcome.operation_id, error)
+        taken = len(batch) - len(again)
+        if taken:
+            self._backoff.reset()
         if again:
+            self._window = max(1, min(MAX_OPERATIONS, 2 * taken))
             self._waiting.extendleft(reversed(again))
             await asyncio.sleep(self._backoff.next_s(delay_s))
         else:
-            self._backoff.reset()
+            self._window = min(MAX_OPERATIONS, 2 * self._window)
 
     async def _call(self, request: bytes) -> pb.SubmitBatchResponse:
         """Repeats the call until the server has answered it; an outage only makes it wait.

@@ -49,6 +49,7 @@ class TrainingClient(RunOperations):
         *,
         step: int | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> SampleResult:
         """Generates text and waits for it. What is None is left to the server's default.
 
@@ -66,6 +67,8 @@ class TrainingClient(RunOperations):
             num_samples: completions for each prompt. Default 1.
             step: sample the weights as saved after this step, instead of the current ones.
             artifact: sample an artifact, instead of the current weights.
+            deadline_s: how long it may wait on the server, seconds: if it has not started by then,
+                it never runs and ends with DeadlineExceededError. Default: for ever.
         """
         return self.sample_async(
             prompts,
@@ -79,21 +82,35 @@ class TrainingClient(RunOperations):
             num_samples,
             step=step,
             artifact=artifact,
+            deadline_s=deadline_s,
         ).result()
 
     def save_state(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> SaveStateResult:
         """Saves the adapter as an artifact, at this point of the run's order, and waits for it.
 
         Args:
             metadata: your own JSON object, kept with the artifact; at most 64 KiB.
             include_optimizer: also save what continuing needs. None: yes.
+            ttl_s: how long the artifact is kept, seconds. None: until it is deleted.
+            deadline_s: as for `sample`.
         """
-        return self.save_state_async(metadata, include_optimizer).result()
+        return self.save_state_async(
+            metadata, include_optimizer, ttl_s, deadline_s=deadline_s
+        ).result()
 
     def load_state(
-        self, artifact_id: str, include_optimizer: bool | None = None
+        self,
+        artifact_id: str,
+        include_optimizer: bool | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> LoadStateResult:
         """Replaces the run's state by an artifact's, and waits for it.
 
@@ -101,8 +118,9 @@ class TrainingClient(RunOperations):
             artifact_id: an artifact of this tenant, of the same model and LoRA shape.
             include_optimizer: also restore optimizer, counters and open window. None: if it has
                 them.
+            deadline_s: as for `sample`.
         """
-        return self.load_state_async(artifact_id, include_optimizer).result()
+        return self.load_state_async(artifact_id, include_optimizer, deadline_s=deadline_s).result()
 
     def metrics(self, follow: bool = False, since: int = 0) -> Iterator[StepMetrics]:
         """Iterates the metrics of each applied update.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from tensafe import failpoints
 from tensafe.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -43,19 +45,28 @@ from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.liveness import Liveness
 from tensafe_server.fleet.reception import Reception
+from tensafe_server.fleet.replay import Comparer, ReplayWatch
 from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.models.registry import ModelRegistry
+from tensafe_server.operations.artifacts import ArtifactBook
 from tensafe_server.operations.gaps import GapWatch
-from tensafe_server.operations.intake import Intake, Limits
-from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.intake import Intake
+from tensafe_server.operations.ledger import SPEC_MEMORY_BYTES, Ledger
+from tensafe_server.operations.limits import Limits
+from tensafe_server.operations.lookup import OperationReader, draining
 from tensafe_server.operations.outcomes import Outcomes
+from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
+from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
+from tensafe_server.operations.specs import SpecReader
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.tls import Certificate
+from tensafe_server.uploads.desk import UploadDesk
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +100,27 @@ class Settings:
         data: directory of the store and the blobs; made if missing.
         listen: HOST:PORT; port 0 takes a free one.
         limits: how much may wait.
+        recovery: when snapshots are made, and what is kept.
         gap_timeout_s: how long operations wait for a missing seq.
-        grace_s: how long calls may go on after `stop`.
         certificate: serve `listen` with TLS. None: in plain text.
         local_listen: with a certificate, a plain-text loopback HOST:PORT beside it, for this
             machine's own workers.
+        spec_memory_bytes: what waiting operations carry is held in memory up to here, and read from
+            the store beyond.
+        worker_silence_s: a worker that says nothing for so long is taken for dead.
+        grace_s: how long ending may take: what runs is finished, calls are answered.
     """
 
     data: Path
     listen: str = "127.0.0.1:50051"
     limits: Limits = field(default_factory=Limits)
+    recovery: RecoveryPolicy = field(default_factory=RecoveryPolicy)
     gap_timeout_s: float = 60.0
-    grace_s: float = 2.0
     certificate: Certificate | None = None
     local_listen: str | None = None
+    spec_memory_bytes: int = SPEC_MEMORY_BYTES
+    worker_silence_s: float = 10.0
+    grace_s: float = 30.0
 
 
 class Coordinator:
@@ -123,22 +141,56 @@ class Coordinator:
         payloads = Payloads(blobs)
         self.identity = Identity(store)
         self._models = ModelRegistry(store, blobs)
-        self._ledger = Ledger()
+        self._ledger = Ledger(settings.spec_memory_bytes)
         self._payloads = payloads
         self._hub = EventHub(store, payloads)
         outcomes = Outcomes(store, self._ledger, self._hub, payloads)
-        restorer = Restorer(store, payloads)
-        self.dispatcher = Dispatcher(store, self._ledger, restorer)
+        recovery = settings.recovery
+        snapshots = SnapshotBook(store, blobs, self._ledger, recovery.snapshots_kept)
+        self._pruner = Pruner(
+            store, blobs, payloads, self._ledger, snapshots, recovery.result_retention_s
+        )
+        snapshots.on_kept = self._pruner.look_at
+        restorer = Restorer(store, payloads, snapshots)
+        specs = SpecReader(store, payloads, self._ledger)
+        self.dispatcher = Dispatcher(store, self._ledger, restorer, specs)
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
-        reader = OperationReader(store, self._ledger, payloads)
-        intake = Intake(store, self._ledger, self._models, payloads, self._hub, settings.limits)
-        reception = Reception(self._ledger, self._models, outcomes, self.dispatcher, restorer)
+        reader = self._reader = OperationReader(store, self._ledger, payloads)
+        self._artifacts = ArtifactBook(store, self._ledger, blobs)
+        self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
+        intake = self._intake = Intake(
+            store,
+            self._ledger,
+            self._models,
+            payloads,
+            self._hub,
+            self._artifacts,
+            settings.limits,
+        )
+        self.dispatcher.on_unrestorable = cancellation.fail_waiting
+        comparer = Comparer(store, payloads)
+        verifications = Verifications(self.dispatcher, restorer, comparer)
+        reception = Reception(
+            self._ledger,
+            self._models,
+            outcomes,
+            self.dispatcher,
+            restorer,
+            ReplayWatch(store, self._ledger, comparer, snapshots),
+            verifications,
+            recovery,
+            Liveness(settings.worker_silence_s),
+        )
         runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
+        self._ledger.on_deadline = cancellation.watch_deadline
+        specs.on_read = self.dispatcher.kick
+        specs.on_missing = cancellation.give_up
         outcomes.on_lost_store = self._fail
+        outcomes.on_saved = self._artifacts.news
 
         self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
@@ -157,6 +209,8 @@ class Coordinator:
                 cancellation,
                 self.dispatcher,
                 self._hub,
+                verifications,
+                self._pruner,
             ),
             server,
         )
@@ -167,16 +221,16 @@ class Coordinator:
             MetricsServicer(self._ledger, self._hub), server
         )
         artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server(
-            ArtifactsServicer(store, self._ledger, blobs), server
+            ArtifactsServicer(store, self._ledger, blobs, self._artifacts, self._uploads), server
         )
         models_pb2_grpc.add_ModelsServiceServicer_to_server(
             ModelsServicer(self._models, blobs), server
         )
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(store, self.identity), server
+            AdminServicer(store, self.identity, blobs), server
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-            WorkerServicer(store, blobs, self._models, reception), server
+            WorkerServicer(store, blobs, self._models, reception, snapshots), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
@@ -192,8 +246,13 @@ class Coordinator:
             DataDirectoryError: if another coordinator uses the directory, or nobody can.
             AddressInUseError: if it cannot listen.
         """
+        failpoints.warn_if_armed(log)
         lock = _lock(settings.data)
-        store = await SqliteStore.open(settings.data / "tensafe.db")
+        path = settings.data / "tensafe.db"
+        try:
+            store = await SqliteStore.open(path)
+        except sqlite3.Error as error:
+            raise DataDirectoryError(f"cannot open the store {path}: {_explain(error)}") from error
         try:
             coordinator = cls(settings, store)
             coordinator._lock = lock
@@ -208,7 +267,10 @@ class Coordinator:
         await self.identity.load()
         await self._models.load()
         await self._hub.load()
+        await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
+        self._artifacts.start()
+        self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
 
     async def _listen(self) -> None:
@@ -220,6 +282,7 @@ class Coordinator:
         elif self._settings.local_listen is not None:
             self.local_address = self._add_port(self._settings.local_listen, "--local-listen", None)
         await self._server.start()
+        self._pruner.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
@@ -238,18 +301,25 @@ class Coordinator:
         return f"{scheme}://{listen.rpartition(':')[0]}:{port}"
 
     async def drain(self) -> None:
-        """Sends no more work out, and says so to load balancers; calls are still answered."""
+        """Accepts no more operations and sends none out, and says so to load balancers and callers;
+        other calls are still answered."""
+        self._intake.draining = draining()
         await self._health.enter_graceful_shutdown()
         for link in self.dispatcher.links:
             link.draining = True
 
-    async def stop(self) -> None:
-        """Ends: watchers are told to come back, and everything accepted is on disk."""
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Ends, within `grace_s` seconds (unset: the settings'): watchers, waiters and workers are
+        told to come back, and everything accepted is on disk."""
         await self.drain()
         self._hub.close()
+        self._reader.drain()
+        self._artifacts.stop()
+        self._uploads.stop()
         for link in self.dispatcher.links:
-            link.close()
-        await self._server.stop(self._settings.grace_s)
+            link.close(draining())
+        await self._server.stop(self._settings.grace_s if grace_s is None else grace_s)
+        await self._pruner.stop()
         await self._store.close()
         if self._lock is not None:
             self._lock.close()
@@ -257,6 +327,18 @@ class Coordinator:
     def _fail(self, error: BaseException) -> None:
         if not self.failed.done():
             self.failed.set_exception(error)
+
+
+def _explain(error: sqlite3.Error) -> str:
+    code = error.sqlite_errorcode & 0xFF
+    remedy = {
+        sqlite3.SQLITE_BUSY: "end the other process that uses it, and start again",
+        sqlite3.SQLITE_FULL: "free space on its disk, and start again",
+        sqlite3.SQLITE_READONLY: "make it writable, and start again",
+        sqlite3.SQLITE_NOTADB: "restore it from a backup",
+        sqlite3.SQLITE_CORRUPT: "restore it from a backup",
+    }.get(code, "look at its disk and its permissions")
+    return f"{error}; {remedy}"
 
 
 def _lock(data: Path) -> IO[bytes]:

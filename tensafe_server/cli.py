@@ -6,76 +6,24 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
-from tensafe_server.store.base import SchemaTooNewError
-from tensafe_server.tls import Certificate, CertificateError
-
-_DATA = Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "tensafe"
+from tensafe_server.options import life, listen_on_loopback
+from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
 
 _LOCAL_LISTEN = "127.0.0.1:50052"
 
 
-def _checked_address(context: click.Context, option: click.Parameter, value: str) -> str:
-    host, separator, port = value.rpartition(":")
-    if not (host and separator and port.isascii() and port.isdigit() and int(port) < 65536):
-        raise click.BadParameter(f"{value!r} is not HOST:PORT with a port from 0 to 65535")
-    return value
-
-
-def _checked_loopback(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> str | None:
-    if value is not None and not _checked_address(context, option, value).startswith("127."):
-        raise click.BadParameter(f"{value!r} is not on loopback, and it serves in plain text")
-    return value
-
-
-_listen = click.option(
-    "--listen",
-    metavar="HOST:PORT",
-    default="127.0.0.1:50051",
-    show_default=True,
-    callback=_checked_address,
-    help="Address to serve on; port 0 takes a free one.",
-)
-_data = click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=_DATA,
-    show_default=True,
-    help="Directory of the store and the artifacts; made if missing.",
-)
-_tls_cert = click.option(
-    "--tls-cert",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Serve with TLS: PEM certificate, with the chain to its authority.",
-)
-_tls_key = click.option(
-    "--tls-key",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="The certificate's private key, PEM, unencrypted.",
-)
-
-
 @click.command()
-@_listen
-@_tls_cert
-@_tls_key
-@click.option(
-    "--local-listen",
-    metavar="HOST:PORT",
-    callback=_checked_loopback,
-    help="With --tls-cert: loopback address, in plain text, for this machine's own workers and "
-    "profile.  [default: 127.0.0.1:50052]",
-)
-@_data
+@listen_on_loopback
 @click.option(
     "--backend",
     type=click.Choice(["torch", "mock"]),
@@ -113,12 +61,15 @@ _tls_key = click.option(
     help="Name of the client profile to write; it becomes the default one.",
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
+@click.option(
+    "--operation-limit-s",
+    type=click.FloatRange(0, min_open=True),
+    help="Given to every worker: see `tensafe worker --help`.",
+)
+@life
 def up(
-    listen: str,
-    tls_cert: Path | None,
-    tls_key: Path | None,
+    settings: Settings,
     local_listen: str | None,
-    data: Path,
     backend: str,
     models: tuple[str, ...],
     workers: int | None,
@@ -126,11 +77,14 @@ def up(
     dtype: str,
     profile: str,
     no_profile: bool,
+    operation_limit_s: float | None,
 ) -> None:
     """Run the whole service on this machine: a coordinator and its workers.
 
     Prints `ready: grpc://HOST:PORT` when it serves, after writing a client profile, so that
-    `tensafe` commands and `ServiceClient()` find it by themselves. SIGTERM or Ctrl-C ends it.
+    `tensafe` commands and `ServiceClient()` find it by themselves. SIGTERM or Ctrl-C: what runs is
+    finished, all that was accepted is kept for the next start, and it ends with 0 within --grace-s;
+    a second one ends it at once.
 
     \b
     Examples:
@@ -141,45 +95,26 @@ def up(
     """
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
-    certificate = _certificate(tls_cert, tls_key)
-    if local_listen is not None and certificate is None:
+    if local_listen is not None and settings.certificate is None:
         raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
-    settings = LocalSettings(
-        Settings(
-            data=data,
-            listen=listen,
-            certificate=certificate,
-            local_listen=local_listen or _LOCAL_LISTEN,
-        ),
-        _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype),
-        None if no_profile else profile,
-    )
-    _run(serve_locally(settings, _announce))
+    settings = replace(settings, local_listen=local_listen or _LOCAL_LISTEN)
+    arguments = _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype)
+    if operation_limit_s is not None:
+        arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
+    local = LocalSettings(settings, arguments, None if no_profile else profile)
+    _run(serve_locally(local, _announce))
 
 
 @click.command()
-@_listen
-@_tls_cert
-@_tls_key
-@_data
-def server(listen: str, tls_cert: Path | None, tls_key: Path | None, data: Path) -> None:
+@life
+def server(settings: Settings) -> None:
     """Run a coordinator alone; workers dial in with `tensafe worker`.
 
-    The first start makes an admin key and prints it once on stderr.
+    The first start makes an admin key and prints it once on stderr. SIGTERM or Ctrl-C: it refuses
+    what is new, keeps what it accepted, sends its workers and clients away to come back, and ends
+    with 0 within --grace-s; a second one ends it at once.
     """
-    settings = Settings(data=data, listen=listen, certificate=_certificate(tls_cert, tls_key))
     _run(serve(settings, _announce, _tell_secret))
-
-
-def _certificate(tls_cert: Path | None, tls_key: Path | None) -> Certificate | None:
-    if tls_cert is None or tls_key is None:
-        if tls_cert is not tls_key:
-            raise click.UsageError("--tls-cert and --tls-key belong together; give both")
-        return None
-    try:
-        return Certificate.read(tls_cert, tls_key)
-    except CertificateError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _worker_arguments(
@@ -231,5 +166,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         AddressInUseError,
         DataDirectoryError,
         SchemaTooNewError,
+        StoreDamagedError,
+        TenSafeFault,
     ) as error:
         raise click.ClickException(str(error)) from error

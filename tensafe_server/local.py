@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from tensafe_server.tenants.identity import Identity
 log = logging.getLogger(__name__)
 
 _LOCAL_TENANT = "local"
-_WORKER_GRACE_S = 10.0
+# Of the grace period: what workers may take to finish, and after which they are killed. The rest is
+# the coordinator's own.
+_WORKERS_SHARE = 0.7
+_KILL_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
     Raises:
         WorkerStartError: if a worker ends before it has served.
     """
+    grace_s = settings.coordinator.grace_s
     coordinator = await Coordinator.start(settings.coordinator)
     launcher = LocalLauncher()
     try:
@@ -70,6 +75,7 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
         for number, arguments in enumerate(settings.worker_arguments):
             name = f"worker-{number}"
             connect = ["--connect", coordinator.local_address, "--name", name]
+            connect += ["--grace-s", str(_WORKERS_SHARE * grace_s)]
             launcher.start(WorkerSpec(name, [*connect, *arguments], key))
         arrived = coordinator.dispatcher.wait_for(len(settings.worker_arguments))
         if await _until_stopped(arrived, launcher.failed, coordinator.failed):
@@ -83,8 +89,8 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
         await _until_stopped(launcher.failed, coordinator.failed)
     finally:
         await coordinator.drain()
-        await launcher.stop(_WORKER_GRACE_S)
-        await coordinator.stop()
+        await launcher.stop(_KILL_SHARE * grace_s)
+        await coordinator.stop((1 - _KILL_SHARE) * grace_s)
 
 
 async def _write_profiles(identity: Identity, address: str, profile: str) -> None:
@@ -109,11 +115,22 @@ def _profile_address(coordinator: Coordinator) -> str:
 
 
 async def _until_stopped(*ends: Awaitable[None]) -> bool:
-    """Waits for a signal or for one of `ends`; returns whether it was a signal."""
+    """Waits for a signal or for one of `ends`; returns whether it was a signal.
+
+    The next signal after it ends the process at once, with 128 + its number.
+    """
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
+
+    def stop(number: signal.Signals) -> None:
+        if stopped.is_set():
+            log.warning("%s again: ending at once", number.name)
+            os._exit(128 + number)
+        log.info("%s: ending; what was accepted is kept", number.name)
+        stopped.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
+        loop.add_signal_handler(number, stop, number)
     waiting = asyncio.ensure_future(stopped.wait())
     futures = [asyncio.ensure_future(end) for end in ends]
     try:

@@ -17,13 +17,24 @@ _KEPT = 8
 
 
 class Transfers(Protocol):
-    """Moves artifacts; both calls block until the files have moved and their sums agree."""
+    """Moves artifacts; calls block until the files have moved and their sums agree."""
 
-    def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
-        """Stores every file of a directory; the answer is in name order."""
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> Sequence[artifacts_pb2.ArtifactFile]:
+        """Stores every file of a directory under the run's assignment `epoch`; the answer is in
+        name order."""
 
     def fetch(self, artifact_id: str, directory: Path) -> None:
         """Writes the artifact's files into an existing directory."""
+
+    def upload_snapshot(
+        self, run_id: str, epoch: int, seq: int, step: int, directory: Path
+    ) -> str | None:
+        """Stores a snapshot; None if the coordinator kept it, else why not. From any thread."""
+
+    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
+        """Writes the snapshot's files into an existing directory."""
 
 
 class ArtifactCache:

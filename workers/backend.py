@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from tensafe.wire.status import TenSafeFault
 from workers.operations import (
@@ -23,6 +23,17 @@ from workers.operations import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Captured(Protocol):
+    """A run's whole state at one moment, apart from the run, which may go on."""
+
+    @property
+    def step(self) -> int:
+        """Applied updates."""
+
+    def write(self, directory: Path) -> None:
+        """Writes what `open_run` takes into an empty directory; from any thread."""
 
 
 class Backend(ABC):
@@ -107,6 +118,10 @@ class Backend(ABC):
     @abstractmethod
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
         """Writes the run's adapter, and on request all of its state, into an empty directory."""
+
+    @abstractmethod
+    def capture(self, run_id: str) -> Captured:
+        """Copies the run's whole state, in memory only: training waits for no disk."""
 
     @abstractmethod
     def load_state(

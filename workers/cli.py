@@ -72,6 +72,26 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
 )
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
+    "--operation-limit-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    help="An operation that runs longer than this, and --token-limit-ms for each of its tokens, "
+    "hangs: the process ends itself with status 75, and its runs go on elsewhere.",
+)
+@click.option(
+    "--token-limit-ms",
+    type=click.FloatRange(min=0),
+    default=50.0,
+    help="See --operation-limit-s.",
+)
+@click.option(
+    "--grace-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    help="After SIGTERM: how long the operation at hand may take before the process ends without "
+    "it. What has not begun goes to another worker at once.",
+)
+@click.option(
     "--follow-stdin",
     is_flag=True,
     help="End as on SIGTERM when standard input closes: for whoever starts workers as children.",
@@ -86,11 +106,15 @@ def worker(
     threads: int | None,
     share: int,
     name: str | None,
+    operation_limit_s: float,
+    token_limit_ms: float,
+    grace_s: float,
     follow_stdin: bool,
 ) -> None:
     """Run a worker: it dials in to the coordinator, registers its models and executes.
 
-    The worker key is read from the environment variable TENSAFE_WORKER_KEY.
+    The worker key is read from the environment variable TENSAFE_WORKER_KEY. SIGTERM or Ctrl-C: it
+    finishes the operation at hand and leaves with status 0; a second one ends it at once.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -116,12 +140,15 @@ def worker(
     os.environ["OMP_NUM_THREADS"] = str(chosen)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from workers.link import Link, LinkError, LinkOptions
+    from workers.watchdog import OperationLimits
 
     options = LinkOptions(
         address=address,
         authorities=authorities,
         key=key,
         name=name or f"{socket.gethostname()}/{os.getpid()}",
+        grace_s=grace_s,
+        limits=OperationLimits(operation_limit_s, token_limit_ms),
     )
     try:
         if follow_stdin:

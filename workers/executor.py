@@ -9,39 +9,40 @@ from __future__ import annotations
 
 import logging
 import queue
-import secrets
-import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from tensafe.v1 import operations_pb2, training_pb2, worker_pb2
-from tensafe.wire.status import TenSafeFault, to_status
+from tensafe.v1 import training_pb2, worker_pb2
+from tensafe.wire.status import to_status
 from workers import wire
-from workers.artifacts import ArtifactCache, Transfers, artifact_message
+from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
-from workers.operations import ArtifactWeights, SampleRequest
+from workers.execution import Execution, SnapshotLoadError, as_fault
+from workers.keeping import HeldRun, SnapshotKeeper
+from workers.watchdog import Activity, OperationLimits
 
 log = logging.getLogger(__name__)
 
 _Key = tuple[str, int]
 _REPLAY_SKIPS = frozenset({"sample", "forward", "save_state"})
-
-
-@dataclass(slots=True)
-class _HeldRun:
-    epoch: int
-    model_ref: str
-    last_seq: int = 0
-    fault: TenSafeFault | None = None
+_FAREWELL_S = 20.0
 
 
 @dataclass(slots=True)
 class _Release:
     run_id: str
+
+
+@dataclass(slots=True)
+class _Flush:
+    captured: threading.Event
+
+
+class _Farewell:
+    """The last thing to do before the worker leaves."""
 
 
 class Executor:
@@ -52,16 +53,31 @@ class Executor:
         transfers: where artifacts come from and go to; called from the executor's thread.
         on_progress: called from the executor's thread whenever `collect` would have news, or
             `idle` has become true.
+        limits: how long an operation may run, for whoever watches `activity`.
+
+    Attributes:
+        activity: what the thread is at.
+        snapshots: what makes them, and when.
     """
 
     def __init__(
-        self, backend: Backend, transfers: Transfers, on_progress: Callable[[], None]
+        self,
+        backend: Backend,
+        transfers: Transfers,
+        on_progress: Callable[[], None],
+        limits: OperationLimits | None = None,
     ) -> None:
+        self.activity = Activity()
+        self._limits = limits or OperationLimits()
+        self._leaving = False
         self._backend = backend
         self._transfers = transfers
         self._artifacts = ArtifactCache(transfers)
+        self._execution = Execution(backend, transfers, self._artifacts)
         self._on_progress = on_progress
-        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | _Farewell | None] = (
+            queue.SimpleQueue()
+        )
         self._closing = False
         self._submitted = 0
         self._finished = 0
@@ -69,16 +85,19 @@ class Executor:
         self._waiting: dict[_Key, worker_pb2.PlannedOperation] = {}
         self._cancelled: set[_Key] = set()
         self._done: deque[worker_pb2.OperationDone] = deque()
+        self._refused: deque[worker_pb2.RefusedSnapshot] = deque()
         self._running: worker_pb2.PlannedOperation | None = None
         self._reported: worker_pb2.PlannedOperation | None = None
         self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
-        self._runs: dict[str, _HeldRun] = {}
+        self._runs: dict[str, HeldRun] = {}
+        self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._thread = threading.Thread(target=self._work, name="tensafe-executor", daemon=True)
 
     # Called by the link.
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the threads."""
+        self.snapshots.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -87,6 +106,7 @@ class Executor:
         self._closing = True
         self._inbox.put(None)
         self._thread.join()
+        self.snapshots.close()
         self._artifacts.close()
 
     @property
@@ -99,7 +119,7 @@ class Executor:
         return [
             worker_pb2.HeldRun(run_id=run_id, epoch=run.epoch, last_seq=run.last_seq)
             for run_id, run in list(self._runs.items())
-            if run.fault is None
+            if run.is_held
         ]
 
     def submit(self, plan: worker_pb2.Plan) -> None:
@@ -110,6 +130,14 @@ class Executor:
                 waiting[_key(planned)] = planned
         self._submitted += 1
         self._inbox.put(plan)
+        if any(self._runs_already(_key(planned)) for planned in plan.operations):
+            # Sent again over a new stream, which is to know that it runs.
+            self._reported = None
+            self._on_progress()
+
+    def _runs_already(self, key: _Key) -> bool:
+        running = self._running
+        return running is not None and _key(running) == key
 
     def cancel(self, operation_id: str) -> None:
         """Takes back an operation that has not started; one that has runs to its end."""
@@ -118,6 +146,9 @@ class Executor:
                 self._cancel(key)
 
     def _cancel(self, key: _Key) -> None:
+        answered = self._recent.get(key[0])
+        if self._runs_already(key) or (answered is not None and answered.epoch == key[1]):
+            return  # it was sent again over a new stream, and has begun already
         planned = self._waiting.pop(key, None)
         if planned is None:
             return
@@ -133,6 +164,31 @@ class Executor:
         """Forgets a run when what was planned before is done."""
         self._submitted += 1
         self._inbox.put(_Release(run_id))
+
+    def flush_snapshots(self, timeout_s: float) -> bool:
+        """Makes a snapshot of every run that has moved since its last one, after what was planned,
+        and waits until they are stored; False if that took longer. Blocks."""
+        flush = _Flush(threading.Event())
+        deadline = time.monotonic() + timeout_s
+        self._submitted += 1
+        self._inbox.put(flush)
+        if not flush.captured.wait(timeout_s):
+            return False
+        return self.snapshots.wait_stored(max(0.0, deadline - time.monotonic()))
+
+    def collect_refused(self) -> list[worker_pb2.RefusedSnapshot]:
+        """Takes the snapshots that could not be loaded since the last call."""
+        refused = []
+        while self._refused:
+            refused.append(self._refused.popleft())
+        return refused
+
+    def leave(self) -> None:
+        """Begins nothing more: `idle` becomes true when the operation at hand has ended and the
+        runs' snapshots are stored. What has not begun is the coordinator's to give away."""
+        self._leaving = True
+        self._submitted += 1
+        self._inbox.put(_Farewell())
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
@@ -157,15 +213,24 @@ class Executor:
         while (item := self._inbox.get()) is not None:
             if self._closing:
                 continue
-            if isinstance(item, _Release):
+            if isinstance(item, _Farewell):
+                self._farewell()
+            elif self._leaving:
+                pass
+            elif isinstance(item, _Release):
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
+                self.snapshots.forget(item.run_id)
+            elif isinstance(item, _Flush):
+                self.snapshots.flush()
+                item.captured.set()
             else:
                 self._take_on(item.runs)
                 for planned in item.operations:
-                    if self._closing:
+                    if self._closing or self._leaving:
                         break
                     self._operation(planned)
+                    self.activity.end()
             self._finished += 1
             self._on_progress()
 
@@ -174,18 +239,34 @@ class Executor:
             held = self._runs.get(assignment.run_id)
             if held is not None and held.epoch == assignment.epoch and held.fault is None:
                 continue
-            run = _HeldRun(assignment.epoch, assignment.config.model_ref)
+            run = HeldRun(
+                assignment.epoch,
+                assignment.config.model_ref,
+                last_seq=assignment.seq,
+                check=assignment.check,
+            )
             self._runs[assignment.run_id] = run
+            self.activity.begin("", assignment.run_id, self._limits.base_s)
             try:
+                settings = wire.run_settings(assignment.config)
+                if assignment.snapshot_id:
+                    self._execution.open_from_snapshot(assignment, settings)
+                    continue
                 state = None
                 if assignment.artifact_id:
                     state = self._artifacts.directory(assignment.artifact_id)
-                settings = wire.run_settings(assignment.config)
                 self._backend.open_run(assignment.run_id, settings, state)
+            except SnapshotLoadError as error:
+                self._backend.close_run(assignment.run_id)
+                run.refused = True
+                self._refused.append(error.refused)
+                self._on_progress()
             except Exception as error:
                 # The run's operations fail with this; the worker and its other runs go on.
                 self._backend.close_run(assignment.run_id)
-                run.fault = _as_fault(error, f"taking on run {assignment.run_id}")
+                run.fault = as_fault(error, f"taking on run {assignment.run_id}")
+            finally:
+                self.activity.end()
 
     def _operation(self, planned: worker_pb2.PlannedOperation) -> None:
         operation_id = planned.operation_id
@@ -209,17 +290,25 @@ class Executor:
             if not self._backend.instant:
                 self._on_progress()
         done = worker_pb2.OperationDone(operation_id=operation_id, epoch=planned.epoch)
+        spec = training_pb2.OperationSpec()
         begin = time.perf_counter()
         try:
-            self._execute(planned, done)
+            spec.ParseFromString(planned.spec)
+            self._execute(spec, planned, done)
+        except _RefusedRunError:
+            self._running = None
+            return
         except Exception as error:
-            fault = _as_fault(error, f"operation {operation_id}")
+            fault = as_fault(error, f"operation {operation_id}")
             done.error.CopyFrom(to_status(fault.detail))
         done.compute_ms = (time.perf_counter() - begin) * 1e3
         if planned.replay:
-            if done.HasField("error"):
-                log.error("replay of %s failed: %s", operation_id, done.error.message)
+            done.replay = True
+            done.run_id = planned.run_id or spec.run_id
+            if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
                 self._done.append(done)
+                self._on_progress()
+            self.snapshots.after(spec, planned, done)
             return
         self._recent[operation_id] = done
         if len(self._recent) > 2 * self._backend.credits:
@@ -228,124 +317,56 @@ class Executor:
         self._running = None
         if not self._backend.instant:
             self._on_progress()
+        self.snapshots.after(spec, planned, done)
 
     def _void(self, planned: worker_pb2.PlannedOperation) -> None:
         spec = training_pb2.OperationSpec.FromString(planned.spec)
-        run = self._runs.get(spec.run_id)
-        if run is None or run.epoch != planned.epoch or run.fault is not None:
+        run_id = planned.run_id or spec.run_id
+        run = self._runs.get(run_id)
+        if run is None or run.epoch != planned.epoch or run.fault is not None or run.refused:
             return
         if spec.HasField("forward_backward"):
-            self._backend.poison(spec.run_id)
+            self._backend.poison(run_id)
         run.last_seq = max(run.last_seq, spec.seq)
 
     def _execute(
-        self, planned: worker_pb2.PlannedOperation, done: worker_pb2.OperationDone
-    ) -> None:
-        spec = training_pb2.OperationSpec.FromString(planned.spec)
-        kind = spec.WhichOneof("operation")
-        if not spec.HasField("seq"):
-            # Fills in `done.result`; an operation without seq is a SAMPLE.
-            done.result.CopyFrom(self._sample(spec, planned))
-            return
-        run = self._runs.get(spec.run_id)
-        if run is None or run.epoch != planned.epoch:
-            raise RuntimeError(f"run {spec.run_id} is not held under epoch {planned.epoch}")
-        if run.fault is not None:
-            raise run.fault
-        if spec.seq <= run.last_seq:
-            raise RuntimeError(f"seq {spec.seq} of {spec.run_id} comes after {run.last_seq}")
-        try:
-            if not (planned.replay and kind in _REPLAY_SKIPS):
-                self._numbered(kind or "", spec, planned, done)
-        finally:
-            run.last_seq = spec.seq
-
-    def _numbered(
         self,
-        kind: str,
         spec: training_pb2.OperationSpec,
         planned: worker_pb2.PlannedOperation,
         done: worker_pb2.OperationDone,
     ) -> None:
-        backend, run_id = self._backend, spec.run_id
-        if kind == "forward_backward":
-            try:
-                request = wire.loss_request(spec.forward_backward)
-            except TenSafeFault:
-                backend.poison(run_id)
-                raise
-            loss = backend.forward_backward(run_id, spec.seq, request)
-            done.result.CopyFrom(wire.forward_backward_result(loss))
-        elif kind == "optim_step":
-            step = backend.optim_step(run_id, wire.step_request(spec.optim_step))
-            done.result.CopyFrom(wire.optim_step_result(step))
-            if step.applied:
-                done.step_metrics.extend(wire.step_metrics(step))
-        elif kind == "forward":
-            loss = backend.forward(run_id, wire.loss_request(spec.forward))
-            done.result.CopyFrom(wire.forward_result(loss))
-        elif kind == "sample":
-            done.result.CopyFrom(self._sample(spec, planned))
-        elif kind == "save_state":
-            done.result.CopyFrom(self._save(spec, planned))
-        elif kind == "load_state":
-            done.result.CopyFrom(self._load(spec))
-        else:
-            raise RuntimeError("the operation has no kind")
+        kind = spec.WhichOneof("operation")
+        self.activity.begin(planned.operation_id, spec.run_id, self._limits.of(spec))
+        if not spec.HasField("seq"):
+            # Fills in `done.result`; an operation without seq is a SAMPLE.
+            done.result.CopyFrom(self._execution.sample(spec, planned))
+            return
+        run_id = planned.run_id or spec.run_id
+        run = self._runs.get(run_id)
+        if run is None or run.epoch != planned.epoch:
+            raise RuntimeError(f"run {run_id} is not held under epoch {planned.epoch}")
+        if run.refused:
+            raise _RefusedRunError
+        if run.fault is not None:
+            raise run.fault
+        if spec.seq <= run.last_seq:
+            raise RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
+        try:
+            if not (planned.replay and kind in _REPLAY_SKIPS):
+                self._execution.numbered(kind or "", run_id, spec, planned, done)
+        finally:
+            run.last_seq = spec.seq
 
-    def _sample(
-        self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
-    ) -> operations_pb2.OperationResult:
-        sample = spec.sample
-        source = sample.weights.WhichOneof("source") or "current"
-        request = SampleRequest(
-            prompts=wire.prompts(sample),
-            params=wire.sampling_params(sample.params),
-            run_id=spec.run_id if source == "current" else None,
-            model_ref=planned.model_ref or sample.weights.base_model,
-        )
-        if source in ("version", "artifact_id"):
-            artifact_id = planned.artifact_id or sample.weights.artifact_id
-            request.artifact = ArtifactWeights(artifact_id, self._artifacts.directory(artifact_id))
-        key = spec.seq if source == "current" else planned.operation_id
-        return wire.sample_result(self._backend.sample(key, request))
+    def _farewell(self) -> None:
+        self.snapshots.flush()
+        if not self.snapshots.wait_stored(_FAREWELL_S):
+            log.warning("not all snapshots were stored before leaving; more is to be replayed")
 
-    def _save(
-        self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
-    ) -> operations_pb2.OperationResult:
-        message = spec.save_state
-        complete = message.include_optimizer if message.HasField("include_optimizer") else True
-        with tempfile.TemporaryDirectory(prefix="tensafe-save-") as name:
-            directory = Path(name)
-            outcome = self._backend.save_state(spec.run_id, directory, complete)
-            files = self._transfers.upload(planned.artifact_id, directory)
-        artifact = artifact_message(planned.artifact_id, spec.run_id, outcome, complete, files)
-        return operations_pb2.OperationResult(
-            save_state=operations_pb2.SaveStateResult(artifact=artifact)
-        )
 
-    def _load(self, spec: training_pb2.OperationSpec) -> operations_pb2.OperationResult:
-        message = spec.load_state
-        include = message.include_optimizer if message.HasField("include_optimizer") else None
-        directory = self._artifacts.directory(message.artifact_id)
-        outcome = self._backend.load_state(spec.run_id, directory, include)
-        return wire.load_state_result(message.artifact_id, outcome)
+class _RefusedRunError(Exception):
+    """The operation belongs to a run whose snapshot was refused."""
 
 
 def _key(planned: worker_pb2.PlannedOperation) -> _Key:
     # The epoch too: after a new assignment the same operation may come again behind the old one.
     return planned.operation_id, planned.epoch
-
-
-def _as_fault(error: Exception, what: str) -> TenSafeFault:
-    """A known fault as it is; anything else as INTERNAL, its text for the log only."""
-    if isinstance(error, TenSafeFault):
-        return error
-    error_id = secrets.token_hex(6)
-    log.error("%s failed, error id %s", what, error_id, exc_info=error)
-    return TenSafeFault(
-        "INTERNAL",
-        f"the worker failed for a reason of its own, error id {error_id}; tell the operator, "
-        "whose log has the details",
-        error_id=error_id,
-    )

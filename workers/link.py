@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import signal
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
+from tensafe import failpoints
 from tensafe.v1 import worker_pb2, worker_pb2_grpc
 from tensafe.wire.channel import client_options
 from tensafe.wire.tls import Address, find_mismatch, open_channel
 from workers import wire
 from workers.backend import Backend
 from workers.executor import Executor
+from workers.snapshots import SnapshotPolicy
 from workers.transfers import GrpcTransfers
+from workers.watchdog import OperationLimits, Watchdog
 
 if TYPE_CHECKING:
     from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
@@ -60,12 +65,16 @@ class LinkOptions:
         key: the worker key's secret.
         name: for people and logs.
         authorities: who may have signed its certificate, PEM. None: the well-known ones.
+        grace_s: how long leaving may take: the operation at hand, and what comes before goodbye.
+        limits: how long an operation may run before the watchdog ends the process.
     """
 
     address: Address
     key: str
     name: str
     authorities: bytes | None = None
+    grace_s: float = 30.0
+    limits: OperationLimits = field(default_factory=OperationLimits)
 
 
 class Link:
@@ -76,11 +85,15 @@ class Link:
         self._backend = backend
         self._cards = list(backend.models())
         self._metadata: Sequence[tuple[str, str]] = (("authorization", f"Bearer {options.key}"),)
+        self._started = False
         self._stopping = False
         self._signalled = False
         self._welcomed = False
         self._wake = asyncio.Event()
         self._stop_requested = asyncio.Event()
+        self._silence_limit_s: float | None = None
+        self._heartbeat_due = False
+        self._heartbeat: asyncio.TimerHandle | None = None
         self._unsent: deque[worker_pb2.Report] = deque()
 
     async def run(self) -> None:
@@ -89,27 +102,58 @@ class Link:
         Raises:
             LinkError: the coordinator refused the key, the models or the call itself.
         """
+        failpoints.warn_if_armed(log)
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self.stop)
         options = self._options
         async with open_channel(options.address, options.authorities, client_options()) as channel:
             self._stub: WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
             transfers = GrpcTransfers(self._stub, self._metadata, self._loop)
-            self._executor = Executor(self._backend, transfers, self._progress)
+            self._transfers = transfers
+            limits = self._options.limits
+            self._executor = Executor(self._backend, transfers, self._progress, limits)
             self._executor.start()
+            self._started = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._on_signal, number)
+            watchdog = Watchdog(self._executor.activity, frozen_limit_s=limits.base_s)
+            watchdog.start()
             try:
                 await self._serve()
             finally:
                 # What is still queued has nobody to report to.
                 transfers.close()
                 await asyncio.to_thread(self._executor.close)
+                watchdog.close()
 
     def stop(self) -> None:
-        """Says goodbye to the coordinator, finishes what is queued, then ends."""
+        """Says goodbye to the coordinator, finishes the operation at hand, then ends; what has not
+        begun goes to another worker. Ends all the same when the grace period is over."""
+        if self._stopping:
+            return
         self._stopping = True
+        if self._started:
+            self._executor.leave()
+            self._loop.call_later(self._options.grace_s, self._give_up)
         self._stop_requested.set()
         self._wake.set()
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping:
+            log.warning("%s again: ending at once", number.name)
+            os._exit(128 + number)
+        log.info("%s: leaving", number.name)
+        self.stop()
+
+    def _give_up(self) -> None:
+        # The executor's thread cannot be broken off; the coordinator sees the stream end and gives
+        # its operation, like all others, to another worker.
+        step = self._executor.activity.step
+        log.warning(
+            "the grace period of %g s is over%s: ending",
+            self._options.grace_s,
+            f" and {step.operation_id} still runs; it begins anew elsewhere" if step else "",
+        )
+        os._exit(0)
 
     def _progress(self) -> None:
         # From the executor's thread. One wake-up serves all news until the loop has seen it.
@@ -126,6 +170,10 @@ class Link:
                 if self._stopping:
                     return
                 log.warning("the coordinator at %s ended the stream", self._options.address)
+            except TimeoutError:
+                log.warning(
+                    "heard nothing from the coordinator at %s in time", self._options.address
+                )
             except grpc.aio.AioRpcError as error:
                 if error.code() in _FATAL:
                     raise LinkError(
@@ -176,12 +224,16 @@ class Link:
         tasks: list[asyncio.Task[None]] = []
         try:
             await call.write(worker_pb2.ConnectRequest(register=self._register()))
-            first = await call.read()
+            async with asyncio.timeout(_CALL_TIMEOUT_S):
+                first = await call.read()
             if not isinstance(first, worker_pb2.ConnectResponse):
                 await _raise_status(call)
                 return
+            self._welcome(first.welcome)
             log.info("connected to %s as %s", self._options.address, first.welcome.worker_id)
             self._connected = self._welcomed = True
+            self._silence_limit_s = _seconds(first.welcome.silence_limit) or None
+            self._beat(_seconds(first.welcome.heartbeat_interval))
             tasks = [
                 asyncio.create_task(self._read(call)),
                 asyncio.create_task(self._write(call)),
@@ -197,11 +249,32 @@ class Link:
         except asyncio.InvalidStateError:
             await _raise_status(call)
         finally:
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             # Leaving the iteration would not end the call.
             call.cancel()
+
+    def _beat(self, interval_s: float) -> None:
+        if interval_s > 0:
+            self._heartbeat_due = True
+            self._wake.set()
+            self._heartbeat = self._loop.call_later(interval_s, self._beat, interval_s)
+
+    def _sign_of_life(self) -> worker_pb2.WorkerHeartbeat:
+        step = self._executor.activity.step
+        if step is None:
+            return worker_pb2.WorkerHeartbeat()
+        return worker_pb2.WorkerHeartbeat(
+            executing=worker_pb2.Executing(
+                operation_id=step.operation_id,
+                run_id=step.run_id,
+                running=_duration(step.running_s),
+                limit=_duration(step.limit_s),
+            )
+        )
 
     def _register(self) -> worker_pb2.Register:
         return worker_pb2.Register(
@@ -214,9 +287,20 @@ class Link:
             fingerprint=self._backend.fingerprint(),
         )
 
+    def _welcome(self, welcome: worker_pb2.Welcome) -> None:
+        self._transfers.worker_id = welcome.worker_id
+        policy = welcome.snapshots
+        self._executor.snapshots.policy = SnapshotPolicy(
+            policy.steps, policy.payload_bytes, policy.replay_s
+        )
+
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]
         executor = self._executor
-        while isinstance(response := await call.read(), worker_pb2.ConnectResponse):
+        while True:
+            async with asyncio.timeout(self._silence_limit_s):
+                response = await call.read()
+            if not isinstance(response, worker_pb2.ConnectResponse):
+                return
             kind = response.WhichOneof("message")
             if kind == "plan":
                 executor.submit(response.plan)
@@ -239,7 +323,12 @@ class Link:
                 await call.write(worker_pb2.ConnectRequest(goodbye=worker_pb2.Goodbye()))
                 said_goodbye = True
             # Read before collecting: what ends after this wakes the loop once more.
+            if self._heartbeat_due:
+                self._heartbeat_due = False
+                await call.write(worker_pb2.ConnectRequest(heartbeat=self._sign_of_life()))
             finished = said_goodbye and self._executor.idle
+            if refused := self._executor.collect_refused():
+                self._unsent.append(worker_pb2.Report(refused=refused))
             self._unsent.extend(_reports(*self._executor.collect()))
             while self._unsent:
                 await call.write(worker_pb2.ConnectRequest(report=self._unsent[0]))
@@ -247,6 +336,16 @@ class Link:
             if finished:
                 await call.done_writing()
                 return
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
 
 
 def _reports(

@@ -48,6 +48,18 @@ class _Run:
     norms: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class MockCaptured:
+    """A run's state at one moment."""
+
+    step: int
+    state: str
+
+    def write(self, directory: Path) -> None:
+        """Writes `state.json`."""
+        (directory / STATE_FILE).write_text(self.state)
+
+
 def mock_loss(step: int) -> float:
     """Loss of the update that makes `step` (from 1): 2.490, 2.480, … down to 0.1."""
     return max(0.1, 2.5 - 0.01 * step)
@@ -155,15 +167,11 @@ class MockBackend(Backend):
 
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
         run = self._runs[run_id]
-        state = {
-            "format": _FORMAT,
-            "complete": include_optimizer,
-            "window": run.window.as_json(),
-            "grad_norms": run.norms,
-            "run": run.settings.as_json(),
-        }
-        (directory / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
+        _capture(run, include_optimizer).write(directory)
         return SaveOutcome(run.window.step, run.settings.model_ref)
+
+    def capture(self, run_id: str) -> MockCaptured:
+        return _capture(self._runs[run_id], True)
 
     def load_state(
         self, run_id: str, directory: Path, include_optimizer: bool | None
@@ -184,6 +192,17 @@ class MockBackend(Backend):
             run.window.clear()
             run.norms.clear()
         return LoadOutcome(run.window.step, restore)
+
+
+def _capture(run: _Run, complete: bool) -> MockCaptured:
+    state = {
+        "format": _FORMAT,
+        "complete": complete,
+        "window": run.window.as_json(),
+        "grad_norms": run.norms,
+        "run": run.settings.as_json(),
+    }
+    return MockCaptured(run.window.step, json.dumps(state, indent=1) + "\n")
 
 
 def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
@@ -220,6 +239,8 @@ def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
 
 
 def _read(directory: Path) -> dict[str, Any]:
+    if (directory / "adapter_config.json").is_file():  # an adapter that was uploaded
+        return {"complete": False, "window": {"step": 0}}
     path = directory / STATE_FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if state.get("format") != _FORMAT:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+from grpc_status import rpc_status
 
 from tensafe.v1 import artifacts_pb2, types_pb2, worker_pb2
 from tensafe.wire.channel import CHUNK_BYTES
-from tensafe.wire.status import TenSafeFault
+from tensafe.wire.status import REASON_CODES, TenSafeFault, from_status
 
 if TYPE_CHECKING:
     from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
@@ -29,6 +30,9 @@ class GrpcTransfers:
 
     A connection that breaks is tried again, with growing pauses; one that stays away fails the
     operation at hand.
+
+    Attributes:
+        worker_id: what the coordinator calls this worker since the stream stands.
     """
 
     def __init__(
@@ -40,15 +44,21 @@ class GrpcTransfers:
         self._stub = stub
         self._metadata = tuple(metadata)
         self._loop = loop
-        self._moving: concurrent.futures.Future[Any] | None = None
+        self.worker_id = ""
+        self._moving: set[concurrent.futures.Future[Any]] = set()
+        self._closed = False
 
     def close(self) -> None:
-        """Breaks off the transfer at hand, if there is one."""
-        if self._moving is not None:
-            self._moving.cancel()
+        """Breaks off the transfers at hand, and takes no more."""
+        self._closed = True
+        for moving in list(self._moving):
+            moving.cancel()
 
-    def upload(self, artifact_id: str, directory: Path) -> Sequence[artifacts_pb2.ArtifactFile]:
-        """Stores every file of a directory; the answer is in name order.
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> Sequence[artifacts_pb2.ArtifactFile]:
+        """Stores every file of a directory; the answer is in name order. `epoch` is that of the
+        run's assignment: a stale one is refused.
 
         Raises:
             TenSafeFault: CHECKSUM_MISMATCH if what was stored is not what was sent.
@@ -58,7 +68,7 @@ class GrpcTransfers:
 
         async def attempt() -> Sequence[artifacts_pb2.ArtifactFile]:
             response = await self._stub.UploadArtifact(
-                _upload_requests(artifact_id, paths),
+                _upload_requests(artifact_id, epoch, paths),
                 metadata=self._metadata,
                 timeout=_TIMEOUT_S,
                 wait_for_ready=True,
@@ -93,32 +103,81 @@ class GrpcTransfers:
             finally:
                 call.cancel()
 
+        self._run(attempt)
+
+    def upload_snapshot(
+        self, run_id: str, epoch: int, seq: int, step: int, directory: Path
+    ) -> str | None:
+        """Stores a snapshot; None if the coordinator kept it, else why not."""
+        header = worker_pb2.SnapshotHeader(
+            worker_id=self.worker_id, run_id=run_id, epoch=epoch, seq=seq, step=step
+        )
+        paths = sorted(directory.iterdir())
+
+        async def attempt() -> str | None:
+            response = await self._stub.UploadSnapshot(
+                _snapshot_requests(header, paths), metadata=self._metadata, timeout=_TIMEOUT_S
+            )
+            return None if response.snapshot_id else response.refusal
+
+        # Not tried again: the stream that the header names is gone with the connection.
+        return self._run(attempt, attempts=1)
+
+    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
+        """Writes the snapshot's files into a directory.
+
+        Raises:
+            TenSafeFault: CHECKSUM_MISMATCH if it is damaged or gone.
+        """
+
+        async def attempt() -> None:
+            call = self._stub.FetchSnapshot(
+                worker_pb2.FetchSnapshotRequest(snapshot_id=snapshot_id),
+                metadata=self._metadata,
+                timeout=_TIMEOUT_S,
+                wait_for_ready=True,
+            )
+            try:
+                await _write_files(call, directory)
+            finally:
+                call.cancel()
+
+        self._run(attempt)
+
+    def _run(self, attempt: Callable[[], Awaitable[T]], attempts: int = _ATTEMPTS) -> T:
+        if self._closed:
+            raise concurrent.futures.CancelledError
+        moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt, attempts), self._loop)
+        self._moving.add(moving)
         try:
-            self._run(attempt)
+            return moving.result()
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:
-                raise TenSafeFault(
-                    "ARTIFACT_NOT_FOUND",
-                    f"no artifact {artifact_id}; list the artifacts to see what there is",
-                    artifact_id=artifact_id,
-                ) from error
-            raise
-
-    def _run(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        moving = asyncio.run_coroutine_threadsafe(_with_retries(attempt), self._loop)
-        self._moving = moving
-        return moving.result()
+            raise _named(error) from error
+        finally:
+            self._moving.discard(moving)
 
 
-async def _with_retries(attempt: Callable[[], Awaitable[T]]) -> T:
-    for number in range(_ATTEMPTS):
+async def _with_retries(attempt: Callable[[], Awaitable[T]], attempts: int) -> T:
+    for number in range(attempts):
         try:
             return await attempt()
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == _ATTEMPTS - 1:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == attempts - 1:
                 raise
             await asyncio.sleep(min(10.0, 0.2 * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
     raise AssertionError("unreachable")
+
+
+def _named(error: grpc.aio.AioRpcError) -> Exception:
+    """The coordinator's own fault, where it has told one."""
+    status = rpc_status.from_call(error)
+    detail = from_status(status) if status is not None else None
+    if detail is None or detail.reason not in REASON_CODES:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return TenSafeFault("ARTIFACT_NOT_FOUND", f"{error.details()}; list the artifacts")
+        return error
+    metadata: dict[str, Any] = {k: v for k, v in detail.metadata.items() if k != "field"}
+    return TenSafeFault(detail.reason, detail.message, **metadata)
 
 
 def _digest(path: Path) -> str:
@@ -127,12 +186,22 @@ def _digest(path: Path) -> str:
 
 
 async def _upload_requests(
-    artifact_id: str, paths: Sequence[Path]
+    artifact_id: str, epoch: int, paths: Sequence[Path]
 ) -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id)
+    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id, epoch=epoch)
     for path in paths:
         for chunk in file_chunks(path):
             yield worker_pb2.UploadArtifactRequest(chunk=chunk)
+
+
+async def _snapshot_requests(
+    header: worker_pb2.SnapshotHeader, paths: Sequence[Path]
+) -> AsyncIterator[worker_pb2.UploadSnapshotRequest]:
+    yield worker_pb2.UploadSnapshotRequest(header=header)
+    for path in paths:
+        chunks = file_chunks(path)
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield worker_pb2.UploadSnapshotRequest(chunk=chunk)
 
 
 def file_chunks(path: Path) -> Iterator[types_pb2.FileChunk]:
@@ -157,7 +226,9 @@ def file_chunks(path: Path) -> Iterator[types_pb2.FileChunk]:
 
 
 async def _write_files(
-    chunks: AsyncIterator[worker_pb2.FetchArtifactResponse] | Any, directory: Path
+    chunks: AsyncIterator[worker_pb2.FetchArtifactResponse | worker_pb2.FetchSnapshotResponse]
+    | Any,
+    directory: Path,
 ) -> None:
     digest, position, name = hashlib.sha256(), 0, ""
     async for response in chunks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tensafe_client.api import AdminApi
-from tensafe_client.infos import KeyInfo, NewKey, TenantInfo
+from tensafe_client.infos import KeyInfo, NewKey, StorageInfo, TenantInfo
 from tensafe_client.session import Session
 
 
@@ -21,6 +21,10 @@ class AsyncAdmin:
     async def tenants(self) -> list[TenantInfo]:
         """Lists the tenants, by name."""
         return await self._io.bridge(self._api.tenants())
+
+    async def storage(self) -> StorageInfo:
+        """Asks what takes how much disk on the server."""
+        return await self._io.bridge(self._api.storage())
 
     async def create_key(
         self, tenant: str | None = None, *, kind: str = "tenant", name: str = ""

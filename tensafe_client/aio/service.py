@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,7 @@ from tensafe_client.aio.training import AsyncTrainingClient
 from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig
 from tensafe_client.futures import OperationFuture
-from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo
+from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.results import SampleResult
 from tensafe_client.service import ServiceBase
 
@@ -40,10 +40,16 @@ class AsyncServiceClient(ServiceBase):
         self.admin = AsyncAdmin(self._session)
 
     async def create_training_client(
-        self, config: TrainingConfig | Mapping[str, Any]
+        self,
+        config: TrainingConfig | Mapping[str, Any] | None = None,
+        *,
+        from_artifact: str | None = None,
+        include_optimizer: bool | None = None,
     ) -> AsyncTrainingClient:
-        """Creates a run."""
-        info, sequence = await self._io.bridge(self._api.create_run(config))
+        """Creates a run, on request one that begins with an artifact's state."""
+        info, sequence = await self._io.bridge(
+            self._api.create_run_from(config, from_artifact, include_optimizer)
+        )
         return AsyncTrainingClient(self._session, info, sequence)
 
     async def training_client(self, run_id: str) -> AsyncTrainingClient:
@@ -68,6 +74,12 @@ class AsyncServiceClient(ServiceBase):
     async def delete_run(self, run_id: str) -> RunInfo:
         """Deletes a run; its queued operations are cancelled, its artifacts stay."""
         return await self._io.bridge(self._api.delete_run(run_id))
+
+    async def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run from its log on a worker, and compares the results; see the sync twin."""
+        return await self._io.bridge(self._api.verify_run(run_id, on_progress))
 
     async def operations(
         self, run_id: str | None = None, *, limit: int | None = None
@@ -97,6 +109,23 @@ class AsyncServiceClient(ServiceBase):
         """Downloads an artifact's files; a download that broke off goes on where it stopped."""
         return await self._io.bridge(self._downloads.artifact(artifact_id, directory))
 
+    async def upload_artifact(
+        self,
+        directory: str | Path,
+        model_ref: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        ttl_s: float | None = None,
+    ) -> ArtifactInfo:
+        """Uploads an adapter that was made elsewhere; one that broke off goes on."""
+        return await self._io.bridge(
+            self._uploads.artifact(Path(directory), model_ref, metadata, ttl_s)
+        )
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        """Deletes an artifact and its files."""
+        await self._io.bridge(self._api.delete_artifact(artifact_id))
+
     async def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""
         return await self._io.bridge(self._api.models())
@@ -123,6 +152,7 @@ class AsyncServiceClient(ServiceBase):
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text from a base model or an artifact; await the result."""
         return self.sample_async(
@@ -137,6 +167,7 @@ class AsyncServiceClient(ServiceBase):
             num_samples,
             base_model=base_model,
             artifact=artifact,
+            deadline_s=deadline_s,
         )
 
     async def close(self) -> None:

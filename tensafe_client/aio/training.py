@@ -40,6 +40,7 @@ class AsyncTrainingClient(RunOperations):
         *,
         step: int | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text; await the result."""
         return self.sample_async(
@@ -54,19 +55,29 @@ class AsyncTrainingClient(RunOperations):
             num_samples,
             step=step,
             artifact=artifact,
+            deadline_s=deadline_s,
         )
 
     def save_state(
-        self, metadata: Mapping[str, Any] | None = None, include_optimizer: bool | None = None
+        self,
+        metadata: Mapping[str, Any] | None = None,
+        include_optimizer: bool | None = None,
+        ttl_s: float | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SaveStateResult]:
         """Saves the adapter as an artifact; await the result."""
-        return self.save_state_async(metadata, include_optimizer)
+        return self.save_state_async(metadata, include_optimizer, ttl_s, deadline_s=deadline_s)
 
     def load_state(
-        self, artifact_id: str, include_optimizer: bool | None = None
+        self,
+        artifact_id: str,
+        include_optimizer: bool | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OperationFuture[LoadStateResult]:
         """Replaces the run's state by an artifact's; await the result."""
-        return self.load_state_async(artifact_id, include_optimizer)
+        return self.load_state_async(artifact_id, include_optimizer, deadline_s=deadline_s)
 
     def metrics(self, follow: bool = False, since: int = 0) -> AsyncGenerator[StepMetrics, None]:
         """Iterates the metrics of each applied update, as the server pushes them."""

@@ -12,10 +12,33 @@ from tensafe_client.profiles import save_profile
 
 @click.group()
 def admin() -> None:
-    """Manage tenants and keys; needs an admin key.
+    """Manage tenants and keys, and look at the disk; needs an admin key.
 
     `tensafe up` saves one as the profile NAME-admin, which these commands take by themselves.
     """
+
+
+@examples("tensafe admin storage", "tensafe admin storage --json")
+@admin.command()
+@json_option
+@click.pass_context
+def storage(ctx: click.Context, as_json: bool) -> None:
+    """Show what takes how much disk on the server."""
+    found = connect_admin(ctx).admin.storage()
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ("WHAT", "COUNT", "BYTES"),
+        [
+            ("log (operations)", found.log.count, found.log.size_bytes),
+            ("  of it free", "", found.log_free_bytes),
+            ("payloads", found.payloads.count, found.payloads.size_bytes),
+            ("snapshots", found.snapshots.count, found.snapshots.size_bytes),
+            ("artifacts", found.artifacts.count, found.artifacts.size_bytes),
+            ("other", found.other.count, found.other.size_bytes),
+        ],
+    )
 
 
 @admin.group()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,10 +13,36 @@ from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option, print_fields, print_json, print_table, size
 
+_TIME = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    match = _TIME.fullmatch(value)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a time such as 90m, 12h or 7d")
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+def _json_object(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError as error:
+        raise click.BadParameter(f"is not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("is not a JSON object")
+    return parsed
+
 
 @click.group()
 def artifacts() -> None:
-    """List, show and download saved checkpoints."""
+    """List, show, download, upload and delete saved checkpoints."""
 
 
 @examples("tensafe artifacts list", "tensafe artifacts list --run RUN --json")
@@ -28,7 +57,7 @@ def list_(ctx: click.Context, run_id: str | None, as_json: bool) -> None:
         print_json(found)
         return
     print_table(
-        ("ARTIFACT", "RUN", "STEP", "MODEL", "SIZE", "RESUMABLE", "CREATED"),
+        ("ARTIFACT", "RUN", "STEP", "MODEL", "SIZE", "RESUMABLE", "CREATED", "EXPIRES"),
         [
             (
                 artifact.id,
@@ -38,6 +67,7 @@ def list_(ctx: click.Context, run_id: str | None, as_json: bool) -> None:
                 size(artifact.size_bytes),
                 "yes" if artifact.has_optimizer else "no",
                 artifact.created_at,
+                artifact.expires_at,
             )
             for artifact in found
         ],
@@ -65,6 +95,10 @@ def show(ctx: click.Context, artifact_id: str, as_json: bool) -> None:
             ("sha256", artifact.sha256),
             ("resumable", "yes" if artifact.has_optimizer else "no"),
             ("created", artifact.created_at),
+            ("expires", artifact.expires_at),
+            ("lora rank", artifact.adapter.rank),
+            ("lora alpha", artifact.adapter.alpha),
+            ("lora modules", artifact.adapter.target_modules),
             *((f"metadata.{name}", value) for name, value in artifact.metadata.items()),
         ]
     )
@@ -101,3 +135,58 @@ def download(ctx: click.Context, artifact_id: str, directory: Path, as_json: boo
     click.echo(f"Downloaded {artifact.id} ({size(artifact.size_bytes)}) to {directory}")
     for file in artifact.files:
         click.echo(f"  {directory / file.name}")
+
+
+@examples(
+    "tensafe artifacts upload ./adapter --model smollm2-135m",
+    "tensafe artifacts upload ./adapter --model smollm2-135m --ttl 7d",
+)
+@artifacts.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", "model_ref", metavar="REF", required=True, help="Its base model.")
+@click.option("--metadata", metavar="JSON", callback=_json_object, help="Kept with it.")
+@click.option(
+    "--ttl",
+    metavar="TIME",
+    callback=_seconds,
+    help="How long it is kept, as 90m, 12h or 7d.  [default: until it is deleted]",
+)
+@json_option
+@click.pass_context
+def upload(
+    ctx: click.Context,
+    directory: Path,
+    model_ref: str,
+    metadata: dict[str, Any] | None,
+    ttl: float | None,
+    as_json: bool,
+) -> None:
+    """Upload the adapter in DIRECTORY, which `peft` has saved, as an artifact.
+
+    Sent are adapter_config.json and adapter_model.safetensors; anything else stays. A broken upload
+    goes on where it stopped when the command is repeated.
+    """
+    artifact = connect(ctx).upload_artifact(directory, model_ref, metadata=metadata, ttl_s=ttl)
+    if as_json:
+        print_json(artifact)
+        return
+    click.echo(f"Uploaded {directory} ({size(artifact.size_bytes)}) as {artifact.id}")
+
+
+@examples("tensafe artifacts delete ARTIFACT")
+@artifacts.command()
+@click.argument("artifact_ids", metavar="ARTIFACT", nargs=-1, required=True)
+@json_option
+@click.pass_context
+def delete(ctx: click.Context, artifact_ids: tuple[str, ...], as_json: bool) -> None:
+    """Delete ARTIFACT and its files; several may be named.
+
+    One that a run's recovery begins at, or that an unfinished operation reads, is not deleted.
+    """
+    client = connect(ctx)
+    for artifact_id in artifact_ids:
+        client.delete_artifact(artifact_id)
+        if not as_json:
+            click.echo(f"Deleted {artifact_id}")
+    if as_json:
+        print_json({"deleted": list(artifact_ids)})

@@ -7,6 +7,7 @@ import click
 from tensafe_client import errors
 
 SERVICE_FAULT = 10
+DOES_NOT_REPRODUCE = 11
 INTERRUPTED = 130
 
 # The first class that fits counts. Stable: docs/cli.md lists these numbers.
@@ -23,6 +24,7 @@ _EXIT_STATUS: tuple[tuple[type[errors.TenSafeError], int], ...] = (
     (errors.ConflictError, 7),
     (errors.ResourceExhaustedError, 8),
     (errors.OperationCancelledError, 9),
+    (errors.DeadlineExceededError, 9),
 )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from tensafe_client.cli.connecting import connect
+from tensafe_client.cli.failures import DOES_NOT_REPRODUCE
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import (
     json_option,
@@ -13,12 +16,13 @@ from tensafe_client.cli.output import (
     print_line,
     print_table,
 )
+from tensafe_client.infos import VerifyReport
 from tensafe_client.results import StepMetrics
 
 
 @click.group()
 def runs() -> None:
-    """List, show, watch and delete runs."""
+    """List, show, watch, verify and delete runs."""
 
 
 @examples("tensafe runs list", "tensafe runs list --all --json")
@@ -62,6 +66,8 @@ def show(ctx: click.Context, run_id: str, as_json: bool) -> None:
             ("model", config.model_ref),
             ("step", run.step if config.max_steps is None else f"{run.step} of {config.max_steps}"),
             ("next seq", run.next_seq),
+            ("newest snapshot", f"after seq {run.snapshot_seq}" if run.snapshot_seq else "none"),
+            ("replay mismatches", run.replay_mismatches),
             ("seed", config.seed),
             ("batch size", config.batch_size),
             ("accumulation", config.gradient_accumulation_steps),
@@ -116,6 +122,53 @@ def _line(step: StepMetrics) -> str:
         f"step {step.step:>6}  loss {step.loss:8.4f}  grad_norm {step.grad_norm:8.3f}  "
         f"lr {step.learning_rate:.3g}  {step.tokens_per_second:8.0f} tokens/s  "
         f"queue {step.queue_ms:6.0f} ms  compute {step.compute_ms:6.0f} ms"
+    )
+
+
+@examples("tensafe runs verify RUN", "tensafe runs verify RUN --json > report.json")
+@runs.command()
+@click.argument("run_id", metavar="RUN")
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, run_id: str, as_json: bool) -> None:
+    """Replay RUN from its log on a worker, and say whether it gives the recorded results.
+
+    The run itself is not touched. Exit status 0: it does; 11: it does not.
+    """
+    shows = sys.stderr.isatty()
+
+    def progress(replayed: int, total: int) -> None:
+        if shows:
+            click.echo(f"\rreplayed {replayed} of {total}", nl=False, err=True)
+
+    report = connect(ctx).verify_run(run_id, on_progress=progress)
+    if shows:
+        click.echo(err=True)
+    if as_json:
+        print_json(report)
+    else:
+        _print_report(report)
+    if not report.reproduces:
+        ctx.exit(DOES_NOT_REPRODUCE)
+
+
+def _print_report(report: VerifyReport) -> None:
+    start = f"the snapshot after seq {report.from_seq}" if report.from_seq else "its start"
+    if report.from_seq and not report.pruned:
+        start = f"the saved state after seq {report.from_seq}"
+    click.echo(
+        f"Replayed {report.replayed} operations of {report.run_id} from {start} to seq "
+        f"{report.to_seq}: {report.exact} compared bit by bit, {report.within_tolerance} within a "
+        "tolerance."
+    )
+    if report.pruned:
+        click.echo("Earlier operations are pruned and were not replayed.")
+    for one in report.details:
+        click.echo(f"  seq {one.seq} ({one.operation_id}): {one.difference}")
+    click.echo(
+        "It gives the recorded results."
+        if report.reproduces
+        else f"It does not give the recorded results: {report.mismatches} differ."
     )
 
 

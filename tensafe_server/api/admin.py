@@ -7,6 +7,8 @@ from typing import Any
 
 from tensafe.v1 import admin_pb2 as pb
 from tensafe.v1 import admin_pb2_grpc as rpc
+from tensafe_server.blobs.base import BlobStore
+from tensafe_server.blobs.sizes import blob_use
 from tensafe_server.events.translate import timestamp
 from tensafe_server.ids import new_id
 from tensafe_server.operations.validation import refused
@@ -18,8 +20,9 @@ _SCOPE = "admin"
 
 
 class AdminServicer(rpc.AdminServiceServicer):
-    def __init__(self, store: Store, identity: Identity) -> None:
+    def __init__(self, store: Store, identity: Identity, blobs: BlobStore) -> None:
         self._store = store
+        self._blobs = blobs
         self._identity = identity
         self._creating = asyncio.Lock()
 
@@ -50,6 +53,22 @@ class AdminServicer(rpc.AdminServiceServicer):
         row = await self._identity.revoke_key(request.key_id)
         await self._store.remember(new_request(_SCOPE, request, row.id))
         return pb.RevokeKeyResponse(key=_key(row))
+
+    async def GetStorage(
+        self, request: pb.GetStorageRequest, context: Any
+    ) -> pb.GetStorageResponse:
+        use = await self._store.use()
+        sizes = await asyncio.to_thread(blob_use, self._blobs)
+        return pb.GetStorageResponse(
+            log=pb.StorageUse(count=use.operations, size_bytes=use.file_bytes),
+            log_free_bytes=use.free_bytes,
+            payloads=pb.StorageUse(
+                count=sizes["payloads"].blobs, size_bytes=sizes["payloads"].size_bytes
+            ),
+            snapshots=pb.StorageUse(count=use.snapshots, size_bytes=sizes["snapshots"].size_bytes),
+            artifacts=pb.StorageUse(count=use.artifacts, size_bytes=sizes["artifacts"].size_bytes),
+            other=pb.StorageUse(count=sizes["other"].blobs, size_bytes=sizes["other"].size_bytes),
+        )
 
     async def _tenant(self, request: pb.CreateTenantRequest) -> TenantRow:
         async with self._creating:

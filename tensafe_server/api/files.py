@@ -11,6 +11,7 @@ from tensafe.v1.types_pb2 import FileChunk
 from tensafe.wire.channel import CHUNK_BYTES
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobNotFoundError, BlobStore, BlobWriter
+from tensafe_server.operations.snapshots import snapshot_key
 
 
 def artifact_key(artifact_id: str, name: str) -> str:
@@ -31,6 +32,16 @@ async def artifact_chunks(
         async for chunk in _chunks(blobs, key, file.name, file.size_bytes, offset, file.sha256):
             yield chunk
         offset = 0
+
+
+async def snapshot_chunks(
+    blobs: BlobStore, snapshot_id: str, files: Sequence[ArtifactFile]
+) -> AsyncIterator[FileChunk]:
+    """A snapshot's files, as `artifact_chunks`."""
+    for file in files:
+        key = snapshot_key(snapshot_id, file.name)
+        async for chunk in _chunks(blobs, key, file.name, file.size_bytes, 0, file.sha256):
+            yield chunk
 
 
 async def tokenizer_chunks(
@@ -79,9 +90,9 @@ async def _chunks(
 class ArtifactUpload:
     """Receives an artifact's files from a worker."""
 
-    def __init__(self, blobs: BlobStore, artifact_id: str) -> None:
+    def __init__(self, blobs: BlobStore, artifact_id: str, kind: str = "artifacts") -> None:
         self._blobs = blobs
-        self._artifact_id = artifact_id
+        self._prefix = f"{kind}/{artifact_id}"
         self._files: list[ArtifactFile] = []
         self._writer: BlobWriter | None = None
         self._name = ""
@@ -91,7 +102,7 @@ class ArtifactUpload:
     async def take(self, chunk: FileChunk) -> None:
         """Raises TenSafeFault INVALID_ARGUMENT or CHECKSUM_MISMATCH."""
         if self._writer is None:
-            key = artifact_key(self._artifact_id, chunk.name)
+            key = f"{self._prefix}/{chunk.name}"
             self._writer = self._blobs.writer(key)
             self._name, self._position, self._digest = chunk.name, 0, hashlib.sha256()
         if chunk.name != self._name or chunk.offset != self._position:

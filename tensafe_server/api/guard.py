@@ -5,6 +5,7 @@ One interceptor does all three, so that no servicer can forget one of them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -115,16 +116,14 @@ def _unary(inner: Any, principal: Principal, method: str) -> Any:
 
 
 def _streaming(inner: Any, principal: Principal, method: str) -> Any:
-    async def serve(
-        request: Any, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[Any]:
+    async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         _caller.set(principal)
         responses: Any = None
         try:
             _check(request)
             responses = inner(request, context)
             async for response in responses:
-                yield response
+                await _write(context, response)
         except Exception as error:
             await _abort(context, error, method)
         finally:
@@ -132,6 +131,15 @@ def _streaming(inner: Any, principal: Principal, method: str) -> Any:
                 await responses.aclose()
 
     return serve
+
+
+async def _write(context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError as error:
+        # The transport takes nothing any more: the caller is gone, and the news of it, which would
+        # have cancelled us, is still on its way. There is nobody to tell and nothing to log.
+        raise asyncio.CancelledError from error
 
 
 def _check(request: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from google.rpc.status_pb2 import Status
@@ -14,10 +16,12 @@ from tensafe_server.api.pages import page, token
 from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.operations.gaps import GapWatch
 from tensafe_server.operations.intake import Intake
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.runs import RunBook, run_message
 from tensafe_server.store.requests import uninterrupted
 
@@ -33,6 +37,8 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         cancellation: Cancellation,
         dispatcher: Dispatcher,
         hub: EventHub,
+        verifications: Verifications,
+        pruner: Pruner,
     ) -> None:
         self._runs = runs
         self._ledger = ledger
@@ -42,6 +48,8 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         self._cancellation = cancellation
         self._dispatcher = dispatcher
         self._hub = hub
+        self._verifications = verifications
+        self._pruner = pruner
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
         run = await self._runs.create(caller().tenant_id, request)
@@ -71,6 +79,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):
             if not run.in_flight:
                 self._dispatcher.release(run)
             self._hub.close_run(run.id)
+            self._pruner.look_at(run)
         return pb.DeleteRunResponse(run=run_message(run))
 
     async def AttachRun(self, request: pb.AttachRunRequest, context: Any) -> pb.AttachRunResponse:
@@ -81,6 +90,18 @@ class TrainingServicer(rpc.TrainingServiceServicer):
             )
         await self._gaps.close(run)
         return pb.AttachRunResponse(run=run_message(run))
+
+    async def VerifyRun(
+        self, request: pb.VerifyRunRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyRunResponse]:
+        run = self._ledger.run(caller().tenant_id, request.run_id)
+        if run.deleted:
+            raise TenSafeFault(
+                "RUN_DELETED", f"run {run.id} was deleted, and its log with it", run_id=run.id
+            )
+        async with aclosing(self._verifications.verify(run)) as messages:
+            async for message in messages:
+                yield message
 
     async def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitResponse:
         tenant_id = caller().tenant_id

@@ -26,7 +26,8 @@ class BlobWriter(Protocol):
 
 
 class BlobStore(Protocol):
-    """Bytes by key."""
+    """Bytes by key. Whatever writes raises TenSafeFault STORAGE_FULL or STORAGE_UNAVAILABLE if the
+    disk does not take it; nothing is seen of the blob then."""
 
     def writer(self, key: str) -> BlobWriter: ...
 
@@ -40,3 +41,12 @@ class BlobStore(Protocol):
         """The blob from `offset` on, in pieces. Raises BlobNotFoundError."""
 
     def exists(self, key: str) -> bool: ...
+
+    def delete(self, key: str) -> None:
+        """Forgets a blob; no error if there is none."""
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """(key, bytes) of every blob below a prefix, which ends at a slash or is empty."""
+
+    def sweep_partial(self) -> int:
+        """Removes what crashed writers have left; returns how many. Call it before any writer."""

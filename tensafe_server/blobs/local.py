@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from tensafe_server.blobs.base import KEY_PATTERN, BlobNotFoundError
+from tensafe_server.storage_faults import disk_writes
 
 _KEY = re.compile(KEY_PATTERN)
 
@@ -20,7 +22,8 @@ class LocalBlobStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with disk_writes():
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def writer(self, key: str) -> LocalBlobWriter:
         return LocalBlobWriter(self._path(key))
@@ -46,6 +49,29 @@ class LocalBlobStore:
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
 
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the last file of a snapshot or an artifact takes its directory
+            path.parent.rmdir()
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for path in self._files(self._root / prefix):
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    yield path.relative_to(self._root).as_posix(), path.stat().st_size
+
+    def sweep_partial(self) -> int:
+        partial = [path for path in self._files(self._root) if path.name.startswith(".")]
+        for path in partial:
+            path.unlink(missing_ok=True)
+        return len(partial)
+
+    def _files(self, root: Path) -> Iterator[Path]:
+        for directory, _, names in os.walk(root):
+            for name in names:
+                yield Path(directory, name)
+
     def _open(self, key: str) -> IO[bytes]:
         try:
             return open(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb")
@@ -60,26 +86,37 @@ class LocalBlobStore:
 
 class LocalBlobWriter:
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._path = path
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        self._file: IO[bytes] = open(self._partial, "xb")  # noqa: SIM115 - closed by commit or abort
+        with disk_writes():
+            self._file = self._open()
+
+    def _open(self) -> IO[bytes]:
+        while True:  # a deletion may take an empty directory away between the two
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with suppress(FileNotFoundError):
+                # Unbuffered: what a full disk did not take must not be tried again by `close`.
+                return open(self._partial, "xb", buffering=0)
 
     def write(self, data: bytes) -> None:
-        self._file.write(data)
+        rest = memoryview(data)
+        with disk_writes():
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def commit(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        with disk_writes():
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._partial.replace(self._path)
+            directory = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
 
     def abort(self) -> None:
         if not self._file.closed:
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            self._partial.unlink()

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
+from collections.abc import Sequence
 
 from tensafe_server.blobs.base import BlobStore
 
 INLINE_BYTES = 64 * 1024
+
+
+class DamagedPayloadError(Exception):
+    """A stored spec or result is not what was stored."""
 
 
 class Payloads:
@@ -21,12 +27,25 @@ class Payloads:
         if len(data) <= INLINE_BYTES:
             return data, None
         digest = hashlib.sha256(data).hexdigest()
-        key = f"payloads/{tenant_id}/{digest[:2]}/{digest}"
+        # Each blob has one owner, so that it can go when its row goes, whatever else is stored.
+        key = f"payloads/{tenant_id}/{digest[:2]}/{digest}.{secrets.token_hex(4)}"
         await asyncio.to_thread(self._blobs.put, key, data)
         return None, key
 
     async def load(self, inline: bytes | None, key: str | None) -> bytes:
-        """Raises BlobNotFoundError."""
+        """Raises BlobNotFoundError, DamagedPayloadError."""
         if key is None:
             return inline or b""
-        return await asyncio.to_thread(self._blobs.get, key)
+        return await asyncio.to_thread(self._get, key)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Forgets blobs that no row names any more."""
+        for key in keys:
+            await asyncio.to_thread(self._blobs.delete, key)
+
+    def _get(self, key: str) -> bytes:
+        data = self._blobs.get(key)
+        digest = key.rpartition("/")[2].partition(".")[0]
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamagedPayloadError(key)
+        return data

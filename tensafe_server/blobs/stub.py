@@ -37,6 +37,17 @@ class StubBlobStore:
     def exists(self, key: str) -> bool:
         return key in self.blobs
 
+    def delete(self, key: str) -> None:
+        self.blobs.pop(key, None)
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        for key, data in list(self.blobs.items()):
+            if key.startswith(prefix):
+                yield key, len(data)
+
+    def sweep_partial(self) -> int:
+        return 0
+
 
 class StubBlobWriter:
     def __init__(self, store: StubBlobStore, key: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tensafe.v1 import operations_pb2 as pb
 from tensafe.wire.status import TenSafeFault
-from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
 from tensafe_server.events.translate import operation_message
 from tensafe_server.store.base import EventScope, Store
 
@@ -22,6 +22,10 @@ _BUFFER_EVENTS = 2048
 _BUFFER_BYTES = 4 * 2**20
 _PAGE_EVENTS = 256
 _PAGE_BYTES = 2 * 2**20
+# Of all subscriptions together: many have less each, down to the second value.
+_ALL_BYTES = 32 * 2**20
+_LEAST_BYTES = 32 * 2**10
+_LEAST_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,11 @@ class Subscription:
         self.closed = False
         self.wake = asyncio.Event()
 
-    def offer(self, event: Event) -> None:
+    def offer(self, event: Event, limit_bytes: int) -> None:
+        """Takes an event, unless as much as `limit_bytes` waits already: then it falls behind."""
         if not _matches(self.scope, event):
             return
-        if len(self.events) >= _BUFFER_EVENTS or self.size > _BUFFER_BYTES:
+        if len(self.events) >= _BUFFER_EVENTS or self.size > limit_bytes:
             self.clear()
             self.behind = True
         if not self.behind:
@@ -95,10 +100,16 @@ class EventHub:
 
     def publish(self, events: Iterable[Event]) -> None:
         """Gives committed events to those who watch."""
+        limit_bytes = self._share(_BUFFER_BYTES)
         for event in events:
             self._published = event.cursor
             for subscription in self._subscriptions.get(event.tenant_id, ()):
-                subscription.offer(event)
+                subscription.offer(event, limit_bytes)
+
+    def _share(self, most_bytes: int) -> int:
+        """What one subscription may hold, in its buffer or in the page that is being written."""
+        count = sum(len(group) for group in self._subscriptions.values())
+        return min(most_bytes, max(_LEAST_BYTES, _ALL_BYTES // max(1, count)))
 
     def close(self) -> None:
         """Ends all streams; watchers resume elsewhere or later from their cursors."""
@@ -160,8 +171,8 @@ class EventHub:
                 return
             while subscription.events:
                 events: list[pb.WatchEvent] = []
-                size = 0
-                while subscription.events and len(events) < _PAGE_EVENTS and size < _PAGE_BYTES:
+                size, page_bytes = 0, self._share(_PAGE_BYTES)
+                while subscription.events and len(events) < _PAGE_EVENTS and size < page_bytes:
                     event = subscription.take()
                     if event.cursor > subscription.cursor:
                         subscription.cursor = event.cursor
@@ -180,30 +191,38 @@ class EventHub:
         self, subscription: Subscription
     ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
         up_to = self._published
-        scope = subscription.scope
         while subscription.cursor < up_to:
-            found: list[tuple[int, pb.WatchEvent]] = []
-            limited = False
-            if scope.include_operations:
-                rows = await self._store.finished_operations(
-                    scope, subscription.cursor, up_to, _PAGE_EVENTS
-                )
-                limited |= len(rows) == _PAGE_EVENTS
-                for row in rows:
-                    operation = await operation_message(row, self._payloads)
-                    found.append((row.cursor or 0, pb.WatchEvent(operation=operation)))
-            if scope.include_metrics:
-                metrics = await self._store.step_metrics(
-                    scope, subscription.cursor, up_to, _PAGE_EVENTS
-                )
-                limited |= len(metrics) == _PAGE_EVENTS
-                found += [(item.cursor, pb.WatchEvent(metrics=item)) for item in metrics]
-            found.sort(key=lambda pair: pair[0])
-            # Beyond this page's end one of the two kinds may have more that we did not read.
-            found = found[:_PAGE_EVENTS]
-            subscription.cursor = found[-1][0] if limited and found else up_to
-            if found:
-                yield [event for _, event in found], subscription.cursor
+            events, subscription.cursor = await self._stored_page(subscription, up_to)
+            if events:
+                yield events, subscription.cursor
+
+    async def _stored_page(
+        self, subscription: Subscription, up_to: int
+    ) -> tuple[list[pb.WatchEvent], int]:
+        """The next events and the cursor after them. What was read for it ends with this call:
+        while a slow watcher takes the page, nothing else is held for it."""
+        scope, after = subscription.scope, subscription.cursor
+        page_bytes = self._share(_PAGE_BYTES)
+        rows_limit = min(_PAGE_EVENTS, max(_LEAST_ROWS, page_bytes // INLINE_BYTES))
+        found: list[tuple[int, pb.WatchEvent]] = []
+        if scope.include_operations:
+            size = 0
+            rows = await self._store.finished_operations(scope, after, up_to, rows_limit)
+            for row in rows:
+                operation = await operation_message(row, self._payloads)
+                found.append((row.cursor or 0, pb.WatchEvent(operation=operation)))
+                size += operation.ByteSize()
+                if size >= page_bytes:
+                    break
+            if found and (len(found) < len(rows) or len(rows) == rows_limit):
+                up_to = found[-1][0]  # there may be more behind it
+        if scope.include_metrics:
+            metrics = await self._store.step_metrics(scope, after, up_to, _PAGE_EVENTS)
+            if len(metrics) == _PAGE_EVENTS:
+                up_to = metrics[-1].cursor
+            found += [(item.cursor, pb.WatchEvent(metrics=item)) for item in metrics]
+        found.sort(key=lambda pair: pair[0])
+        return [event for cursor, event in found if cursor <= up_to], up_to
 
 
 def _matches(scope: EventScope, event: Event) -> bool:

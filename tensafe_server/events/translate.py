@@ -6,6 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as pb
+from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.store.base import OperationRow
 
@@ -16,7 +17,12 @@ async def operation_message(
     """An operation as callers see it."""
     message = bare_operation(row)
     if with_result and (row.result is not None or row.result_ref is not None):
-        message.result.ParseFromString(await payloads.load(row.result, row.result_ref))
+        try:
+            data = await payloads.load(row.result, row.result_ref)
+        except BlobNotFoundError:  # pruned between the reading of the row and of the blob
+            message.result_pruned = True
+        else:
+            message.result.ParseFromString(data)
     return message
 
 
@@ -31,6 +37,7 @@ def bare_operation(row: OperationRow) -> pb.Operation:
         created_at=timestamp(row.created_ns),
         queue_ms=row.queue_ms or 0.0,
         compute_ms=row.compute_ms or 0.0,
+        result_pruned=bool(row.result_pruned) and row.state == pb.OPERATION_STATE_SUCCEEDED,
     )
     if row.error is not None:
         message.error.CopyFrom(Status.FromString(row.error))

@@ -1,45 +1,91 @@
-"""Cancelling: what has not started never runs; what has started runs to its end."""
+"""Cancels and deadlines: what has not started never runs; what has started runs to its end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import ErrorDetail, TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
-from tensafe_server.operations.outcomes import Outcomes, cancelled
+from tensafe_server.operations.outcomes import Outcomes, cancellation, expiry, withdrawn
+
+_Why = Callable[[PendingOperation], ErrorDetail]
 
 
 class Cancellation:
-    """Cancels operations, wherever they are."""
+    """Withdraws operations, wherever they are."""
 
     def __init__(self, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
         self._outcomes = outcomes
         self._dispatcher = dispatcher
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def cancel(self, operation: PendingOperation) -> None:
         """Returns when it is known whether the operation was cancelled, runs, or has ended."""
-        if operation.worker_id is None:
-            await self._cancel_waiting([operation])
-        elif operation.row.state != RUNNING:
-            self._ask_worker(operation)
-            await operation.wait_started()
+        await self._withdraw(operation, cancellation)
 
     async def cancel_run(self, run: RunState) -> None:
         """Cancels whatever of a run has not started."""
         for operation in run.in_flight:
             if operation.row.state != RUNNING:
-                self._ask_worker(operation)
-        await self._cancel_waiting([*run.queue, *run.early.values()])
+                self._ask_worker(operation, cancellation)
+        await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 
-    async def _cancel_waiting(self, operations: Iterable[PendingOperation]) -> None:
-        endings = [cancelled(operation) for operation in operations if not operation.void]
+    def fail_waiting(self, run: RunState, fault: TenSafeFault) -> None:
+        """Fails whatever of a run no worker has, since its state is lost."""
+        waiting = list(run.queue)
+        self._spawn(self._end_waiting(waiting, lambda _: fault.detail))
+
+    def watch_deadline(self, operation: PendingOperation) -> None:
+        """Starts the clock of an operation that has a deadline."""
+        if operation.row.deadline_ns is None:
+            return
+        left_s = max(0.0, (operation.row.deadline_ns - time.time_ns()) / 1e9)
+        loop = asyncio.get_running_loop()
+        operation.deadline_timer = loop.call_later(left_s, self._expire, operation)
+
+    def give_up(self, operation: PendingOperation) -> None:
+        """Ends an operation whose spec was lost from the store."""
+        fault = TenSafeFault(
+            "CHECKSUM_MISMATCH",
+            f"what operation {operation.row.id} was to do is missing on the server; restore the "
+            "blob store from a backup, or send the operation again",
+            operation_id=operation.row.id,
+        )
+        self._spawn(self._end_waiting([operation], lambda _: fault.detail))
+
+    def _expire(self, operation: PendingOperation) -> None:
+        if operation.row.state == RUNNING or operation.void or operation.finishing:
+            return
+        self._spawn(self._withdraw(operation, expiry))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _withdraw(self, operation: PendingOperation, why: _Why) -> None:
+        if operation.worker_id is None:
+            await self._end_waiting([operation], why)
+        elif operation.row.state != RUNNING:
+            self._ask_worker(operation, why)
+            await operation.wait_started()
+
+    async def _end_waiting(self, operations: Iterable[PendingOperation], why: _Why) -> None:
+        endings = [withdrawn(one, why(one)) for one in operations if not one.void]
         for ending in endings:
             # From here on the dispatcher passes it over, even before the outcome is on disk.
             ending.operation.void = True
         await (await self._outcomes.settle(endings))
 
-    def _ask_worker(self, operation: PendingOperation) -> None:
+    def _ask_worker(self, operation: PendingOperation, why: _Why) -> None:
+        # If the worker is lost before it answers, this says that the operation is not to go on.
+        if operation.withdrawn is None:
+            operation.withdrawn = why(operation)
         link = self._dispatcher.link_of(operation)
         if link is not None:
             cancel = pb.CancelPlanned(operation_id=operation.row.id)

@@ -9,33 +9,44 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import islice
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Restorer
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void_gradient, void_spec
 from tensafe_server.planning.planner import FairShares, QueueView, plan
 from tensafe_server.store.base import Store
 
 log = logging.getLogger(__name__)
 _LOOK_AHEAD = 1024
+_RETRY_S = 1.0
+_FETCH_AHEAD = 8
 
 
 class Dispatcher:
-    """Gives operations to workers."""
+    """Gives operations to workers.
 
-    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer) -> None:
+    Attributes:
+        on_unrestorable: called with a run whose state is lost; what waits of it cannot run.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer, specs: SpecReader) -> None:
         self._store = store
         self._ledger = ledger
         self._restorer = restorer
+        self._specs = specs
         self._links: dict[str, WorkerLink] = {}
         self._shares = FairShares()
         self._kicked = False
         self._arrival = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_unrestorable: Callable[[RunState, TenSafeFault], None] = lambda run, fault: None
 
     @property
     def links(self) -> list[WorkerLink]:
@@ -74,6 +85,15 @@ class Dispatcher:
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
         run.worker_id = None
 
+    def give_back(self, run: RunState) -> None:
+        """Takes a run back from the worker that was to hold it; its next one gets it anew."""
+        link = self._links.get(run.worker_id or "")
+        for operation in self._ledger.recall_run(run):
+            if link is not None:
+                link.outstanding.pop(operation.row.id, None)
+        if link is not None:
+            link.runs.discard(run.id)
+
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:
         return self._links.get(operation.worker_id or "")
 
@@ -108,9 +128,16 @@ class Dispatcher:
         runs = {run.id: run for run in self._ledger.ready_runs() if not run.restoring}
         views = []
         for run in runs.values():
-            costs = [p.row.cost for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            waiting = [p for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            if waiting and waiting[0].fetching:
+                continue  # its spec is on its way, and so is a kick
+            costs = [p.row.cost for p in waiting]
             views.append(QueueView(run.id, run.tenant_id, run.model, costs, run.worker_id))
-        lane = {p.row.id: p for p in islice(self._ledger.lane, _LOOK_AHEAD) if not p.void}
+        lane = {
+            p.row.id: p
+            for p in islice(self._ledger.lane, _LOOK_AHEAD)
+            if not p.void and not p.fetching
+        }
         for operation in lane.values():
             row = operation.row
             views.append(QueueView(row.id, row.tenant_id, operation.model, [row.cost]))
@@ -122,28 +149,36 @@ class Dispatcher:
         link.runs.add(run.id)
         run.epoch += 1
         self._store.set_run_epoch(run.id, run.epoch)
-        assignment = pb.RunAssignment(
-            run_id=run.id,
-            epoch=run.epoch,
-            config=run.config,
-            artifact_id=run.base_artifact_id or "",
-        )
         if not self._restorer.needed(run):
-            message.runs.append(assignment)
+            message.runs.append(pb.RunAssignment(run_id=run.id, epoch=run.epoch, config=run.config))
             self._take_next(run, link, message)
             return
         run.restoring = True
-        task = asyncio.get_running_loop().create_task(self._restore(run, link, assignment))
+        task = asyncio.get_running_loop().create_task(self._restore(run, link, run.epoch))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _restore(self, run: RunState, link: WorkerLink, assignment: pb.RunAssignment) -> None:
-        message = await self._restorer.plan(run, assignment)
-        if run.worker_id == link.id and run.epoch == assignment.epoch:
-            log.info("replaying %d operations of %s", len(message.operations), run.id)
+    async def _restore(self, run: RunState, link: WorkerLink, epoch: int) -> None:
+        try:
+            message = await self._restorer.plan(run, epoch)
+        except Exception as error:
+            if run.worker_id == link.id and run.epoch == epoch:
+                self.give_back(run)
+                self._cannot_restore(run, error)
+            return
+        if run.worker_id == link.id and run.epoch == epoch:
             link.send_plan(message)
             run.restoring = False
             self.kick()
+
+    def _cannot_restore(self, run: RunState, error: Exception) -> None:
+        if isinstance(error, TenSafeFault) and error.detail.reason == "RUN_STATE_LOST":
+            log.error("%s", error.detail.message)
+            self.on_unrestorable(run, error)
+            return
+        # Nothing is lost by waiting: a disk may come back.
+        log.error("the state of %s cannot be read; trying again", run.id, exc_info=error)
+        asyncio.get_running_loop().call_later(_RETRY_S, self.kick)
 
     def _take_next(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
         while run.queue and run.queue[0].void:
@@ -159,11 +194,24 @@ class Dispatcher:
                 )
         if not run.queue:
             return
+        if run.queue[0].spec is None:
+            self._fetch(run)
+            return
         operation = run.queue.popleft()
         run.in_flight.append(operation)
         self._hand_over(operation, link, message, run.epoch)
+        if run.queue:
+            later = run.queue[min(_FETCH_AHEAD, len(run.queue) - 1)]
+            if later.spec is None and not (later.void or later.fetching):
+                self._fetch(run)
+
+    def _fetch(self, run: RunState) -> None:
+        self._specs.fetch([p for p in islice(run.queue, 4 * _FETCH_AHEAD) if not p.void])
 
     def _take_lane(self, operation: PendingOperation, link: WorkerLink, message: pb.Plan) -> None:
+        if operation.spec is None:
+            self._specs.fetch([operation])
+            return
         self._ledger.lane.remove(operation)
         self._ledger.lane_in_flight[operation.row.id] = operation
         self._hand_over(operation, link, message, 0)
@@ -172,13 +220,15 @@ class Dispatcher:
         self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, epoch: int
     ) -> None:
         row = operation.row
+        spec = operation.spec or b""
+        self._ledger.drop_spec(operation)
         operation.worker_id = link.id
-        link.outstanding.add(row.id)
+        link.outstanding[row.id] = None
         message.operations.append(
             pb.PlannedOperation(
                 operation_id=row.id,
                 epoch=epoch,
-                spec=operation.spec,
+                spec=spec,
                 artifact_id=row.artifact_id or "",
                 model_ref=operation.model if epoch == 0 else "",
             )

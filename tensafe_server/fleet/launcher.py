@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -14,6 +16,10 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _LONG_LIFE_S = 60.0
+_CRASH_LOOP = 5
+
+EXIT_WATCHDOG = 75
+"""Exit status of a worker that its own watchdog has ended (`workers/watchdog.py`)."""
 
 
 class WorkerStartError(RuntimeError):
@@ -33,14 +39,15 @@ class LocalLauncher:
     """Runs workers as child processes, which end when this process does, however it ends: their
     standard input closes then.
 
-    A worker that ends unasked is started again, after a pause that grows while it keeps dying; one
-    that has never served is not: what it said on stderr is the error.
+    A worker that ends unasked is started again, after a pause that doubles from 0.5 s to 30 s while
+    it lives less than a minute each time; from the fifth such death on it is an error in the log.
+    One that has never served is not started again: what it said on stderr is the error.
     """
 
     def __init__(self) -> None:
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.served: set[str] = set()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -49,7 +56,7 @@ class LocalLauncher:
 
     async def stop(self, grace_s: float) -> None:
         """Asks every worker to end; kills those that have not after `grace_s` seconds."""
-        self._stopping = True
+        self._stopping.set()
         for process in self._processes.values():
             if process.returncode is None:
                 process.terminate()
@@ -63,8 +70,8 @@ class LocalLauncher:
 
     async def _keep(self, spec: WorkerSpec) -> None:
         loop = asyncio.get_running_loop()
-        pause_s = _FIRST_PAUSE_S
-        while not self._stopping:
+        deaths, pause_s = 0, _FIRST_PAUSE_S
+        while not self._stopping.is_set():
             began = loop.time()
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -76,19 +83,40 @@ class LocalLauncher:
                 env={**os.environ, "TENSAFE_WORKER_KEY": spec.key},
             )
             self._processes[spec.name] = process
-            if self._stopping:
+            if self._stopping.is_set():
                 process.terminate()
             code = await process.wait()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             if spec.name not in self.served:
                 if not self.failed.done():
                     self.failed.set_exception(
-                        WorkerStartError(f"{spec.name} ended with status {code} before it served")
+                        WorkerStartError(f"{spec.name} {_how(code)} before it served")
                     )
                 return
             if loop.time() - began > _LONG_LIFE_S:
-                pause_s = _FIRST_PAUSE_S
-            log.warning("%s ended with status %d; starting it again", spec.name, code)
-            await asyncio.sleep(pause_s)
+                deaths, pause_s = 0, _FIRST_PAUSE_S
+            deaths += 1
+            log.log(
+                logging.ERROR if deaths >= _CRASH_LOOP else logging.WARNING,
+                "%s %s, for the %d. time in a row; starting it again in %.1f s",
+                *(spec.name, _how(code), deaths, pause_s),
+            )
+            await self._pause(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _pause(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+
+
+def _how(code: int) -> str:
+    """How a process ended, for people."""
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL; if nobody did, the machine ran out of memory)"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    if code == EXIT_WATCHDOG:
+        return "was ended by its watchdog: an operation ran beyond its limit"
+    return f"ended with status {code}"

@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.comparison import fingerprint_digest
 from tensafe_server.planning.planner import WorkerView
 
 _MESSAGE_BYTES = 16 * 2**20
@@ -15,9 +17,16 @@ class WorkerLink:
     """A worker's stream, seen from the dispatcher.
 
     Attributes:
+        digest: of its fingerprint; workers of one digest give the same results.
         runs: ids of the runs whose state it holds.
-        outstanding: ids of operations that the worker has and that have not ended.
+        outstanding: ids of operations that the worker has and that have not ended, in the order in
+            which it executes them.
         draining: it takes no new work.
+        departing: it has said goodbye.
+        ended_by: why the coordinator ended the stream; None if it was the worker.
+        left: what it had was taken back.
+        receiving: something that it sent is being worked on.
+        last_heard_s: when it last sent something, on the event loop's clock.
     """
 
     def __init__(self, worker_id: str, register: pb.Register) -> None:
@@ -28,9 +37,15 @@ class WorkerLink:
         self.models = frozenset(register.models)
         self.credits = register.credits
         self.fingerprint = dict(register.fingerprint)
-        self.outstanding: set[str] = set()
+        self.digest = fingerprint_digest(self.fingerprint)
+        self.outstanding: dict[str, None] = {}
         self.runs: set[str] = set()
         self.draining = False
+        self.departing = False
+        self.ended_by: TenSafeFault | None = None
+        self.left = False
+        self.receiving = False
+        self.last_heard_s = 0.0
         self.closed = False
         self._outbox: deque[pb.ConnectResponse] = deque()
         self._wake = asyncio.Event()
@@ -39,6 +54,10 @@ class WorkerLink:
         """What the planner sees."""
         free = 0 if self.draining else self.credits - len(self.outstanding)
         return WorkerView(self.id, self.models, max(0, free), len(self.runs))
+
+    def heard(self) -> None:
+        """Notes a sign of life."""
+        self.last_heard_s = asyncio.get_running_loop().time()
 
     def send(self, message: pb.ConnectResponse) -> None:
         self._outbox.append(message)
@@ -56,7 +75,9 @@ class WorkerLink:
             size += len(operation.spec)
         self.send(pb.ConnectResponse(plan=part))
 
-    def close(self) -> None:
+    def close(self, why: TenSafeFault | None = None) -> None:
+        """Ends the stream; the worker is told why."""
+        self.ended_by = self.ended_by or why
         self.closed = True
         self._wake.set()
 

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.liveness import Liveness
+from tensafe_server.fleet.replay import ReplayWatch
 from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import QUEUED, RUNNING, PendingOperation, RunState
-from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, cancelled
+from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, withdrawn
+from tensafe_server.operations.snapshots import RecoveryPolicy
 
 log = logging.getLogger(__name__)
 
+# Workers that may be lost while they run an operation; and, if they said nothing of having begun
+# it, while it was their next.
 _MOST_DEATHS = 1
+_MOST_SUSPICIONS = 2
 
 
 class Reception:
@@ -32,13 +42,23 @@ class Reception:
         outcomes: Outcomes,
         dispatcher: Dispatcher,
         restorer: Restorer,
+        replays: ReplayWatch,
+        verifications: Verifications,
+        recovery: RecoveryPolicy,
+        liveness: Liveness,
     ) -> None:
         self._ledger = ledger
         self._models = models
         self._outcomes = outcomes
         self._dispatcher = dispatcher
         self._restorer = restorer
+        self._replays = replays
+        self._verifications = verifications
+        self._recovery = recovery
+        self._liveness = liveness
+        self._liveness.on_dead = self.fence
         self._uploads: dict[str, list[ArtifactFile]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
         """Greets a worker and gives back the runs that it still holds rightly.
@@ -49,33 +69,88 @@ class Reception:
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
-        link.send(pb.ConnectResponse(welcome=pb.Welcome(worker_id=link.id)))
+        welcome = self._liveness.welcome(link)
+        welcome.snapshots.CopyFrom(self._recovery.message())
+        link.send(pb.ConnectResponse(welcome=welcome))
         for held in register.held_runs:
             await self._take_back(link, held)
         self._dispatcher.add(link)
+        self._liveness.watch(link)
         log.info(
             "worker %s (%s) serves %s on %s", link.id, link.name, sorted(link.models), link.device
         )
         return link
 
     async def leave(self, link: WorkerLink) -> None:
-        """Takes back what a worker had. An operation that was running when its worker was lost is
-        tried once more; then it fails, so that it cannot take one worker after the other."""
+        """Takes back what a worker had; its runs go on elsewhere.
+
+        An operation that was running when its worker was lost is tried once more; then it fails,
+        so that it cannot take one worker after the other. A worker that is back with its runs was
+        not lost (`_take_back` forgets the loss), nor was one that has said goodbye.
+        """
         link.close()
-        running = [
-            operation
-            for operation in map(self._ledger.pending, link.outstanding)
-            if operation is not None and operation.row.state == RUNNING
-        ]
+        if link.left:
+            return
+        link.left = True
+        self._verifications.lost(link)
+        held = [p for p in map(self._ledger.pending, link.outstanding) if p is not None]
+        held = [p for p in held if p.worker_id == link.id and not p.finishing]
+        endings = [] if link.departing else self._blame(link, held)
         self._dispatcher.remove(link)
-        endings = []
-        for operation in running:
-            operation.deaths += 1
+        for operation in held:
             operation.row.state = QUEUED
-            if operation.deaths > _MOST_DEATHS:
-                operation.void = True
-                endings.append(Ending(operation, error=_deadly(operation).detail))
+            if operation.withdrawn is not None and not operation.void:
+                endings.append(withdrawn(operation, operation.withdrawn))
+        for ending in endings:
+            ending.operation.void = True
         await self._outcomes.settle(endings)
+
+    def fence(self, link: WorkerLink, why: str) -> None:
+        """Takes a worker for dead. Whatever it still sends under this link is passed over, and what
+        it holds is stale as soon as another worker has it."""
+        log.warning("worker %s (%s) is taken for dead: %s", link.id, link.name, why)
+        link.close(
+            TenSafeFault(
+                "STALE_ASSIGNMENT",
+                f"worker {link.id} was taken for dead ({why}) and its runs were given away; "
+                "connect anew",
+                worker_id=link.id,
+            )
+        )
+        task = asyncio.get_running_loop().create_task(self.leave(link))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def heartbeat(self, link: WorkerLink, heartbeat: pb.WorkerHeartbeat) -> None:
+        """Takes a heartbeat in."""
+        self._liveness.beat(link, heartbeat)
+
+    def goodbye(self, link: WorkerLink) -> None:
+        """The worker finishes what it is at and leaves."""
+        log.info("worker %s (%s) is leaving", link.id, link.name)
+        link.draining = link.departing = True
+
+    def upload_fence(self, artifact_id: str, epoch: int) -> Callable[[], None]:
+        """Returns what checks that an artifact may be stored under this assignment, now.
+
+        Raises:
+            TenSafeFault: STALE_ASSIGNMENT, also from the check itself.
+        """
+        operation = self._saving(artifact_id)
+
+        def check() -> None:
+            if operation is None or operation.finishing or not self._is_under(operation, epoch):
+                log.warning("refused an upload of %s under assignment %d", artifact_id, epoch)
+                raise TenSafeFault(
+                    "STALE_ASSIGNMENT",
+                    f"artifact {artifact_id} is not to be stored under assignment {epoch}: its run "
+                    "has moved, or the operation has ended",
+                    artifact_id=artifact_id,
+                    epoch=epoch,
+                )
+
+        check()
+        return check
 
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
@@ -84,28 +159,49 @@ class Reception:
             if operation is not None:
                 operation.row.state = RUNNING
                 operation.notify_started()
+        for refused in report.refused:
+            await self._refused(link, refused)
         endings: list[Ending] = []
+        turns = _Turns(self._ledger)
         for done in report.done:
+            if done.replay:
+                if not self._verifications.take(link, done):
+                    self._replays.take(link, done)
+                continue
             operation = self._current(link, done.operation_id, done.epoch)
-            if operation is None:
+            if operation is None or not turns.take(operation, done.cancelled):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
                 )
                 continue
-            link.outstanding.discard(done.operation_id)
-            endings.append(self._ending(operation, done))
+            endings.append(self._ending(link, operation, done))
         if endings:
-            await self._outcomes.settle(endings)
-            self._dispatcher.kick()
+            told = await self._outcomes.settle(endings)
+            told.add_done_callback(lambda _: _free(link, endings))
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""
         self._uploads[artifact_id] = list(files)
 
-    def _ending(self, operation: PendingOperation, done: pb.OperationDone) -> Ending:
+    async def _refused(self, link: WorkerLink, refused: pb.RefusedSnapshot) -> None:
+        """A worker could not load a run's snapshot: the run gets an earlier one, and a new epoch,
+        so that nothing counts that was sent after this one."""
+        if self._verifications.refused(link, refused):
+            return
+        run = self._ledger.runs.get(refused.run_id)
+        if run is None or run.worker_id != link.id or run.epoch != refused.epoch:
+            return
+        await self._replays.refused(run, refused)
+        self._dispatcher.give_back(run)
+        self._dispatcher.kick()
+
+    def _ending(
+        self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
+    ) -> Ending:
         if done.cancelled:
-            return cancelled(operation)
+            return withdrawn(operation, operation.withdrawn)
         ending = Ending(operation, executed=True, compute_ms=done.compute_ms)
+        operation.row.fingerprint = link.digest
         if done.HasField("result"):
             ending.result = done.result
             ending.step_metrics = done.step_metrics
@@ -122,12 +218,52 @@ class Reception:
         operation = self._ledger.pending(operation_id)
         if operation is None or operation.worker_id != link.id:
             return None
+        return operation if self._is_under(operation, epoch) else None
+
+    def _is_under(self, operation: PendingOperation, epoch: int) -> bool:
+        if operation.worker_id is None:
+            return False
         run = self._ledger.runs.get(operation.row.run_id or "")
         expected = run.epoch if run is not None and operation.row.seq is not None else 0
-        return operation if epoch == expected else None
+        return epoch == expected
+
+    def _saving(self, artifact_id: str) -> PendingOperation | None:
+        for run in self._ledger.runs.values():
+            for operation in run.in_flight:
+                row = operation.row
+                if row.artifact_id == artifact_id and row.kind == ops.OPERATION_KIND_SAVE_STATE:
+                    return operation
+        return None
+
+    def _blame(self, link: WorkerLink, held: Sequence[PendingOperation]) -> list[Ending]:
+        """Counts the loss of a worker against what it was running; the endings of what is guilty.
+
+        A crash may be faster than the report of what began, so without one it is held, less
+        heavily, against what was next.
+        """
+        running = [operation for operation in held if operation.row.state == RUNNING]
+        for operation in running:
+            operation.lost_while_running.add(self._assignment(operation, link))
+        if not running and held:
+            held[0].lost_at_head.add(self._assignment(held[0], link))
+        endings = []
+        for operation in running or held[:1]:
+            deaths = len(operation.lost_while_running)
+            losses = deaths + len(operation.lost_at_head)
+            if deaths > _MOST_DEATHS or losses > _MOST_SUSPICIONS:
+                endings.append(Ending(operation, error=_deadly(operation, losses).detail))
+        return endings
+
+    def _assignment(self, operation: PendingOperation, link: WorkerLink) -> str:
+        run = self._ledger.runs.get(operation.row.run_id or "")
+        return link.id if run is None or operation.row.seq is None else str(run.epoch)
 
     async def _take_back(self, link: WorkerLink, held: pb.HeldRun) -> None:
         run = self._ledger.runs.get(held.run_id)
+        if run is not None:
+            for operation in (*run.in_flight, *run.queue):  # it was cut off, not lost
+                operation.lost_while_running.discard(str(held.epoch))
+                operation.lost_at_head.discard(str(held.epoch))
         if run is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
@@ -150,11 +286,49 @@ class Reception:
         )
 
 
-def _deadly(operation: PendingOperation) -> TenSafeFault:
+class _Turns:
+    """Whose outcome is next in each run, while one report is read.
+
+    A worker that was away goes on with what it had, and tells of an operation that we have just
+    sent again before it answers the one before that from memory. Taken in as it comes, a crash
+    between the two would leave a log whose replay lacks the first. It is answered once more in its
+    turn.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._waiting: dict[str, deque[PendingOperation]] = {}
+
+    def take(self, operation: PendingOperation, cancelled: bool) -> bool:
+        """Whether the outcome may be taken in now; what was cancelled has no turn to wait for."""
+        run = self._ledger.runs.get(operation.row.run_id or "")
+        if run is None or operation.row.seq is None:
+            return True
+        if run.id not in self._waiting:
+            self._waiting[run.id] = deque(op for op in run.in_flight if not op.finishing)
+        waiting = self._waiting[run.id]
+        if cancelled and operation in waiting:
+            waiting.remove(operation)
+            return True
+        if waiting and waiting[0] is operation:
+            waiting.popleft()
+            return True
+        return False
+
+
+def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
+    """Gives the worker its credits back. Not before the commit: it remembers outcomes for as many
+    operations as it has credits, and after a crash it is asked for those that were not committed.
+    """
+    for ending in endings:
+        link.outstanding.pop(ending.operation.row.id, None)
+
+
+def _deadly(operation: PendingOperation, losses: int) -> TenSafeFault:
     return TenSafeFault(
         "INTERNAL",
-        f"operation {operation.row.id} was running both times when its worker was lost, so it is "
-        "not tried again; the run goes on from before it. Try a smaller batch, and tell the "
-        "operator",
+        f"operation {operation.row.id} was running each of the {losses} times when its worker was "
+        "lost, so it is not tried again; the run goes on from before it. Try a smaller batch, and "
+        "tell the operator",
         operation_id=operation.row.id,
     )

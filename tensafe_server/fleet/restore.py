@@ -1,13 +1,27 @@
-"""Bringing a run's state back: its newest full artifact, then the logged operations after it."""
+"""Bringing a run back: its newest intact recovery point, then the logged operations after it.
+
+A recovery point is a snapshot, the newest artifact with the run's whole state, or, as long as
+nothing of the log was pruned, a fresh adapter. Each is read and compared with its sums before it is
+relied upon; what is damaged is passed over, in the log and counted.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
-from tensafe_server.blobs.payloads import Payloads
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.blobs.base import BlobNotFoundError
+from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.operations.model import SUCCEEDED, RunState
+from tensafe_server.operations.snapshots import SnapshotBook
 from tensafe_server.operations.voids import is_void_gradient, void_spec
-from tensafe_server.store.base import OperationRow, Store
+from tensafe_server.store.base import OperationRow, SnapshotRow, Store
+
+log = logging.getLogger(__name__)
 
 _PAGE = 512
 _CHANGES_STATE = {
@@ -17,65 +31,187 @@ _CHANGES_STATE = {
 }
 
 
-class Restorer:
-    """Builds the plan that rebuilds a run on a worker."""
+@dataclass(frozen=True, slots=True)
+class RecoveryPoint:
+    """Where a replay begins: a snapshot, an artifact, or neither (a fresh adapter).
 
-    def __init__(self, store: Store, payloads: Payloads) -> None:
+    Attributes:
+        seq: the last operation whose effect it has.
+    """
+
+    seq: int
+    snapshot: SnapshotRow | None = None
+    artifact_id: str = ""
+
+    def assignment(self, run: RunState, run_id: str, epoch: int) -> pb.RunAssignment:
+        """Says to a worker what to take on."""
+        return pb.RunAssignment(
+            run_id=run_id,
+            epoch=epoch,
+            config=run.config,
+            artifact_id=self.artifact_id,
+            snapshot_id=self.snapshot.id if self.snapshot is not None else "",
+            seq=self.seq,
+        )
+
+    def __str__(self) -> str:
+        if self.snapshot is not None:
+            return f"snapshot {self.snapshot.id} at seq {self.seq}"
+        return f"artifact {self.artifact_id} at seq {self.seq}" if self.artifact_id else "its start"
+
+
+class Restorer:
+    """Finds recovery points, and what is to be replayed after them."""
+
+    def __init__(self, store: Store, payloads: Payloads, snapshots: SnapshotBook) -> None:
         self._store = store
         self._payloads = payloads
+        self._snapshots = snapshots
 
     def needed(self, run: RunState) -> bool:
-        """Whether the run's state differs from that of its base."""
-        return _settled_seq(run) > run.base_seq
+        """Whether the run has a past."""
+        return settled_seq(run) > 0
 
-    async def plan(self, run: RunState, assignment: pb.RunAssignment) -> pb.Plan:
-        """The assignment and every logged operation after the base that changed the run."""
-        message = pb.Plan(runs=[assignment])
-        message.operations.extend(await self._history(run, run.base_seq, assignment.epoch))
+    async def plan(self, run: RunState, epoch: int) -> pb.Plan:
+        """The assignment and every logged operation after the recovery point that changed the run.
+
+        Raises:
+            TenSafeFault: RUN_STATE_LOST.
+        """
+        await self.settled(run)
+        point = await self.newest(run)
+        message = pb.Plan(runs=[point.assignment(run, run.id, epoch)])
+        message.operations.extend([op async for op in self.history(run, point.seq, epoch)])
+        log.info(
+            "restoring %s under epoch %d from %s and %d operations after it",
+            *(run.id, epoch, point, len(message.operations)),
+        )
         return message
+
+    async def settled(self, run: RunState) -> None:
+        """Waits until outcomes that are on their way to the disk are there: their operations are
+        not executed again, so that a replay must have them."""
+        for operation in [one for one in run.in_flight if one.finishing]:
+            await operation.wait_finished()
+        await self._store.flushed()
+
+    async def newest(self, run: RunState) -> RecoveryPoint:
+        """The newest intact recovery point from which the log reaches to the present.
+
+        Raises:
+            TenSafeFault: RUN_STATE_LOST.
+        """
+        for point in await self._points(run):
+            if point.seq >= run.pruned_seq and await self._is_intact(run, point):
+                return point
+        raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
+
+    async def oldest(self, run: RunState) -> RecoveryPoint:
+        """The first intact recovery point from which the log reaches to the present.
+
+        Raises:
+            TenSafeFault: RUN_STATE_LOST.
+        """
+        for point in reversed(await self._points(run)):
+            if point.seq >= run.pruned_seq and await self._is_intact(run, point):
+                return point
+        raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
 
     async def voids(self, run: RunState) -> pb.Plan:
         """The holes after the last executed operation, for a worker that still has the run."""
+        await self.settled(run)
         message = pb.Plan()
-        message.operations.extend(await self._history(run, run.executed_seq, run.epoch))
+        after = self.history(run, run.executed_seq, run.epoch)
+        message.operations.extend([op async for op in after])
         return message
 
-    async def _history(self, run: RunState, after: int, epoch: int) -> list[pb.PlannedOperation]:
-        end = _settled_seq(run)
-        replayed: list[pb.PlannedOperation] = []
-        await self._store.flushed()
+    async def history(
+        self, run: RunState, after: int, epoch: int
+    ) -> AsyncIterator[pb.PlannedOperation]:
+        """Every settled operation after a seq that changed the run, in order.
+
+        Raises:
+            TenSafeFault: RUN_STATE_LOST.
+        """
+        end = settled_seq(run)
         while after < end:
             rows = await self._store.history(run.id, after, _PAGE)
             for row in rows:
-                if (row.seq or 0) <= end:
-                    replayed += await self._replayed(row, epoch)
+                if (row.seq or 0) <= end and changed_state(row):
+                    yield await self._planned(run, row, epoch)
             if len(rows) < _PAGE:
                 break
             after = rows[-1].seq or end
-        return replayed
 
-    async def _replayed(self, row: OperationRow, epoch: int) -> list[pb.PlannedOperation]:
-        if is_void_gradient(row):
-            return [
-                pb.PlannedOperation(
-                    operation_id=row.id, epoch=epoch, spec=void_spec(row), void=True
-                )
-            ]
-        failed_step = row.kind == ops.OPERATION_KIND_OPTIM_STEP and row.executed
-        if row.kind not in _CHANGES_STATE or not (row.state == SUCCEEDED or failed_step):
-            return []
-        return [
-            pb.PlannedOperation(
-                operation_id=row.id,
-                epoch=epoch,
-                spec=await self._payloads.load(row.spec, row.spec_ref),
-                replay=True,
-                artifact_id=row.artifact_id or "",
-            )
+    async def _points(self, run: RunState) -> list[RecoveryPoint]:
+        """All of them, the newest first."""
+        points = [RecoveryPoint(0)]
+        if run.base_artifact_id:
+            points.append(RecoveryPoint(run.base_seq, artifact_id=run.base_artifact_id))
+        points += [
+            RecoveryPoint(row.seq, snapshot=row)
+            for row in await self._store.snapshots(run.id)
+            if row.id not in run.useless_snapshots
         ]
+        return sorted(points, key=lambda point: point.seq, reverse=True)
+
+    async def _is_intact(self, run: RunState, point: RecoveryPoint) -> bool:
+        if point.snapshot is not None:
+            if await self._snapshots.is_intact(point.snapshot):
+                return True
+            await self._snapshots.discard(run, point.snapshot, "it is damaged or incomplete")
+            return False
+        if not point.artifact_id:
+            return True
+        artifact = await self._store.artifact(None, point.artifact_id)
+        if artifact is not None and await self._snapshots.are_intact(
+            f"artifacts/{artifact.id}", artifact.files
+        ):
+            return True
+        log.error("%s of %s is not used: it is damaged or gone", point, run.id)
+        return False
+
+    async def _planned(self, run: RunState, row: OperationRow, epoch: int) -> pb.PlannedOperation:
+        if is_void_gradient(row):
+            return pb.PlannedOperation(
+                operation_id=row.id, epoch=epoch, spec=void_spec(row), void=True
+            )
+        if row.spec is None and row.spec_ref is None:
+            raise _lost(run, f"what operation {row.id} was to do is no longer in the log")
+        try:
+            spec = await self._payloads.load(row.spec, row.spec_ref)
+        except (BlobNotFoundError, DamagedPayloadError) as error:
+            raise _lost(run, f"what operation {row.id} was to do is damaged or missing") from error
+        return pb.PlannedOperation(
+            operation_id=row.id,
+            epoch=epoch,
+            spec=spec,
+            replay=True,
+            artifact_id=row.artifact_id or "",
+        )
 
 
-def _settled_seq(run: RunState) -> int:
+def changed_state(row: OperationRow) -> bool:
+    """Whether a finished operation is part of how its run came to its state."""
+    failed_step = row.kind == ops.OPERATION_KIND_OPTIM_STEP and row.executed
+    return is_void_gradient(row) or (
+        row.kind in _CHANGES_STATE and (row.state == SUCCEEDED or failed_step)
+    )
+
+
+def settled_seq(run: RunState) -> int:
     """The last seq of the run that is finished together with all before it."""
-    first = run.in_flight[0] if run.in_flight else run.queue[0] if run.queue else None
+    # An outcome on its way to the disk counts: who reads the log waits for it (`settled`).
+    open_ones = (operation for operation in run.in_flight if not operation.finishing)
+    first = next(open_ones, run.queue[0] if run.queue else None)
     return (first.row.seq or 1) - 1 if first is not None else run.next_seq - 1
+
+
+def _lost(run: RunState, why: str) -> TenSafeFault:
+    newest = f"; artifact {run.base_artifact_id} may be" if run.base_artifact_id else ""
+    return TenSafeFault(
+        "RUN_STATE_LOST",
+        f"the state of run {run.id} cannot be rebuilt: {why}. Restore the server's data directory "
+        f"from a backup, or go on in a new run from an artifact{newest}",
+        run_id=run.id,
+    )

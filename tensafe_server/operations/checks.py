@@ -94,12 +94,16 @@ def check_content(spec: training.OperationSpec, model: Model) -> float:
     if kind == "sample":
         return _check_sample(spec.sample, model)
     if kind == "save_state":
-        _check_metadata(spec.save_state.metadata)
+        check_metadata(spec.save_state.metadata, "save_state.metadata")
     return 16.0
 
 
-def _check_metadata(metadata: Struct) -> None:
-    field = "save_state.metadata"
+def check_metadata(metadata: Struct, field: str) -> None:
+    """Checks a caller's own JSON object for size, depth and numbers.
+
+    Raises:
+        TenSafeFault: INVALID_ARGUMENT.
+    """
     if metadata.ByteSize() > _MAX_METADATA_BYTES:
         raise refused([(field, f"must be at most {_MAX_METADATA_BYTES} bytes")])
     values = [(value, 1) for value in metadata.fields.values()]

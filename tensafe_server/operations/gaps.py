@@ -68,7 +68,8 @@ class GapWatch:
             self._ledger.admit(placeholders)
             self._hub.publish([ended_event(operation) for operation in placeholders])
 
-        await self._store.add_operations([operation.row for operation in placeholders], admit)
+        rows = [operation.row for operation in placeholders]
+        await self._store.add_operations(rows, admit, insist=True)
 
     def _placeholder(self, run: RunState, seq: int) -> PendingOperation:
         now = time.time_ns()
@@ -91,7 +92,7 @@ class GapWatch:
             error=to_status(_fault(run, seq).detail).SerializeToString(),
             finished_ns=now,
         )
-        return PendingOperation(row, b"", run.model, void=True)
+        return PendingOperation(row, None, run.model, void=True)
 
 
 def _fault(run: RunState, missing: int) -> TenSafeFault:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from tensafe import failpoints
 from tensafe_server.events.hub import EventHub
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation
@@ -72,6 +73,7 @@ class Gate:
         stored.add_done_callback(lambda done: self._tell(group, done))
 
     def _admit(self, operations: Sequence[PendingOperation]) -> None:
+        failpoints.hit("after-commit-before-reply")
         self._ledger.admit(operations)
         self._hub.publish(ended_event(operation) for operation in operations if operation.void)
 

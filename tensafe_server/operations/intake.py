@@ -22,26 +22,13 @@ from tensafe_server.events.hub import EventHub
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations import checks
+from tensafe_server.operations.artifacts import ArtifactBook, check_there
 from tensafe_server.operations.gate import Gate
 from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.limits import RETRY_S, Admission, Limits
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
 from tensafe_server.operations.validation import check_rules
 from tensafe_server.store.base import OperationRow, Store
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much may wait at a time.
-
-    Attributes:
-        tenant_operations: unfinished operations of one tenant.
-        tenant_bytes: bytes of their specs.
-        early_seqs: how far an operation may be ahead of the first missing seq.
-    """
-
-    tenant_operations: int = 20_000
-    tenant_bytes: int = 512 * 2**20
-    early_seqs: int = 4096
 
 
 @dataclass(slots=True)
@@ -61,11 +48,16 @@ class _Candidate:
     artifact: Artifact | None = None
     seen: bool = False
     fault: TenSafeFault | None = None
+    full: TenSafeFault | None = None
     payload: tuple[bytes | None, str | None] = (None, None)
 
 
 class Intake:
-    """Accepts operations for tenants."""
+    """Accepts operations for tenants.
+
+    Attributes:
+        draining: set when nothing more is accepted: what to answer.
+    """
 
     def __init__(
         self,
@@ -74,26 +66,37 @@ class Intake:
         models: ModelRegistry,
         payloads: Payloads,
         hub: EventHub,
+        artifacts: ArtifactBook,
         limits: Limits,
     ) -> None:
         self._store = store
         self._ledger = ledger
         self._models = models
         self._payloads = payloads
-        self._limits = limits
+        self._artifacts = artifacts
+        self._admission = Admission(ledger, limits)
+        self.draining: TenSafeFault | None = None
         self._gate = Gate(store, ledger, hub)
 
     async def submit(
         self, tenant_id: str, specs: Sequence[training.OperationSpec], session_id: str
     ) -> list[Outcome]:
-        """Takes operations in and answers for each; what it accepted is on disk when it returns."""
+        """Takes operations in and answers for each; what it accepted is on disk when it returns.
+
+        Raises:
+            TenSafeFault: DRAINING.
+        """
+        if self.draining is not None:
+            raise self.draining
         candidates = [await self._prepare(tenant_id, spec) for spec in specs]
         outcomes: list[Outcome] = []
         accepted: list[PendingOperation] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
+        full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
         for candidate in candidates:
             outcome = Outcome()
             outcomes.append(outcome)
+            candidate.full = full.get(candidate.spec.run_id, candidate.full)
             try:
                 pending = self._accept(tenant_id, candidate, session_id, outcome)
             except _SeenBeforeError:
@@ -101,6 +104,8 @@ class Intake:
                 continue
             except TenSafeFault as fault:
                 outcome.error = to_status(fault.detail)
+                if fault.detail.reason == "QUEUE_FULL" and candidate.spec.HasField("seq"):
+                    full[candidate.spec.run_id] = fault
                 continue
             if pending is not None:
                 accepted.append(pending)
@@ -130,7 +135,12 @@ class Intake:
         if spec.HasField("request_id"):
             row = await self._store.operation_by_request(tenant_id, spec.request_id)
             candidate.seen = row is not None
-        candidate.payload = await self._payloads.save(tenant_id, data)
+        try:
+            self._admission.check(tenant_id, len(data), ahead=False)
+        except TenSafeFault as fault:
+            candidate.full = fault  # unless it repeats one that was accepted: then it is not new
+        else:
+            candidate.payload = await self._payloads.save(tenant_id, data)
         return candidate
 
     def _accept(
@@ -155,7 +165,15 @@ class Intake:
                 f"run {run.id} was deleted; create a new one",
                 run_id=run.id,
             )
-        self._check_limits(tenant_id, run, spec, len(candidate.data))
+        if candidate.full is not None:
+            raise candidate.full
+        ahead = run is not None and spec.HasField("seq") and not _follows(run, spec.seq)
+        if run is not None:
+            self._admission.check_distance(run, spec.seq)
+        self._admission.check(tenant_id, len(candidate.data), ahead=ahead)
+        if candidate.artifact is not None:
+            self._artifacts.check_open(candidate.artifact)
+        created_ns = time.time_ns()
         row = OperationRow(
             id=new_id("op"),
             tenant_id=tenant_id,
@@ -171,9 +189,12 @@ class Intake:
             spec_ref=candidate.payload[1],
             artifact_id=_artifact_id(candidate),
             cost=0.0,
-            created_ns=time.time_ns(),
+            created_ns=created_ns,
+            spec_bytes=len(candidate.data),
         )
-        pending = PendingOperation(row, candidate.data, model="")
+        if spec.HasField("time_to_live"):
+            row.deadline_ns = created_ns + spec.time_to_live.ToNanoseconds()
+        pending = PendingOperation(row, candidate.data, model="", ahead=ahead)
         outcome.operation_id = row.id
         try:
             pending.model, row.cost = self._check(candidate, run)
@@ -182,9 +203,9 @@ class Intake:
             row.state = FAILED
             row.error = outcome.error.SerializeToString()
             row.finished_ns = row.created_ns
-            row.spec, row.spec_ref = None, None
+            row.spec, row.spec_ref, row.spec_bytes, row.deadline_ns = None, None, 0, None
             pending.void = True
-            pending.spec = b""
+            pending.spec = None
         self._ledger.reserve(pending, run)
         return pending
 
@@ -205,6 +226,10 @@ class Intake:
                 f"{spec.sample.weights.version.step}; call save_state at that step",
                 run_id=spec.run_id,
             )
+        if candidate.artifact is not None:
+            check_there(candidate.artifact)
+            if spec.HasField("load_state") and run is not None:
+                self._check_model(candidate.artifact, run)
         if run is not None:
             reference, field = run.model, "run_id"
         elif candidate.artifact is not None:
@@ -213,6 +238,18 @@ class Intake:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
         return model.name, checks.check_content(spec, model)
+
+    def _check_model(self, artifact: Artifact, run: RunState) -> None:
+        name = self._models.find(artifact.model_ref, "load_state.artifact_id").name
+        if name != run.model:
+            raise TenSafeFault(
+                "ARTIFACT_MISMATCH",
+                f"artifact {artifact.id} is an adapter of {artifact.model_ref}, run {run.id} is on "
+                f"{run.config.model_ref}; load it into a run on its own model",
+                field="load_state.artifact_id",
+                artifact_id=artifact.id,
+                run_id=run.id,
+            )
 
     def _known(
         self, tenant_id: str, run: RunState | None, candidate: _Candidate, outcome: Outcome
@@ -245,7 +282,9 @@ class Intake:
         if row is None:
             # Its first submission could not be written; that call was told so.
             fault = TenSafeFault(
-                "QUEUE_FULL", "the first attempt was not stored; send it again", retry_delay_s=0.2
+                "QUEUE_FULL",
+                "the first attempt was not stored; send it again",
+                retry_delay_s=RETRY_S,
             )
             outcome.error = to_status(fault.detail)
         elif row.spec_hash != candidate.digest:
@@ -256,28 +295,17 @@ class Intake:
             if row.state == FAILED and not row.executed and row.error is not None:
                 outcome.error = Status.FromString(row.error)
 
-    def _check_limits(
-        self, tenant_id: str, run: RunState | None, spec: training.OperationSpec, size: int
-    ) -> None:
-        usage = self._ledger.usage(tenant_id)
-        limits = self._limits
-        full = (
-            usage.operations >= limits.tenant_operations
-            or usage.bytes + size > limits.tenant_bytes
-            or (run is not None and spec.seq >= run.next_seq + limits.early_seqs)
-        )
-        if full:
-            raise TenSafeFault(
-                "QUEUE_FULL",
-                f"{usage.operations} operations with {usage.bytes} bytes are waiting (limits: "
-                f"{limits.tenant_operations} and {limits.tenant_bytes}, and {limits.early_seqs} "
-                "ahead of a missing seq); wait for some to finish",
-                retry_delay_s=0.25,
-            )
-
 
 class _SeenBeforeError(Exception):
     """The (run, seq) or request id was used before."""
+
+
+def _follows(run: RunState, seq: int) -> bool:
+    """Whether nothing is missing before a seq."""
+    if seq <= run.next_seq:
+        return True
+    before = run.by_seq.get(seq - 1)
+    return before is not None and not before.ahead
 
 
 def _check_spec(spec: training.OperationSpec, size: int) -> None:

@@ -9,13 +9,19 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
+
+_READS_ARTIFACT = {ops.OPERATION_KIND_LOAD_STATE, ops.OPERATION_KIND_SAMPLE}
+SPEC_MEMORY_BYTES = 64 * 2**20
+"""Specs of waiting operations in memory, all tenants together; the others are read from the store
+when their turn comes."""
 
 
 @dataclass(slots=True)
 class Usage:
-    """What one tenant has waiting."""
+    """What one tenant, or all of them, have waiting."""
 
     operations: int = 0
     bytes: int = 0
@@ -27,10 +33,16 @@ class Ledger:
     Attributes:
         lane: operations without a place in a run's order that no worker has, oldest first.
         on_ready: called when there is something new to dispatch.
+        total: what all tenants together have waiting.
+        on_deadline: called with an accepted operation that has a deadline.
         on_gap: called with a run whose order has, or no longer has, a missing seq.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spec_memory_bytes: int = SPEC_MEMORY_BYTES) -> None:
+        self.total = Usage()
+        self.on_deadline: Callable[[PendingOperation], None] = lambda operation: None
+        self._spec_memory_bytes = spec_memory_bytes
+        self._spec_bytes_held = 0
         self.runs: dict[str, RunState] = {}
         self.lane: deque[PendingOperation] = deque()
         self.lane_in_flight: dict[str, PendingOperation] = {}
@@ -74,6 +86,14 @@ class Ledger:
     def pending(self, operation_id: str) -> PendingOperation | None:
         return self._pending.get(operation_id)
 
+    def reader_of(self, artifact_id: str) -> str | None:
+        """An unfinished operation that reads an artifact, in words; None if there is none."""
+        for operation in self._pending.values():
+            row = operation.row
+            if row.artifact_id == artifact_id and row.kind in _READS_ARTIFACT:
+                return f"operation {row.id}"
+        return None
+
     def by_request(self, tenant_id: str, request_id: str) -> PendingOperation | None:
         return self._requests.get((tenant_id, request_id))
 
@@ -88,13 +108,33 @@ class Ledger:
             run.by_seq[row.seq] = operation
         if row.request_id is not None:
             self._requests[row.tenant_id, row.request_id] = operation
-        usage = self.usage(row.tenant_id)
-        usage.operations += 1
-        usage.bytes += len(operation.spec)
+        for usage in (self.usage(row.tenant_id), self.total):
+            usage.operations += 1
+            usage.bytes += operation.spec_bytes
+
+    def hold(self, operation: PendingOperation, spec: bytes) -> None:
+        """Keeps a spec in memory until the operation is sent or has ended."""
+        if operation.void or operation.row.id not in self._pending or operation.spec is not None:
+            return
+        operation.spec = spec
+        self._spec_bytes_held += len(spec)
+
+    def drop_spec(self, operation: PendingOperation) -> None:
+        """Forgets a spec that `hold` keeps; it can be read again from the store."""
+        if operation.spec is not None:
+            self._spec_bytes_held -= len(operation.spec)
+            operation.spec = None
+
+    def _keep_or_drop(self, operation: PendingOperation) -> None:
+        # It is on disk now, so that memory is only a shortcut.
+        spec, operation.spec, operation.row.spec = operation.spec, None, None
+        if spec is not None and self._spec_bytes_held + len(spec) <= self._spec_memory_bytes:
+            self.hold(operation, spec)
 
     def withdraw(self, operations: Iterable[PendingOperation]) -> None:
         """Forgets operations that could not be stored: they were never accepted."""
         for operation in operations:
+            operation.spec = None  # not yet counted among those held
             self._forget(operation)
 
     def admit(self, operations: Iterable[PendingOperation]) -> None:
@@ -102,6 +142,9 @@ class Ledger:
         touched: dict[str, RunState] = {}
         for operation in operations:
             row = operation.row
+            self._keep_or_drop(operation)
+            if row.deadline_ns is not None and not operation.void:
+                self.on_deadline(operation)
             if row.seq is None:
                 if operation.void:
                     self._forget(operation)
@@ -152,15 +195,20 @@ class Ledger:
                 self.lane.appendleft(operation)
         held = [run for run in self.runs.values() if run.worker_id == worker_id]
         for run in held:
-            run.worker_id = None
-            run.restoring = False
-            for operation in reversed(run.in_flight):
-                if not operation.finishing:
-                    operation.worker_id = None
-                    run.queue.appendleft(operation)
-            run.in_flight = deque(op for op in run.in_flight if op.finishing)
-            self._ready.add(run.id)
+            self.recall_run(run)
         return held
+
+    def recall_run(self, run: RunState) -> list[PendingOperation]:
+        """Takes a run, and what its worker had of it, back; returns those operations."""
+        run.worker_id = None
+        run.restoring = False
+        recalled = [operation for operation in run.in_flight if not operation.finishing]
+        for operation in reversed(recalled):
+            operation.worker_id = None
+            run.queue.appendleft(operation)
+        run.in_flight = deque(op for op in run.in_flight if op.finishing)
+        self._ready.add(run.id)
+        return recalled
 
     def _forget(self, operation: PendingOperation) -> None:
         row = operation.row
@@ -170,6 +218,10 @@ class Ledger:
             self.runs[row.run_id].by_seq.pop(row.seq, None)
         if row.request_id is not None:
             self._requests.pop((row.tenant_id, row.request_id), None)
-        usage = self.usage(row.tenant_id)
-        usage.operations -= 1
-        usage.bytes -= len(operation.spec)
+        for usage in (self.usage(row.tenant_id), self.total):
+            usage.operations -= 1
+            usage.bytes -= operation.spec_bytes
+        self.drop_spec(operation)
+        if operation.deadline_timer is not None:
+            operation.deadline_timer.cancel()
+            operation.deadline_timer = None

@@ -13,6 +13,16 @@ from tensafe_server.operations.model import PendingOperation
 from tensafe_server.store.base import Store
 
 
+def draining() -> TenSafeFault:
+    """What callers are told while the server stops."""
+    return TenSafeFault(
+        "DRAINING",
+        "the server is about to stop; what it accepted is kept, so send the same again when it is "
+        "back",
+        retry_delay_s=0.5,
+    )
+
+
 class OperationReader:
     """Finds a tenant's operations; another tenant's are not found."""
 
@@ -20,6 +30,12 @@ class OperationReader:
         self._store = store
         self._ledger = ledger
         self._payloads = payloads
+        self._draining: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def drain(self) -> None:
+        """Sends everyone away who waits."""
+        if not self._draining.done():
+            self._draining.set_result(None)
 
     def unfinished(self, tenant_id: str, operation_id: str) -> PendingOperation | None:
         pending = self._ledger.pending(operation_id)
@@ -46,8 +62,17 @@ class OperationReader:
         return await operation_message(row, self._payloads)
 
     async def wait(self, tenant_id: str, operation_id: str, timeout_s: float) -> ops.Operation:
-        """As `operation`, but first waits for its end, at most `timeout_s` seconds."""
+        """As `operation`, but first waits for its end, at most `timeout_s` seconds.
+
+        Raises:
+            TenSafeFault: DRAINING, if the server is about to stop.
+        """
         pending = self.unfinished(tenant_id, operation_id)
         if pending is not None:
-            await asyncio.wait([pending.wait_finished()], timeout=timeout_s)
+            ended = pending.wait_finished()
+            await asyncio.wait(
+                [ended, self._draining], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._draining.done() and not ended.done():
+                raise draining()
         return await self.operation(tenant_id, operation_id)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
+from tensafe.wire.status import ErrorDetail
 from tensafe_server.store.base import OperationRow, RunRow
 
 QUEUED = ops.OPERATION_STATE_QUEUED
@@ -27,23 +28,37 @@ class PendingOperation:
 
     Attributes:
         row: what the store has or will have.
-        spec: serialized OperationSpec.
+        spec: serialized OperationSpec; None while it is only in the store.
+        fetching: it is being read from the store.
+        ahead: when it came, an earlier seq was missing.
+        deadline_timer: the clock of its time to live.
         model: name of the base model it runs on.
         worker_id: where it was sent; None while it waits.
         void: it ended before it ran; its place only tells the worker that the window has a hole.
         finishing: its outcome is on the way to the disk; nothing may change it any more.
-        deaths: how many workers were lost while they ran it.
+        lost_while_running: the assignments under which a worker was lost while it ran this.
+        lost_at_head: those under which one was lost that had this next, and may have begun it.
+        withdrawn: it was cancelled, or its deadline passed, while a worker had it.
     """
 
     row: OperationRow
-    spec: bytes
+    spec: bytes | None
     model: str
     worker_id: str | None = None
     void: bool = False
     finishing: bool = False
-    deaths: int = 0
+    lost_while_running: set[str] = field(default_factory=set)
+    lost_at_head: set[str] = field(default_factory=set)
+    withdrawn: ErrorDetail | None = None
+    fetching: bool = False
+    ahead: bool = False
+    deadline_timer: asyncio.TimerHandle | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
+
+    @property
+    def spec_bytes(self) -> int:
+        return self.row.spec_bytes
 
     def wait_finished(self) -> asyncio.Future[None]:
         """Resolves when the outcome is on disk."""
@@ -79,6 +94,10 @@ class RunState:
         epoch: number of the newest assignment to a worker.
         executed_seq: the last seq that a worker has executed and reported.
         gap_timer, gap_seq: the clock that runs while a seq is missing, and that seq.
+        pruned_seq: the specs of operations up to here are gone from the log.
+        snapshot_seq: the last operation in the newest snapshot; 0 if there is none.
+        useless_snapshots: ids of snapshots that are whole and that no worker could load.
+        replay_mismatches: replayed operations whose results were not those in the log.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
     """
@@ -98,6 +117,10 @@ class RunState:
     queue: deque[PendingOperation] = field(default_factory=deque)
     in_flight: deque[PendingOperation] = field(default_factory=deque)
     by_seq: dict[int, PendingOperation] = field(default_factory=dict)
+    pruned_seq: int = 0
+    snapshot_seq: int = 0
+    useless_snapshots: set[str] = field(default_factory=set)
+    replay_mismatches: int = 0
     gap_timer: asyncio.TimerHandle | None = None
     gap_seq: int = 0
     window_queue_ms: float = 0.0
@@ -129,6 +152,8 @@ def run_state(row: RunRow) -> RunState:
         base_artifact_id=row.base_artifact_id,
         base_seq=row.base_seq,
         status=row.status,
+        pruned_seq=row.pruned_seq,
+        replay_mismatches=row.replay_mismatches,
     )
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 from google.rpc.status_pb2 import Status
 
+from tensafe import failpoints
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
-from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
+from tensafe.v1.artifacts_pb2 import AdapterShape, Artifact, ArtifactFile
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.types_pb2 import REDUCTION_SUM, Metric
 from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_status, to_status
@@ -31,6 +32,8 @@ from tensafe_server.operations.model import (
 from tensafe_server.store.base import Finish, RunUpdate, Store
 
 log = logging.getLogger(__name__)
+
+_NEVER_RAN = ("OPERATION_CANCELLED", "DEADLINE_EXCEEDED")
 
 
 @dataclass(slots=True)
@@ -60,6 +63,7 @@ class Outcomes:
     Attributes:
         on_lost_store: called when an outcome could not be committed. What a caller must not lose
             cannot be kept then, and the coordinator has to stop.
+        on_saved: called when an artifact was saved.
     """
 
     def __init__(self, store: Store, ledger: Ledger, hub: EventHub, payloads: Payloads) -> None:
@@ -67,6 +71,7 @@ class Outcomes:
         self._ledger = ledger
         self._hub = hub
         self._payloads = payloads
+        self.on_saved: Callable[[], None] = lambda: None
         self.on_lost_store: Callable[[BaseException], None] = lambda error: None
 
     async def settle(self, endings: Sequence[Ending]) -> asyncio.Future[None]:
@@ -89,8 +94,10 @@ class Outcomes:
             for ending in endings:
                 self._ledger.retire(ending.operation)
             self._hub.publish(events)
-            self._ledger.on_ready()
             told.set_result(None)
+            if finish.artifacts:
+                self.on_saved()
+            self._ledger.on_ready()
 
         def check(committed: asyncio.Future[None]) -> None:
             error = committed.exception()
@@ -99,6 +106,7 @@ class Outcomes:
                 self.on_lost_store(error)
                 told.set_exception(error)
 
+        failpoints.hit("after-result-before-commit")
         self._store.finish(finish, tell).add_done_callback(check)
         return told
 
@@ -106,10 +114,20 @@ class Outcomes:
         if ending.result is None:
             return None, None
         if ending.result.HasField("save_state"):
-            run = self._ledger.runs[ending.operation.row.run_id or ""]
-            _complete_artifact(ending, run)
+            await self._complete_artifact(ending)
         data = ending.result.SerializeToString()
-        return await self._payloads.save(ending.operation.row.tenant_id, data)
+        try:
+            return await self._payloads.save(ending.operation.row.tenant_id, data)
+        except TenSafeFault as fault:
+            # A result must not be lost: the row takes it, and the store waits for its disk.
+            log.warning("a result goes into the log: %s", fault)
+            return data, None
+
+    async def _complete_artifact(self, ending: Ending) -> None:
+        row = ending.operation.row
+        spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
+        run = self._ledger.runs[row.run_id or ""]
+        _complete(ending, run, training.OperationSpec.FromString(spec))
 
     def _book(
         self, endings: Sequence[Ending], saved: Sequence[tuple[bytes | None, str | None]]
@@ -163,14 +181,28 @@ class Outcomes:
         )
 
 
-def cancelled(operation: PendingOperation) -> Ending:
-    """The outcome of an operation that was cancelled before it ran."""
-    fault = TenSafeFault(
+def cancellation(operation: PendingOperation) -> ErrorDetail:
+    """Why an operation ends that its tenant cancelled."""
+    return TenSafeFault(
         "OPERATION_CANCELLED",
         f"operation {operation.row.id} was cancelled before it ran",
         operation_id=operation.row.id,
-    )
-    return Ending(operation, error=fault.detail)
+    ).detail
+
+
+def expiry(operation: PendingOperation) -> ErrorDetail:
+    """Why an operation ends whose deadline passed."""
+    return TenSafeFault(
+        "DEADLINE_EXCEEDED",
+        f"operation {operation.row.id} had not started when its time to live was over; it never "
+        "ran. Send it again with more time",
+        operation_id=operation.row.id,
+    ).detail
+
+
+def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:
+    """The outcome of an operation that was cancelled, or whose deadline passed, before it ran."""
+    return Ending(operation, error=why or cancellation(operation))
 
 
 def ended_event(operation: PendingOperation, result: ops.OperationResult | None = None) -> Event:
@@ -193,7 +225,7 @@ def ended_event(operation: PendingOperation, result: ops.OperationResult | None 
 def _state(ending: Ending) -> int:
     if ending.result is not None:
         return SUCCEEDED
-    if ending.error is not None and ending.error.reason == "OPERATION_CANCELLED":
+    if ending.error is not None and ending.error.reason in _NEVER_RAN:
         return CANCELLED
     return FAILED
 
@@ -216,11 +248,10 @@ def _advance(run: RunState, ending: Ending) -> bool:
     return False
 
 
-def _complete_artifact(ending: Ending, run: RunState) -> None:
+def _complete(ending: Ending, run: RunState, spec: training.OperationSpec) -> None:
     """Adds to the worker's description what the coordinator knows: identity, files, metadata."""
     assert ending.result is not None
     row = ending.operation.row
-    spec = training.OperationSpec.FromString(ending.operation.spec)
     artifact = ending.result.save_state.artifact
     files = sorted(ending.artifact_files, key=lambda file: file.name)
     listing = "".join(f"{file.sha256}  {file.name}\n" for file in files)
@@ -230,7 +261,19 @@ def _complete_artifact(ending: Ending, run: RunState) -> None:
     artifact.size_bytes = sum(file.size_bytes for file in files)
     artifact.sha256 = hashlib.sha256(listing.encode()).hexdigest()
     artifact.metadata.CopyFrom(spec.save_state.metadata)
-    artifact.created_at.CopyFrom(timestamp(time.time_ns()))
+    now = time.time_ns()
+    artifact.created_at.CopyFrom(timestamp(now))
+    if spec.save_state.HasField("ttl"):
+        artifact.expires_at.CopyFrom(timestamp(now + spec.save_state.ttl.ToNanoseconds()))
+    lora = run.config.lora
+    artifact.adapter.CopyFrom(
+        AdapterShape(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=sorted(lora.target_modules),
+        )
+    )
     del artifact.files[:]
     artifact.files.extend(files)
 

@@ -19,6 +19,8 @@ async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledge
     """Fills the ledger from the store; returns the number of unfinished operations."""
     for row in await store.runs():
         ledger.runs[row.id] = run_state(row)
+    for run_id, seq in (await store.newest_snapshots()).items():
+        ledger.runs[run_id].snapshot_seq = seq
     unfinished = await store.unfinished()
     by_run: dict[str, list[OperationRow]] = {}
     lane: list[PendingOperation] = []
@@ -28,9 +30,7 @@ async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledge
         else:
             lane.append(await _lane_operation(store, payloads, models, ledger, operation))
     for run_id, progress in (await store.run_progress()).items():
-        await _recover_run(
-            store, payloads, ledger, ledger.runs[run_id], by_run.get(run_id, []), progress
-        )
+        await _recover_run(store, ledger, ledger.runs[run_id], by_run.get(run_id, []), progress)
     for pending in lane:
         ledger.reserve(pending, None)
     ledger.admit(lane)
@@ -39,7 +39,6 @@ async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledge
 
 async def _recover_run(
     store: Store,
-    payloads: Payloads,
     ledger: Ledger,
     run: RunState,
     unfinished: list[OperationRow],
@@ -59,9 +58,7 @@ async def _recover_run(
     operations = []
     for seq in sorted(waiting):
         row = waiting[seq]
-        void = row.cursor is not None
-        spec = b"" if void else await payloads.load(row.spec, row.spec_ref)
-        pending = PendingOperation(row, spec, run.model, void=void)
+        pending = PendingOperation(row, None, run.model, void=row.cursor is not None)
         ledger.reserve(pending, run)
         operations.append(pending)
     ledger.admit(operations)
@@ -74,15 +71,14 @@ async def _lane_operation(
     ledger: Ledger,
     row: OperationRow,
 ) -> PendingOperation:
-    data = await payloads.load(row.spec, row.spec_ref)
-    spec = training.OperationSpec.FromString(data)
     if row.run_id is not None:
         reference = ledger.runs[row.run_id].model
     elif row.artifact_id is not None:
         artifact = await store.artifact(row.tenant_id, row.artifact_id)
         reference = artifact.model_ref if artifact is not None else ""
     else:
-        reference = spec.sample.weights.base_model
+        data = await payloads.load(*(await store.specs([row.id]))[row.id])
+        reference = training.OperationSpec.FromString(data).sample.weights.base_model
     with suppress(TenSafeFault):  # until its worker registers the model, the operation waits
         reference = models.find(reference).name
-    return PendingOperation(row, data, reference)
+    return PendingOperation(row, None, reference)

@@ -62,8 +62,8 @@ class RunBook:
             TenSafeFault: REQUEST_ID_CONFLICT.
         """
         if await first_request(self._store, run.tenant_id, request) is None:
+            await self._store.set_run_status(run.id, training.RUN_STATUS_DELETED)
             run.status = training.RUN_STATUS_DELETED
-            await self._store.set_run_status(run.id, run.status)
             await self._store.remember(new_request(run.tenant_id, request, run.id))
 
     def of_tenant(self, tenant_id: str, *, include_deleted: bool) -> list[RunState]:
@@ -85,4 +85,6 @@ def run_message(run: RunState) -> training.Run:
         step=run.step,
         next_seq=run.next_seq,
         created_at=timestamp(run.row.created_ns),
+        replay_mismatches=run.replay_mismatches,
+        snapshot_seq=run.snapshot_seq,
     )

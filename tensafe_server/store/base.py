@@ -21,6 +21,10 @@ class SchemaTooNewError(RuntimeError):
     """The store was written by a newer version of TenSafe."""
 
 
+class StoreDamagedError(RuntimeError):
+    """Committed transactions cannot be read, and starting would drop them."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestRow:
     """A mutation's idempotency key, the hash of what was asked, and the id of what was made."""
@@ -61,6 +65,33 @@ class RunRow:
     base_artifact_id: str | None
     base_seq: int
     created_ns: int
+    pruned_seq: int = 0
+    replay_mismatches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A run's recovery point; `sha256` is that of its manifest."""
+
+    id: str
+    run_id: str
+    epoch: int
+    seq: int
+    step: int
+    size_bytes: int
+    sha256: str
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUse:
+    """Sizes in bytes; `free_bytes` of the file are free to be used again."""
+
+    file_bytes: int
+    free_bytes: int
+    operations: int
+    snapshots: int
+    artifacts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +105,12 @@ class RunProgress:
 
 @dataclass(slots=True)
 class OperationRow:
-    """An accepted or refused operation; the last block is set when it has finished."""
+    """An accepted or refused operation; the last block is set when it has finished.
+
+    Attributes:
+        spec_bytes: size of the spec, wherever it lies.
+        deadline_ns: if it has not started by then, it never runs.
+    """
 
     id: str
     tenant_id: str
@@ -92,6 +128,9 @@ class OperationRow:
     cost: float
     created_ns: int
 
+    spec_bytes: int = 0
+    deadline_ns: int | None = None
+
     result: bytes | None = None
     result_ref: str | None = None
     error: bytes | None = None
@@ -99,6 +138,20 @@ class OperationRow:
     queue_ms: float | None = None
     compute_ms: float | None = None
     cursor: int | None = None
+    fingerprint: str | None = None
+    result_pruned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRow:
+    """An adapter on its way in; `body` is the BeginUploadRequest."""
+
+    id: str
+    tenant_id: str
+    artifact_id: str
+    body: bytes
+    created_ns: int
+    finished: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +194,15 @@ class Page:
     before: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Specs that were taken out of the log: keys of their blobs; `more` if the limit cut it off."""
+
+    blobs: Sequence[str]
+    operations: int
+    more: bool
+
+
 class Store(Protocol):
     """Durable state. One process owns it."""
 
@@ -165,8 +227,15 @@ class Store(Protocol):
 
     # The operation log.
     # `then` is called after the commit, in the order of the calls, before anyone who awaits it.
+    # A disk that does not take a write (full, read-only, locked) fails it with TenSafeFault
+    # STORAGE_FULL or STORAGE_UNAVAILABLE; one that insists, `finish` and `set_run_epoch` wait
+    # until it does, and so keep their order.
     def add_operations(
-        self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
+        self,
+        rows: Sequence[OperationRow],
+        then: Callable[[], None] | None = None,
+        *,
+        insist: bool = False,
     ) -> asyncio.Future[None]: ...
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
@@ -180,8 +249,26 @@ class Store(Protocol):
     async def operations(
         self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
     ) -> list[tuple[int, OperationRow]]: ...
-    async def unfinished(self) -> list[OperationRow]: ...
+    async def unfinished(self) -> list[OperationRow]: ...  # without their specs
+    async def specs(
+        self, operation_ids: Sequence[str]
+    ) -> dict[str, tuple[bytes | None, str | None]]: ...  # (spec, spec_ref) by operation
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+
+    # Recovery points, and what nobody needs any more.
+    def add_snapshot(self, row: SnapshotRow) -> asyncio.Future[None]: ...
+    async def snapshot(self, snapshot_id: str) -> SnapshotRow | None: ...
+    async def snapshots(self, run_id: str) -> list[SnapshotRow]: ...
+    async def newest_snapshots(self) -> dict[str, int]: ...
+    async def remove_snapshots(self, ids: Sequence[str]) -> None: ...
+    async def count_mismatch(self, run_id: str) -> None: ...
+    async def prune_specs(self, run_id: str, up_to_seq: int, limit: int) -> Pruned: ...
+    async def old_results(
+        self, before_ns: int, run_id: str | None, limit: int
+    ) -> list[OperationRow]: ...
+    async def replace_results(self, rows: Sequence[tuple[str, bytes | None]]) -> None: ...
+    async def blob_references(self) -> set[str]: ...
+    async def use(self) -> StoreUse: ...
 
     # Events.
     async def last_cursor(self) -> int: ...
@@ -196,8 +283,21 @@ class Store(Protocol):
     async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None: ...
     async def artifact_at(self, run_id: str, step: int) -> Artifact | None: ...
     async def artifacts(
-        self, tenant_id: str, run_id: str | None, page: Page
+        self, tenant_id: str, run_id: str | None, page: Page, now_ns: int
     ) -> list[tuple[int, Artifact]]: ...
+    async def artifact_use(self, artifact_id: str) -> str | None: ...
+    async def delete_artifact(self, artifact: Artifact) -> None: ...
+    async def artifacts_to_remove(self) -> list[str]: ...
+    async def artifact_removed(self, artifact_id: str) -> None: ...
+    async def expired_artifacts(self, now_ns: int) -> list[Artifact]: ...
+    async def next_expiry(self, after_ns: int) -> int | None: ...
+
+    # Uploads.
+    async def add_upload(self, row: UploadRow, request: RequestRow) -> None: ...
+    async def upload(self, tenant_id: str, upload_id: str) -> UploadRow | None: ...
+    async def open_uploads(self, tenant_id: str | None) -> list[UploadRow]: ...
+    async def finish_upload(self, upload_id: str, tenant_id: str, artifact: Artifact) -> None: ...
+    async def drop_upload(self, upload_id: str) -> None: ...
 
     # Models.
     async def models(self) -> list[Model]: ...

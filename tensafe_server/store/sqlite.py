@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
 
-from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe import failpoints
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
+from tensafe_server.store.artifacts import SqliteArtifacts, insert_artifacts
 from tensafe_server.store.base import (
     EventScope,
     Finish,
@@ -22,29 +23,31 @@ from tensafe_server.store.base import (
     RequestRow,
     RunProgress,
     RunRow,
-    SchemaTooNewError,
     TenantRow,
 )
+from tensafe_server.store.connection import connect, connect_and_recover
+from tensafe_server.store.migrations import migrate
+from tensafe_server.store.retention import SqliteRetention
+from tensafe_server.store.tables import columns, row_values, where_clause
 from tensafe_server.store.writer import GroupCommitWriter
 
-SCHEMA_VERSION = 1
-_SCHEMA = Path(__file__).with_name("schema.sql")
-_T = TypeVar("_T")
-_R = TypeVar("_R", TenantRow, KeyRow, RunRow, OperationRow, RequestRow)
+log = logging.getLogger(__name__)
 
 
-def _columns(row: type) -> str:
-    return ", ".join(field.name for field in fields(row))
-
-
-_OPERATION = _columns(OperationRow)
+_OPERATION = columns(OperationRow)
+_WITHOUT_SPEC = _OPERATION.replace(" spec,", " NULL,")
 _INSERT_OPERATION = (
     f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
 )
+_INSERT_RUN = (
+    f"INSERT INTO runs ({columns(RunRow)}) "  # noqa: S608 - names of our own fields
+    f"VALUES ({', '.join('?' * len(fields(RunRow)))})"
+)
 _FINISH_OPERATION = """
     UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
-      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ? WHERE id = ?"""
+      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ?, fingerprint = ?
+    WHERE id = ?"""
 _MISSING_SEQS = """
     WITH RECURSIVE expected (seq) AS (
       SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
@@ -52,18 +55,24 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore:
+class SqliteStore(SqliteRetention, SqliteArtifacts):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
     """
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
-        writing = _connect(path)
-        _prepare(writing)
+        writing = connect_and_recover(path)
+        try:
+            before, after = migrate(writing)
+        except BaseException:
+            writing.close()
+            raise
+        if 0 < before < after:
+            log.info("brought the store %s from schema %d to %d", path, before, after)
         self._writer = GroupCommitWriter(writing, loop)
         self._write_connection = writing
-        self._reading = _connect(path)
+        self._reading = connect(path)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._loop = loop
 
@@ -110,12 +119,14 @@ class SqliteStore:
         )
 
     async def remember(self, request: RequestRow) -> None:
-        await self._execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request))
+        await self._execute(
+            "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", row_values(request)
+        )
 
     # Runs.
 
     async def add_run(self, row: RunRow, request: RequestRow | None = None) -> None:
-        await self._add("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row, request)
+        await self._add(_INSERT_RUN, row, request)
 
     async def runs(self) -> list[RunRow]:
         return await self._rows(RunRow, "runs ORDER BY created_ns")
@@ -139,14 +150,27 @@ class SqliteStore:
         await self._execute("UPDATE runs SET status = ? WHERE id = ?", (status, run_id))
 
     def set_run_epoch(self, run_id: str, epoch: int) -> asyncio.Future[None]:
-        return self._write("UPDATE runs SET epoch = ? WHERE id = ?", [(epoch, run_id)])
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE runs SET epoch = ? WHERE id = ?", (epoch, run_id))
+
+        return self._writer.submit(write, insist=True)
 
     # The operation log.
 
     def add_operations(
-        self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
+        self,
+        rows: Sequence[OperationRow],
+        then: Callable[[], None] | None = None,
+        *,
+        insist: bool = False,
     ) -> asyncio.Future[None]:
-        return self._write(_INSERT_OPERATION, [_values(row) for row in rows], then)
+        values = [row_values(row) for row in rows]
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.executemany(_INSERT_OPERATION, values)
+            failpoints.hit("before-commit")
+
+        return self._writer.submit(write, then, insist=insist)
 
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
@@ -163,6 +187,7 @@ class SqliteStore:
                 row.queue_ms,
                 row.compute_ms,
                 row.cursor,
+                row.fingerprint,
                 row.id,
             )
             for row in finish.operations
@@ -171,17 +196,7 @@ class SqliteStore:
             (item.cursor, tenant, item.run_id, item.SerializeToString())
             for tenant, item in finish.metrics
         ]
-        artifacts = [
-            (
-                item.id,
-                tenant,
-                item.run_id,
-                item.step,
-                item.SerializeToString(),
-                item.created_at.ToNanoseconds(),
-            )
-            for tenant, item in finish.artifacts
-        ]
+        artifacts = list(finish.artifacts)
         runs = [(row.step, row.base_artifact_id, row.base_seq, row.run_id) for row in finish.runs]
 
         def write(connection: sqlite3.Connection) -> None:
@@ -189,14 +204,14 @@ class SqliteStore:
             if metrics:
                 connection.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", metrics)
             if artifacts:
-                connection.executemany("INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?)", artifacts)
+                insert_artifacts(connection, artifacts)
             if runs:
                 connection.executemany(
                     "UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ? WHERE id = ?",
                     runs,
                 )
 
-        return self._writer.submit(write, then)
+        return self._writer.submit(write, then, insist=True)
 
     async def flushed(self) -> None:
         """Returns when everything written so far is on disk."""
@@ -222,14 +237,28 @@ class SqliteStore:
     async def operations(
         self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
     ) -> list[tuple[int, OperationRow]]:
-        where, values = _where(tenant_id=tenant_id, run_id=run_id)
+        where, values = where_clause(tenant_id=tenant_id, run_id=run_id)
         if states:
             where += f" AND state IN ({', '.join('?' * len(states))})"
             values += states
         return await self._page(OperationRow, "operations", where, values, page)
 
     async def unfinished(self) -> list[OperationRow]:
-        return await self._rows(OperationRow, "operations WHERE state IN (1, 2) ORDER BY rowid")
+        """All that have not ended, without their specs, which together may fill the memory."""
+        rows = await self._select(
+            f"SELECT {_WITHOUT_SPEC} FROM operations WHERE state IN (1, 2) ORDER BY rowid"  # noqa: S608
+        )
+        return [OperationRow(*values) for values in rows]
+
+    async def specs(
+        self, operation_ids: Sequence[str]
+    ) -> dict[str, tuple[bytes | None, str | None]]:
+        places = ", ".join("?" * len(operation_ids))
+        rows = await self._select(
+            f"SELECT id, spec, spec_ref FROM operations WHERE id IN ({places})",  # noqa: S608
+            operation_ids,
+        )
+        return {operation_id: (spec, reference) for operation_id, spec, reference in rows}
 
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]:
         """Finished operations of a run in order, from the seq after `after_seq`."""
@@ -251,52 +280,27 @@ class SqliteStore:
     async def finished_operations(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[OperationRow]:
-        where, values = _where(
+        """What has ended after a cursor, without specs."""
+        where, values = where_clause(
             tenant_id=scope.tenant_id, run_id=scope.run_id, session_id=scope.session_id
         )
-        return await self._rows(
-            OperationRow,
-            f"operations WHERE {where} AND cursor > ? AND cursor <= ? ORDER BY cursor LIMIT ?",
+        rows = await self._select(
+            f"SELECT {_WITHOUT_SPEC} FROM operations WHERE {where}"  # noqa: S608
+            " AND cursor > ? AND cursor <= ? ORDER BY cursor LIMIT ?",
             (*values, after, up_to, limit),
         )
+        return [OperationRow(*row) for row in rows]
 
     async def step_metrics(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[StepMetrics]:
-        where, values = _where(tenant_id=scope.tenant_id, run_id=scope.run_id)
+        where, values = where_clause(tenant_id=scope.tenant_id, run_id=scope.run_id)
         rows = await self._select(
             f"SELECT body FROM metrics WHERE {where} AND cursor > ? AND cursor <= ?"  # noqa: S608
             " ORDER BY cursor LIMIT ?",
             (*values, after, up_to, limit),
         )
         return [StepMetrics.FromString(body) for (body,) in rows]
-
-    # Artifacts.
-
-    async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None:
-        """Reads an artifact; `tenant_id` None is for workers, which serve every tenant."""
-        where, values = _where(id=artifact_id, tenant_id=tenant_id)
-        rows = await self._select(f"SELECT body FROM artifacts WHERE {where}", values)  # noqa: S608
-        return Artifact.FromString(rows[0][0]) if rows else None
-
-    async def artifact_at(self, run_id: str, step: int) -> Artifact | None:
-        rows = await self._select(
-            "SELECT body FROM artifacts WHERE run_id = ? AND step = ?"
-            " ORDER BY created_ns DESC LIMIT 1",
-            (run_id, step),
-        )
-        return Artifact.FromString(rows[0][0]) if rows else None
-
-    async def artifacts(
-        self, tenant_id: str, run_id: str | None, page: Page
-    ) -> list[tuple[int, Artifact]]:
-        where, values = _where(tenant_id=tenant_id, run_id=run_id)
-        rows = await self._select(
-            f"SELECT rowid, body FROM artifacts WHERE {where} AND rowid < ?"  # noqa: S608
-            " ORDER BY rowid DESC LIMIT ?",
-            (*values, _before(page), page.size),
-        )
-        return [(row, Artifact.FromString(body)) for row, body in rows]
 
     # Models.
 
@@ -308,95 +312,3 @@ class SqliteStore:
         await self._execute(
             "INSERT OR REPLACE INTO models VALUES (?, ?)", (model.name, model.SerializeToString())
         )
-
-    # How it is done.
-
-    async def _add(self, sql: str, row: Any, request: RequestRow | None) -> None:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute(sql, _values(row))
-            if request is not None:
-                connection.execute(
-                    "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", _values(request)
-                )
-
-        await self._writer.submit(write)
-
-    def _write(
-        self,
-        sql: str,
-        values: Sequence[Sequence[Any]],
-        then: Callable[[], None] | None = None,
-    ) -> asyncio.Future[None]:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.executemany(sql, values)
-
-        return self._writer.submit(write, then)
-
-    async def _execute(self, sql: str, values: Sequence[Any]) -> None:
-        await self._write(sql, [values])
-
-    async def _read(self, read: Callable[[sqlite3.Connection], _T]) -> _T:
-        return await self._loop.run_in_executor(self._readers, read, self._reading)
-
-    async def _select(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        return await self._read(lambda connection: connection.execute(sql, values).fetchall())
-
-    async def _rows(self, row: type[_R], source: str, values: Sequence[Any] = ()) -> list[_R]:
-        rows = await self._select(f"SELECT {_columns(row)} FROM {source}", values)  # noqa: S608
-        return [row(*values) for values in rows]
-
-    async def _one(self, row: type[_R], source: str, values: Sequence[Any]) -> _R | None:
-        rows = await self._rows(row, source, values)
-        return rows[0] if rows else None
-
-    async def _page(
-        self, row: type[_R], table: str, where: str, values: Sequence[Any], page: Page
-    ) -> list[tuple[int, _R]]:
-        rows = await self._select(
-            f"SELECT rowid, {_columns(row)} FROM {table} WHERE {where} AND rowid < ?"  # noqa: S608
-            " ORDER BY rowid DESC LIMIT ?",
-            (*values, _before(page), page.size),
-        )
-        return [(first, row(*rest)) for first, *rest in rows]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(
-        path, isolation_level=None, check_same_thread=False, cached_statements=256
-    )
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA busy_timeout = 5000")
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    known = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone()
-    if known is None:
-        connection.executescript(
-            f"BEGIN; {_SCHEMA.read_text()}"  # noqa: S608 - our own file and number
-            f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'); COMMIT;"
-        )
-        return
-    (version,) = connection.execute(
-        "SELECT value FROM meta WHERE key = 'schema_version'"
-    ).fetchone()
-    if int(version) > SCHEMA_VERSION:
-        raise SchemaTooNewError(
-            f"the store has schema {version}, this version of TenSafe knows up to "
-            f"{SCHEMA_VERSION}; start the version that wrote it, or a newer one"
-        )
-
-
-def _values(row: Any) -> tuple[Any, ...]:
-    return tuple(getattr(row, field.name) for field in fields(row))
-
-
-def _where(**conditions: str | None) -> tuple[str, list[Any]]:
-    given = {name: value for name, value in conditions.items() if value is not None}
-    return " AND ".join(f"{name} = ?" for name in given), list(given.values())
-
-
-def _before(page: Page) -> int:
-    return page.before if page.before is not None else 2**62

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
+from local_cluster import free_port
 from local_service import LocalService, isolated_environment, tensafe_command
 
 
@@ -30,13 +30,6 @@ def kill_worker(service: LocalService) -> None:
     """SIGKILLs the service's only worker."""
     [pid] = worker_pids(service)
     os.kill(pid, signal.SIGKILL)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Restartable:

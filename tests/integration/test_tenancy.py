@@ -44,6 +44,7 @@ NAMED = {
     "TrainingService/GetRun": "RUN_NOT_FOUND",
     "TrainingService/DeleteRun": "RUN_NOT_FOUND",
     "TrainingService/AttachRun": "RUN_NOT_FOUND",
+    "TrainingService/VerifyRun": "RUN_NOT_FOUND",
     "TrainingService/Submit": "RUN_NOT_FOUND",
     "OperationsService/GetOperation": "OPERATION_NOT_FOUND",
     "OperationsService/WaitOperation": "OPERATION_NOT_FOUND",

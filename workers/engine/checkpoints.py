@@ -11,7 +11,7 @@ The last two are there only if everything was saved. No pickle anywhere.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
+from workers.engine.peft_folders import is_peft_folder, peft_state
 from workers.engine.training import Run
 from workers.operations import LoadOutcome, LoraSettings, SaveOutcome
 
@@ -33,29 +34,51 @@ ACCUMULATOR_FILE = "accumulator.safetensors"
 _FORMAT = "tensafe-run-1"
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A run's state at one moment, in memory of its own: the run may go on while it is written.
+
+    Attributes:
+        tensors: file name → tensors, on the CPU.
+        state: content of `state.json`.
+        reference: what `peft` is told of the base model.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    lora: LoraSettings
+    reference: str
+
+    @property
+    def step(self) -> int:
+        """Applied updates."""
+        return int(self.state["step"])
+
+    def write(self, directory: Path) -> None:
+        """Writes the files into an existing directory."""
+        for name, tensors in self.tensors.items():
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+        _peft_config(self.lora, self.reference).save_pretrained(str(directory))
+        (directory / STATE_FILE).write_text(json.dumps(self.state, indent=1) + "\n")
+
+
 def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str]) -> SaveOutcome:
     """Writes the adapter and, if `complete`, all of the run's state."""
-    adapter, lora = run.adapter, run.adapter.settings
-    _write_tensors(adapter.named(), directory / ADAPTER_FILE)
-    reference = run.model.references[0] if run.model.references else run.model.name
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=sorted(lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=reference,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(directory))
+    capture(run, complete, fingerprint).write(directory)
+    return SaveOutcome(run.window.step, run.model.name)
+
+
+def capture(run: Run, complete: bool, fingerprint: dict[str, str]) -> Captured:
+    """Copies the adapter and, if `complete`, all of the run's state; nothing is written."""
+    adapter = run.adapter
+    tensors = {ADAPTER_FILE: _own(adapter.named())}
     state: dict[str, Any] = {
         "format": _FORMAT,
         "complete": complete,
         "model": run.model.name,
         "step": run.window.step,
         "seed": run.seed,
-        "lora": asdict(lora),
+        "lora": asdict(adapter.settings),
         "fingerprint": fingerprint,
     }
     if complete:
@@ -65,11 +88,24 @@ def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str])
             "backwards": run.backwards,
             "window": run.window.as_json(),
         }
-        _write_tensors(_optimizer_tensors(run), directory / OPTIMIZER_FILE)
+        tensors[OPTIMIZER_FILE] = _own(_optimizer_tensors(run))
         if run.accumulator is not None:
-            _write_tensors(adapter.named(run.accumulator), directory / ACCUMULATOR_FILE)
-    (directory / STATE_FILE).write_text(json.dumps(state, indent=1) + "\n")
-    return SaveOutcome(run.window.step, run.model.name)
+            tensors[ACCUMULATOR_FILE] = _own(adapter.named(run.accumulator))
+    reference = run.model.references[0] if run.model.references else run.model.name
+    return Captured(tensors, state, adapter.settings, reference)
+
+
+def _peft_config(lora: LoraSettings, reference: str) -> Any:
+    return peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=reference,
+        inference_mode=True,
+    )
 
 
 def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutcome:
@@ -82,7 +118,7 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     Raises:
         TenSafeFault: ARTIFACT_MISMATCH.
     """
-    state = read_state(directory)
+    state = read_state(directory, run.model.name)
     if state["model"] != run.model.name:
         raise _mismatch(f"it was saved from {state['model']} and the run is on {run.model.name}")
     _check_shape(lora_settings(state), run.adapter.settings)
@@ -105,8 +141,11 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     return LoadOutcome(run.window.step, restore)
 
 
-def read_state(directory: Path) -> dict[str, Any]:
-    """`state.json`, its format checked."""
+def read_state(directory: Path, model: str) -> dict[str, Any]:
+    """`state.json`, its format checked; what stands in for it if the adapter came from elsewhere,
+    for the model of this name."""
+    if is_peft_folder(directory):
+        return peft_state(directory, model)
     path = directory / STATE_FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if state.get("format") != _FORMAT:
@@ -165,9 +204,9 @@ def _split_moments(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Te
     return moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(own, path, metadata={"format": "pt"})
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, apart from the run's memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _check_shape(saved: LoraSettings, own: LoraSettings) -> None:

@@ -187,6 +187,9 @@ class TorchBackend(Backend):
         run = self._runs[run_id]
         return checkpoints.save(run, directory, include_optimizer, self.fingerprint())
 
+    def capture(self, run_id: str) -> checkpoints.Captured:
+        return checkpoints.capture(self._runs[run_id], True, self.fingerprint())
+
     def load_state(
         self, run_id: str, directory: Path, include_optimizer: bool | None
     ) -> LoadOutcome:
@@ -194,17 +197,17 @@ class TorchBackend(Backend):
 
     def _weights(self, request: SampleRequest) -> _Weights:
         if request.artifact is not None:
-            return self._artifact_weights(request.artifact)
+            return self._artifact_weights(request.artifact, request.model_ref)
         if request.run_id is not None:
             run = self._runs[request.run_id]
             return _Weights(run.model, run.adapter, run.window.step, run.seed)
         return _Weights(self._model(request.model_ref), None, 0, 0)
 
-    def _artifact_weights(self, artifact: ArtifactWeights) -> _Weights:
+    def _artifact_weights(self, artifact: ArtifactWeights, model_ref: str) -> _Weights:
         if artifact.artifact_id in self._sampled:
             self._sampled.move_to_end(artifact.artifact_id)
             return self._sampled[artifact.artifact_id]
-        state = checkpoints.read_state(artifact.directory)
+        state = checkpoints.read_state(artifact.directory, model_ref)
         model = self._model(state["model"])
         settings = checkpoints.lora_settings(state)
         _check_lora(model, settings)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from tensafe_client.cli import entry
 from tensafe_client.cli.lazy import LazyCommand, LazyGroup
 
 SLOW = """
@@ -80,3 +83,45 @@ def test_the_handler_goes_with_the_command():
     shown = CliRunner().invoke(LazyGroup("main", lazy_commands={"probe": lazy}), ["probe"])
     assert shown.exit_code == 0, shown.output
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether the process has a handler, from the kernel's view of it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("delay_ms", [0, 50, 100, 300, 800, 1500])
+def test_right_after_the_start(delay_ms: int, tmp_path: Path):
+    """Before the handler stands, Python is starting, and the system's own 143 is the truth."""
+    command = ("up", "--backend", "mock", "--listen", "127.0.0.1:0", "--data", str(tmp_path / "d"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "tensafe_client.cli", *command, "--no-profile"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        time.sleep(delay_ms / 1e3)  # what is tested
+        stood = catches_sigterm(process.pid)
+        process.send_signal(signal.SIGTERM)
+        try:
+            status = process.wait(timeout=60)
+        finally:
+            process.kill()
+    assert status == 0 or (not stood and status == -signal.SIGTERM)
+    assert stood or delay_ms < 1500  # or this tests nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["up"], "up"),
+        (["--target", "up", "runs"], "runs"),
+        (["--profile=x", "server"], "server"),
+        (["--api-key", "k", "worker", "--connect", "x"], "worker"),
+        (["--help"], ""),
+        (["--target"], ""),
+    ],
+)
+def test_the_command_is_known_before_the_command_line_is_parsed(arguments: list[str], command: str):
+    assert entry._command(arguments) == command

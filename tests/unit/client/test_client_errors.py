@@ -19,6 +19,7 @@ FAMILIES: dict[str, type[errors.TenSafeError]] = {
     "RESOURCE_EXHAUSTED": errors.ResourceExhaustedError,
     "DATA_LOSS": errors.ChecksumMismatchError,
     "CANCELLED": errors.OperationCancelledError,
+    "DEADLINE_EXCEEDED": errors.DeadlineExceededError,
     "UNAVAILABLE": errors.ConnectionFailedError,
     "INTERNAL": errors.ServerError,
     "UNIMPLEMENTED": errors.ServerError,

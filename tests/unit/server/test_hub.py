@@ -138,17 +138,32 @@ def test_a_cursor_from_the_future_is_refused(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_what_a_watcher_leaves_unread_is_bounded_in_bytes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub_module, "_BUFFER_BYTES", 200)
-
+def test_what_a_watcher_leaves_unread_is_bounded_in_bytes():
     async def main() -> None:
         subscription = hub_module.Subscription(SCOPE, 0)
         for number in range(100):
             item = row(number)
             item.cursor = number + 1
-            subscription.offer(ended_event(PendingOperation(item, b"", "")))
+            subscription.offer(ended_event(PendingOperation(item, b"", "")), 200)
             largest = max((event.size for event in subscription.events), default=0)
             assert sum(event.size for event in subscription.events) <= 200 + largest
         assert subscription.behind
+
+    asyncio.run(main())
+
+
+def test_many_watchers_share_what_they_may_hold(tmp_path: Path):
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        most = hub_module._BUFFER_BYTES
+        assert hub._share(most) == most
+        streams = [hub.stream(SCOPE, None) for _ in range(1000)]
+        for stream in streams:
+            await anext(stream)
+        assert hub._share(most) * 1000 <= hub_module._ALL_BYTES
+        for stream in streams:
+            await stream.aclose()
+        assert hub._share(most) == most
+        await store.close()
 
     asyncio.run(main())

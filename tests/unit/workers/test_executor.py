@@ -15,6 +15,7 @@ from tensafe.v1 import artifacts_pb2, training_pb2
 from tensafe.wire.status import from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
+from workers.snapshots import SnapshotPolicy
 
 OPTIM = {"optim_step": training_pb2.OptimStep()}
 SAVE = {"save_state": training_pb2.SaveState()}
@@ -26,8 +27,12 @@ class FolderTransfers:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.fetched: list[str] = []
+        self.snapshots: list[tuple[str, int, int, int]] = []
+        self.refusal: str | None = None
 
-    def upload(self, artifact_id: str, directory: Path) -> list[artifacts_pb2.ArtifactFile]:
+    def upload(
+        self, artifact_id: str, epoch: int, directory: Path
+    ) -> list[artifacts_pb2.ArtifactFile]:
         shutil.copytree(directory, self.root / artifact_id)
         return [
             artifacts_pb2.ArtifactFile(
@@ -41,6 +46,15 @@ class FolderTransfers:
     def fetch(self, artifact_id: str, directory: Path) -> None:
         self.fetched.append(artifact_id)
         shutil.copytree(self.root / artifact_id, directory, dirs_exist_ok=True)
+
+    def upload_snapshot(self, run_id, epoch, seq, step, directory: Path) -> str | None:
+        self.snapshots.append((run_id, epoch, seq, step))
+        name = f"snap-{run_id}-{seq}"
+        shutil.copytree(directory, self.root / name)
+        return self.refusal
+
+    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
+        self.fetch(snapshot_id, directory)
 
 
 class GatedBackend(MockBackend):
@@ -172,7 +186,7 @@ def test_void_poisons_and_says_nothing(driver):
     assert outcomes[4].result.optim_step.step == 1
 
 
-def test_replay_rebuilds_the_state_in_silence(driver, transfers):
+def test_replay_rebuilds_the_state_and_reports_what_it_gave(driver, transfers):
     outcomes = driver.run(
         operation(1, **forward_backward(), replay=True),
         operation(2, **OPTIM, replay=True),
@@ -180,16 +194,18 @@ def test_replay_rebuilds_the_state_in_silence(driver, transfers):
         operation(4, **forward_backward()),
         runs=[assignment(epoch=1)],
     )
-    assert outcomes[:3] == [None, None, None]
+    assert [outcome and outcome.replay for outcome in outcomes] == [True, True, None, False]
+    assert {outcome.run_id for outcome in outcomes[:2]} == {"run-1"}
+    assert outcomes[1].result.optim_step.step == 1
     assert not (transfers.root / "art-9").exists()
     losses = {m.name: m.value for m in outcomes[3].result.forward_backward.metrics}
     assert losses["loss"] == 2.48
 
 
-def test_a_replay_that_fails_is_reported(driver, caplog):
+def test_a_replay_that_fails_is_reported(driver):
     (outcome,) = driver.run(operation(1, **OPTIM, replay=True), runs=[assignment()])
     assert reason(outcome) == "EMPTY_WINDOW"
-    assert "replay of op-run-1-1 failed" in caplog.text
+    assert outcome.replay
 
 
 def test_save_and_load_and_open_from_an_artifact(driver, transfers):
@@ -362,3 +378,35 @@ def test_cancel_before_and_after_the_start(gated):
     assert gated.done["op-run-1-4"].cancelled
     (held,) = gated.executor.held_runs()
     assert held.last_seq == 4
+
+
+def test_what_runs_already_is_not_cancelled_by_being_sent_again(gated):
+    """A broken stream: the coordinator sends again what runs, and a cancel comes for it."""
+    executor, backend = gated.executor, gated.executor._backend
+    first = operation(1, **forward_backward())
+    executor.submit(plan(first, runs=[assignment()]))
+    assert backend.entered.acquire(timeout=10)
+    gated.until(lambda: gated.started == [first.operation_id])
+    executor.submit(plan(first))
+    gated.until(lambda: gated.started == [first.operation_id] * 2)  # the new stream is told, too
+    executor.cancel(first.operation_id)
+    gated.collect()
+    assert not gated.done
+    backend.gate.release()
+    gated.until(lambda: executor.idle)
+    assert gated.done[first.operation_id].HasField("result")
+
+
+def test_leaving_finishes_what_runs_then_flushes_and_begins_nothing_more(gated, transfers):
+    executor, backend = gated.executor, gated.executor._backend
+    executor.snapshots.policy = SnapshotPolicy(steps=99)
+    operations = [operation(seq, **forward_backward()) for seq in (1, 2, 3)]
+    executor.submit(plan(*operations, runs=[assignment()]))
+    assert backend.entered.acquire(timeout=10)
+    executor.leave()
+    assert not executor.idle
+    backend.gate.release()
+    gated.until(lambda: executor.idle)
+    assert [run.last_seq for run in executor.held_runs()] == [1]
+    assert transfers.snapshots == [("run-1", 1, 1, 0)]
+    assert list(gated.done) == [operations[0].operation_id]

@@ -374,3 +374,98 @@ class RevokeKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetStorageRequest(_message.Message):
+    """Asks what takes how much disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStorageRequest: _TypeAlias = GetStorageRequest  # noqa: Y015
+
+@_typing.final
+class StorageUse(_message.Message):
+    """A kind of stored things."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """How many."""
+    size_bytes: _builtins.int
+    """Their size, bytes."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageUse: _TypeAlias = StorageUse  # noqa: Y015
+
+@_typing.final
+class GetStorageResponse(_message.Message):
+    """What takes how much disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOG_FIELD_NUMBER: _builtins.int
+    LOG_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    ARTIFACTS_FIELD_NUMBER: _builtins.int
+    OTHER_FIELD_NUMBER: _builtins.int
+    log_free_bytes: _builtins.int
+    """Of the file, what is free to be used again, bytes."""
+    @_builtins.property
+    def log(self) -> Global___StorageUse:
+        """The store's file with its write-ahead log, bytes; `count` is of operations."""
+
+    @_builtins.property
+    def payloads(self) -> Global___StorageUse:
+        """Specs and results too big for a row."""
+
+    @_builtins.property
+    def snapshots(self) -> Global___StorageUse:
+        """Recovery points; `count` is of snapshots."""
+
+    @_builtins.property
+    def artifacts(self) -> Global___StorageUse:
+        """Saved checkpoints; `count` is of artifacts."""
+
+    @_builtins.property
+    def other(self) -> Global___StorageUse:
+        """Everything else in the blob store: tokenizers."""
+
+    def __init__(
+        self,
+        *,
+        log: Global___StorageUse | None = ...,
+        log_free_bytes: _builtins.int = ...,
+        payloads: Global___StorageUse | None = ...,
+        snapshots: Global___StorageUse | None = ...,
+        artifacts: Global___StorageUse | None = ...,
+        other: Global___StorageUse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "log", b"log", "other", b"other", "payloads", b"payloads", "snapshots", b"snapshots"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "log", b"log", "log_free_bytes", b"log_free_bytes", "other", b"other", "payloads", b"payloads", "snapshots", b"snapshots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStorageResponse: _TypeAlias = GetStorageResponse  # noqa: Y015

@@ -60,6 +60,11 @@ class AdminServiceStub:
                 request_serializer=tensafe_dot_v1_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_admin__pb2.RevokeKeyResponse.FromString,
                 _registered_method=True)
+        self.GetStorage = channel.unary_unary(
+                '/tensafe.v1.AdminService/GetStorage',
+                request_serializer=tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -103,6 +108,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStorage(self, request, context):
+        """Tells what takes how much disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +142,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RevokeKey,
                     request_deserializer=tensafe_dot_v1_dot_admin__pb2.RevokeKeyRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_admin__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'GetStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStorage,
+                    request_deserializer=tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +285,33 @@ class AdminService:
             '/tensafe.v1.AdminService/RevokeKey',
             tensafe_dot_v1_dot_admin__pb2.RevokeKeyRequest.SerializeToString,
             tensafe_dot_v1_dot_admin__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.AdminService/GetStorage',
+            tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.SerializeToString,
+            tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,8 @@ class AdminServiceStub:
     """Lists a tenant's keys, without secrets."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]
     """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+    GetStorage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]
+    """Tells what takes how much disk."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -65,6 +67,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Lists a tenant's keys, without secrets."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]  # type: ignore[assignment]
     """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+    GetStorage: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]  # type: ignore[assignment]
+    """Tells what takes how much disk."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Tenants and keys; needs an admin key."""
@@ -111,5 +115,13 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RevokeKeyResponse, _abc.Awaitable[_admin_pb2.RevokeKeyResponse]]:
         """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def GetStorage(
+        self,
+        request: _admin_pb2.GetStorageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetStorageResponse, _abc.Awaitable[_admin_pb2.GetStorageResponse]]:
+        """Tells what takes how much disk."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

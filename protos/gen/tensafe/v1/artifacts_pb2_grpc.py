@@ -50,6 +50,26 @@ class ArtifactsServiceStub:
                 request_serializer=tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactResponse.FromString,
                 _registered_method=True)
+        self.DeleteArtifact = channel.unary_unary(
+                '/tensafe.v1.ArtifactsService/DeleteArtifact',
+                request_serializer=tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactResponse.FromString,
+                _registered_method=True)
+        self.BeginUpload = channel.unary_unary(
+                '/tensafe.v1.ArtifactsService/BeginUpload',
+                request_serializer=tensafe_dot_v1_dot_artifacts__pb2.BeginUploadRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_artifacts__pb2.BeginUploadResponse.FromString,
+                _registered_method=True)
+        self.UploadFile = channel.stream_unary(
+                '/tensafe.v1.ArtifactsService/UploadFile',
+                request_serializer=tensafe_dot_v1_dot_artifacts__pb2.UploadFileRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_artifacts__pb2.UploadFileResponse.FromString,
+                _registered_method=True)
+        self.FinishUpload = channel.unary_unary(
+                '/tensafe.v1.ArtifactsService/FinishUpload',
+                request_serializer=tensafe_dot_v1_dot_artifacts__pb2.FinishUploadRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_artifacts__pb2.FinishUploadResponse.FromString,
+                _registered_method=True)
 
 
 class ArtifactsServiceServicer:
@@ -57,7 +77,8 @@ class ArtifactsServiceServicer:
     """
 
     def GetArtifact(self, request, context):
-        """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND.
+        """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,8 +94,50 @@ class ArtifactsServiceServicer:
     def DownloadArtifact(self, request, context):
         """Sends an artifact's files in chunks: `adapter_config.json` and
         `adapter_model.safetensors` as `peft` loads them, and what continuing
-        needs. Errors: NOT_FOUND ARTIFACT_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH,
-        OUT_OF_RANGE for an offset past the file's end.
+        needs. A download that broke goes on with `file` and `offset`. Errors:
+        NOT_FOUND ARTIFACT_NOT_FOUND or ARTIFACT_EXPIRED, DATA_LOSS
+        CHECKSUM_MISMATCH naming the file, OUT_OF_RANGE for an offset past its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteArtifact(self, request, context):
+        """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
+        Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
+        replays it, or an unfinished operation reads it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginUpload(self, request, context):
+        """Begins the upload of an adapter in `peft`'s format, or tells how far one has
+        come: the same request id gives the same upload back. What is not finished
+        within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadFile(self, request_iterator, context):
+        """Sends one file, or the rest of one. The first message says which and from
+        where, the others are chunks. After a break BeginUpload tells how much has
+        arrived. Errors: NOT_FOUND UPLOAD_NOT_FOUND, OUT_OF_RANGE
+        CURSOR_OUT_OF_RANGE for another offset than what has arrived.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishUpload(self, request, context):
+        """Checks what has arrived and makes it an artifact; again, it gives the same
+        artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
+        CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
+        and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
+        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +160,26 @@ def add_ArtifactsServiceServicer_to_server(servicer, server):
                     servicer.DownloadArtifact,
                     request_deserializer=tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactResponse.SerializeToString,
+            ),
+            'DeleteArtifact': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteArtifact,
+                    request_deserializer=tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactResponse.SerializeToString,
+            ),
+            'BeginUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginUpload,
+                    request_deserializer=tensafe_dot_v1_dot_artifacts__pb2.BeginUploadRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_artifacts__pb2.BeginUploadResponse.SerializeToString,
+            ),
+            'UploadFile': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadFile,
+                    request_deserializer=tensafe_dot_v1_dot_artifacts__pb2.UploadFileRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_artifacts__pb2.UploadFileResponse.SerializeToString,
+            ),
+            'FinishUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishUpload,
+                    request_deserializer=tensafe_dot_v1_dot_artifacts__pb2.FinishUploadRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_artifacts__pb2.FinishUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +264,114 @@ class ArtifactsService:
             '/tensafe.v1.ArtifactsService/DownloadArtifact',
             tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactRequest.SerializeToString,
             tensafe_dot_v1_dot_artifacts__pb2.DownloadArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.ArtifactsService/DeleteArtifact',
+            tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactRequest.SerializeToString,
+            tensafe_dot_v1_dot_artifacts__pb2.DeleteArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.ArtifactsService/BeginUpload',
+            tensafe_dot_v1_dot_artifacts__pb2.BeginUploadRequest.SerializeToString,
+            tensafe_dot_v1_dot_artifacts__pb2.BeginUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadFile(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/tensafe.v1.ArtifactsService/UploadFile',
+            tensafe_dot_v1_dot_artifacts__pb2.UploadFileRequest.SerializeToString,
+            tensafe_dot_v1_dot_artifacts__pb2.UploadFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.ArtifactsService/FinishUpload',
+            tensafe_dot_v1_dot_artifacts__pb2.FinishUploadRequest.SerializeToString,
+            tensafe_dot_v1_dot_artifacts__pb2.FinishUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,14 +34,42 @@ class ArtifactsServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ArtifactsServiceAsyncStub: ...
     GetArtifact: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.GetArtifactRequest, _artifacts_pb2.GetArtifactResponse]
-    """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
+    """
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.ListArtifactsRequest, _artifacts_pb2.ListArtifactsResponse]
     """Lists the tenant's artifacts, newest first."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_artifacts_pb2.DownloadArtifactRequest, _artifacts_pb2.DownloadArtifactResponse]
     """Sends an artifact's files in chunks: `adapter_config.json` and
     `adapter_model.safetensors` as `peft` loads them, and what continuing
-    needs. Errors: NOT_FOUND ARTIFACT_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH,
-    OUT_OF_RANGE for an offset past the file's end.
+    needs. A download that broke goes on with `file` and `offset`. Errors:
+    NOT_FOUND ARTIFACT_NOT_FOUND or ARTIFACT_EXPIRED, DATA_LOSS
+    CHECKSUM_MISMATCH naming the file, OUT_OF_RANGE for an offset past its end.
+    """
+    DeleteArtifact: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.DeleteArtifactRequest, _artifacts_pb2.DeleteArtifactResponse]
+    """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
+    Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
+    replays it, or an unfinished operation reads it.
+    """
+    BeginUpload: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.BeginUploadRequest, _artifacts_pb2.BeginUploadResponse]
+    """Begins the upload of an adapter in `peft`'s format, or tells how far one has
+    come: the same request id gives the same upload back. What is not finished
+    within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    """
+    UploadFile: _grpc.StreamUnaryMultiCallable[_artifacts_pb2.UploadFileRequest, _artifacts_pb2.UploadFileResponse]
+    """Sends one file, or the rest of one. The first message says which and from
+    where, the others are chunks. After a break BeginUpload tells how much has
+    arrived. Errors: NOT_FOUND UPLOAD_NOT_FOUND, OUT_OF_RANGE
+    CURSOR_OUT_OF_RANGE for another offset than what has arrived.
+    """
+    FinishUpload: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.FinishUploadRequest, _artifacts_pb2.FinishUploadResponse]
+    """Checks what has arrived and makes it an artifact; again, it gives the same
+    artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
+    CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
+    and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
+    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
     """
 
 @_typing.type_check_only
@@ -50,14 +78,42 @@ class ArtifactsServiceAsyncStub(ArtifactsServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetArtifact: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.GetArtifactRequest, _artifacts_pb2.GetArtifactResponse]  # type: ignore[assignment]
-    """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
+    """
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.ListArtifactsRequest, _artifacts_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """Lists the tenant's artifacts, newest first."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_artifacts_pb2.DownloadArtifactRequest, _artifacts_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Sends an artifact's files in chunks: `adapter_config.json` and
     `adapter_model.safetensors` as `peft` loads them, and what continuing
-    needs. Errors: NOT_FOUND ARTIFACT_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH,
-    OUT_OF_RANGE for an offset past the file's end.
+    needs. A download that broke goes on with `file` and `offset`. Errors:
+    NOT_FOUND ARTIFACT_NOT_FOUND or ARTIFACT_EXPIRED, DATA_LOSS
+    CHECKSUM_MISMATCH naming the file, OUT_OF_RANGE for an offset past its end.
+    """
+    DeleteArtifact: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.DeleteArtifactRequest, _artifacts_pb2.DeleteArtifactResponse]  # type: ignore[assignment]
+    """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
+    Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
+    replays it, or an unfinished operation reads it.
+    """
+    BeginUpload: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.BeginUploadRequest, _artifacts_pb2.BeginUploadResponse]  # type: ignore[assignment]
+    """Begins the upload of an adapter in `peft`'s format, or tells how far one has
+    come: the same request id gives the same upload back. What is not finished
+    within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    """
+    UploadFile: _aio.StreamUnaryMultiCallable[_artifacts_pb2.UploadFileRequest, _artifacts_pb2.UploadFileResponse]  # type: ignore[assignment]
+    """Sends one file, or the rest of one. The first message says which and from
+    where, the others are chunks. After a break BeginUpload tells how much has
+    arrived. Errors: NOT_FOUND UPLOAD_NOT_FOUND, OUT_OF_RANGE
+    CURSOR_OUT_OF_RANGE for another offset than what has arrived.
+    """
+    FinishUpload: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.FinishUploadRequest, _artifacts_pb2.FinishUploadResponse]  # type: ignore[assignment]
+    """Checks what has arrived and makes it an artifact; again, it gives the same
+    artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
+    CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
+    and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
+    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
     """
 
 class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -69,7 +125,9 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifacts_pb2.GetArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_artifacts_pb2.GetArtifactResponse, _abc.Awaitable[_artifacts_pb2.GetArtifactResponse]]:
-        """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+        """Reads an artifact's description. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
+        """
 
     @_abc_1.abstractmethod
     def ListArtifacts(
@@ -87,8 +145,58 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_artifacts_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_artifacts_pb2.DownloadArtifactResponse]]:
         """Sends an artifact's files in chunks: `adapter_config.json` and
         `adapter_model.safetensors` as `peft` loads them, and what continuing
-        needs. Errors: NOT_FOUND ARTIFACT_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH,
-        OUT_OF_RANGE for an offset past the file's end.
+        needs. A download that broke goes on with `file` and `offset`. Errors:
+        NOT_FOUND ARTIFACT_NOT_FOUND or ARTIFACT_EXPIRED, DATA_LOSS
+        CHECKSUM_MISMATCH naming the file, OUT_OF_RANGE for an offset past its end.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteArtifact(
+        self,
+        request: _artifacts_pb2.DeleteArtifactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifacts_pb2.DeleteArtifactResponse, _abc.Awaitable[_artifacts_pb2.DeleteArtifactResponse]]:
+        """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
+        Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
+        replays it, or an unfinished operation reads it.
+        """
+
+    @_abc_1.abstractmethod
+    def BeginUpload(
+        self,
+        request: _artifacts_pb2.BeginUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifacts_pb2.BeginUploadResponse, _abc.Awaitable[_artifacts_pb2.BeginUploadResponse]]:
+        """Begins the upload of an adapter in `peft`'s format, or tells how far one has
+        come: the same request id gives the same upload back. What is not finished
+        within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadFile(
+        self,
+        request_iterator: _MaybeAsyncIterator[_artifacts_pb2.UploadFileRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifacts_pb2.UploadFileResponse, _abc.Awaitable[_artifacts_pb2.UploadFileResponse]]:
+        """Sends one file, or the rest of one. The first message says which and from
+        where, the others are chunks. After a break BeginUpload tells how much has
+        arrived. Errors: NOT_FOUND UPLOAD_NOT_FOUND, OUT_OF_RANGE
+        CURSOR_OUT_OF_RANGE for another offset than what has arrived.
+        """
+
+    @_abc_1.abstractmethod
+    def FinishUpload(
+        self,
+        request: _artifacts_pb2.FinishUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_artifacts_pb2.FinishUploadResponse, _abc.Awaitable[_artifacts_pb2.FinishUploadResponse]]:
+        """Checks what has arrived and makes it an artifact; again, it gives the same
+        artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
+        CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
+        and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
+        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
         """
 
 def add_ArtifactsServiceServicer_to_server(servicer: ArtifactsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -85,7 +85,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OPERATION_CANCELLED: _ErrorReason.ValueType  # 28
     """CANCELLED: the caller cancelled the operation before it started."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 29
-    """RESOURCE_EXHAUSTED: a queue is full; RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: a queue is full; RetryInfo says when to try again. The
+    operation is not on record, and its seq is free.
+    """
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 30
     """RESOURCE_EXHAUSTED: the device has too little memory for this operation."""
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 31
@@ -106,6 +108,40 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: the service or method does not exist at this address."""
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
     """NOT_FOUND: no such key (admin calls only)."""
+    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 40
+    """DEADLINE_EXCEEDED: the operation had not started when its time to live was
+    over; it never ran.
+    """
+    ERROR_REASON_STALE_ASSIGNMENT: _ErrorReason.ValueType  # 41
+    """FAILED_PRECONDITION: the run has moved to another worker (workers' calls
+    only).
+    """
+    ERROR_REASON_RUN_STATE_LOST: _ErrorReason.ValueType  # 50
+    """DATA_LOSS: no intact snapshot or artifact of the run is left from which its
+    state could be rebuilt.
+    """
+    ERROR_REASON_NO_WORKER: _ErrorReason.ValueType  # 51
+    """UNAVAILABLE: no worker is connected that could do this, or it was lost."""
+    ERROR_REASON_RESULT_EXPIRED: _ErrorReason.ValueType  # 52
+    """FAILED_PRECONDITION: the big parts of the operation's result are past the
+    server's retention.
+    """
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 60
+    """RESOURCE_EXHAUSTED: the server's disk is full; nothing of the call was
+    stored. RetryInfo says when to try again.
+    """
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 61
+    """UNAVAILABLE: the server's disk cannot be written (read-only, locked or
+    failing); nothing of the call was stored. RetryInfo says when to try again.
+    """
+    ERROR_REASON_ARTIFACT_EXPIRED: _ErrorReason.ValueType  # 62
+    """NOT_FOUND: the artifact's time to live is over, or it was deleted."""
+    ERROR_REASON_ARTIFACT_IN_USE: _ErrorReason.ValueType  # 63
+    """FAILED_PRECONDITION: a run's recovery or an operation still needs the
+    artifact.
+    """
+    ERROR_REASON_UPLOAD_NOT_FOUND: _ErrorReason.ValueType  # 64
+    """NOT_FOUND: no such upload, or it was finished or given up."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an operation failed: `google.rpc.ErrorInfo.reason` is the name
@@ -176,7 +212,9 @@ ERROR_REASON_CHECKSUM_MISMATCH: ErrorReason.ValueType  # 27
 ERROR_REASON_OPERATION_CANCELLED: ErrorReason.ValueType  # 28
 """CANCELLED: the caller cancelled the operation before it started."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 29
-"""RESOURCE_EXHAUSTED: a queue is full; RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: a queue is full; RetryInfo says when to try again. The
+operation is not on record, and its seq is free.
+"""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 30
 """RESOURCE_EXHAUSTED: the device has too little memory for this operation."""
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 31
@@ -197,4 +235,38 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 38
 """UNIMPLEMENTED: the service or method does not exist at this address."""
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: no such key (admin calls only)."""
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 40
+"""DEADLINE_EXCEEDED: the operation had not started when its time to live was
+over; it never ran.
+"""
+ERROR_REASON_STALE_ASSIGNMENT: ErrorReason.ValueType  # 41
+"""FAILED_PRECONDITION: the run has moved to another worker (workers' calls
+only).
+"""
+ERROR_REASON_RUN_STATE_LOST: ErrorReason.ValueType  # 50
+"""DATA_LOSS: no intact snapshot or artifact of the run is left from which its
+state could be rebuilt.
+"""
+ERROR_REASON_NO_WORKER: ErrorReason.ValueType  # 51
+"""UNAVAILABLE: no worker is connected that could do this, or it was lost."""
+ERROR_REASON_RESULT_EXPIRED: ErrorReason.ValueType  # 52
+"""FAILED_PRECONDITION: the big parts of the operation's result are past the
+server's retention.
+"""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 60
+"""RESOURCE_EXHAUSTED: the server's disk is full; nothing of the call was
+stored. RetryInfo says when to try again.
+"""
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 61
+"""UNAVAILABLE: the server's disk cannot be written (read-only, locked or
+failing); nothing of the call was stored. RetryInfo says when to try again.
+"""
+ERROR_REASON_ARTIFACT_EXPIRED: ErrorReason.ValueType  # 62
+"""NOT_FOUND: the artifact's time to live is over, or it was deleted."""
+ERROR_REASON_ARTIFACT_IN_USE: ErrorReason.ValueType  # 63
+"""FAILED_PRECONDITION: a run's recovery or an operation still needs the
+artifact.
+"""
+ERROR_REASON_UPLOAD_NOT_FOUND: ErrorReason.ValueType  # 64
+"""NOT_FOUND: no such upload, or it was finished or given up."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

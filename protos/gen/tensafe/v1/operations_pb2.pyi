@@ -82,7 +82,7 @@ class _OperationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operat
     OPERATION_STATE_FAILED: _OperationState.ValueType  # 4
     """Ended with an error."""
     OPERATION_STATE_CANCELLED: _OperationState.ValueType  # 5
-    """Cancelled before it ran."""
+    """Cancelled, or its deadline passed, before it ran."""
 
 class OperationState(_OperationState, metaclass=_OperationStateEnumTypeWrapper):
     """Where an operation is. It leaves QUEUED once and ends once."""
@@ -98,7 +98,7 @@ OPERATION_STATE_SUCCEEDED: OperationState.ValueType  # 3
 OPERATION_STATE_FAILED: OperationState.ValueType  # 4
 """Ended with an error."""
 OPERATION_STATE_CANCELLED: OperationState.ValueType  # 5
-"""Cancelled before it ran."""
+"""Cancelled, or its deadline passed, before it ran."""
 Global___OperationState: _TypeAlias = OperationState  # noqa: Y015
 
 class _FinishReason:
@@ -434,6 +434,7 @@ class Operation(_message.Message):
     FINISHED_AT_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
+    RESULT_PRUNED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`op-…`."""
     run_id: _builtins.str
@@ -448,6 +449,10 @@ class Operation(_message.Message):
     """Time between acceptance and the start on a worker, ms."""
     compute_ms: _builtins.float
     """Time on the worker, ms."""
+    result_pruned: _builtins.bool
+    """The big parts of its result (per-token outputs, completions) are past the
+    server's retention; metrics are there.
+    """
     @_builtins.property
     def result(self) -> Global___OperationResult:
         """Set when SUCCEEDED."""
@@ -478,10 +483,11 @@ class Operation(_message.Message):
         finished_at: _timestamp_pb2.Timestamp | None = ...,
         queue_ms: _builtins.float = ...,
         compute_ms: _builtins.float = ...,
+        result_pruned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "id", b"id", "kind", b"kind", "queue_ms", b"queue_ms", "result", b"result", "run_id", b"run_id", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "id", b"id", "kind", b"kind", "queue_ms", b"queue_ms", "result", b"result", "result_pruned", b"result_pruned", "run_id", b"run_id", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -384,6 +385,8 @@ class Run(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     NEXT_SEQ_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
+    REPLAY_MISMATCHES_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_SEQ_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`run-…`."""
     status: Global___RunStatus.ValueType
@@ -392,6 +395,14 @@ class Run(_message.Message):
     """Applied optimizer updates."""
     next_seq: _builtins.int
     """The seq that the next numbered operation must have; the first is 1."""
+    replay_mismatches: _builtins.int
+    """Replayed operations whose results were not those in the log: after a
+    recovery the run may differ from what it was. 0 is as it should be.
+    """
+    snapshot_seq: _builtins.int
+    """The last operation in the newest snapshot, where a recovery would begin; 0
+    if there is none.
+    """
     @_builtins.property
     def config(self) -> Global___RunConfig:
         """The configuration with every default filled in."""
@@ -409,10 +420,12 @@ class Run(_message.Message):
         step: _builtins.int = ...,
         next_seq: _builtins.int = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
+        replay_mismatches: _builtins.int = ...,
+        snapshot_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "id", b"id", "next_seq", b"next_seq", "status", b"status", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "id", b"id", "next_seq", b"next_seq", "replay_mismatches", b"replay_mismatches", "snapshot_seq", b"snapshot_seq", "status", b"status", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,6 +972,7 @@ class SaveState(_message.Message):
 
     INCLUDE_OPTIMIZER_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
     include_optimizer: _builtins.bool
     """Also what continuing needs: optimizer, counters, open accumulation window.
     Unset: true.
@@ -967,15 +981,22 @@ class SaveState(_message.Message):
     def metadata(self) -> _struct_pb2.Struct:
         """The caller's own JSON object, kept with the artifact; at most 64 KiB."""
 
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long the artifact is kept. Unset: until it is deleted. What the run's
+        own recovery needs of it is kept longer, but is no longer shown.
+        """
+
     def __init__(
         self,
         *,
         include_optimizer: _builtins.bool | None = ...,
         metadata: _struct_pb2.Struct | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer", "include_optimizer", b"include_optimizer", "metadata", b"metadata", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__include_optimizer: _TypeAlias = _typing.Literal["include_optimizer"]  # noqa: Y015
     _WhichOneofArgType__include_optimizer: _TypeAlias = _typing.Literal["_include_optimizer", b"_include_optimizer"]  # noqa: Y015
@@ -1024,6 +1045,7 @@ class OperationSpec(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     FORWARD_FIELD_NUMBER: _builtins.int
     FORWARD_BACKWARD_FIELD_NUMBER: _builtins.int
     OPTIM_STEP_FIELD_NUMBER: _builtins.int
@@ -1040,6 +1062,13 @@ class OperationSpec(_message.Message):
     """The idempotency key of an operation without seq: required there, unset
     elsewhere.
     """
+    @_builtins.property
+    def time_to_live(self) -> _duration_pb2.Duration:
+        """How long it may wait, from its acceptance on: if it has not started by then,
+        it ends CANCELLED with DEADLINE_EXCEEDED and never runs. One that has started
+        runs to its end. Unset: for ever.
+        """
+
     @_builtins.property
     def forward(self) -> Global___Forward:
         """A forward pass."""
@@ -1070,6 +1099,7 @@ class OperationSpec(_message.Message):
         run_id: _builtins.str | None = ...,
         seq: _builtins.int | None = ...,
         request_id: _builtins.str | None = ...,
+        time_to_live: _duration_pb2.Duration | None = ...,
         forward: Global___Forward | None = ...,
         forward_backward: Global___ForwardBackward | None = ...,
         optim_step: Global___OptimStep | None = ...,
@@ -1077,9 +1107,9 @@ class OperationSpec(_message.Message):
         save_state: Global___SaveState | None = ...,
         load_state: Global___LoadState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
@@ -1452,7 +1482,10 @@ class SubmitOutcome(_message.Message):
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Set if it was refused: INVALID_ARGUMENT, NOT_FOUND, FAILED_PRECONDITION,
-        OUT_OF_RANGE, ALREADY_EXISTS or RESOURCE_EXHAUSTED with its ErrorInfo.
+        OUT_OF_RANGE, ALREADY_EXISTS or RESOURCE_EXHAUSTED with its ErrorInfo. After
+        RESOURCE_EXHAUSTED QUEUE_FULL nothing is on record and its seq is free: send
+        it again after RetryInfo's delay. What follows it in its run and its request
+        is refused with it, so that the order stays whole.
         """
 
     def __init__(
@@ -1493,3 +1526,169 @@ class SubmitBatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitBatchResponse: _TypeAlias = SubmitBatchResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRunRequest(_message.Message):
+    """Asks to verify a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRunRequest: _TypeAlias = VerifyRunRequest  # noqa: Y015
+
+@_typing.final
+class VerifyProgress(_message.Message):
+    """How far a verification is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.int
+    """Operations replayed."""
+    total: _builtins.int
+    """Operations to replay."""
+    def __init__(
+        self,
+        *,
+        replayed: _builtins.int = ...,
+        total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyProgress: _TypeAlias = VerifyProgress  # noqa: Y015
+
+@_typing.final
+class ReplayMismatch(_message.Message):
+    """A replayed operation whose result was not that in the log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """The operation."""
+    seq: _builtins.int
+    """Its place in the run's order."""
+    difference: _builtins.str
+    """What differs, for people."""
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        difference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference", "operation_id", b"operation_id", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplayMismatch: _TypeAlias = ReplayMismatch  # noqa: Y015
+
+@_typing.final
+class VerifyReport(_message.Message):
+    """What a verification found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_SEQ_FIELD_NUMBER: _builtins.int
+    PRUNED_FIELD_NUMBER: _builtins.int
+    TO_SEQ_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    WITHIN_TOLERANCE_FIELD_NUMBER: _builtins.int
+    MISMATCHES_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    from_seq: _builtins.int
+    """The last operation in the state from which the replay began; 0: a fresh
+    adapter, so that the whole run was replayed.
+    """
+    pruned: _builtins.bool
+    """Whether earlier operations could not be replayed, since they were pruned."""
+    to_seq: _builtins.int
+    """The last operation that was settled when the verification began."""
+    replayed: _builtins.int
+    """Operations replayed."""
+    exact: _builtins.int
+    """Of them, those whose whole result was compared bit by bit."""
+    within_tolerance: _builtins.int
+    """Of them, those that ran on another kind of machine then, and were compared
+    within a tolerance.
+    """
+    mismatches: _builtins.int
+    """How many results were not those in the log."""
+    @_builtins.property
+    def details(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplayMismatch]:
+        """The first of those, at most 100."""
+
+    def __init__(
+        self,
+        *,
+        from_seq: _builtins.int = ...,
+        pruned: _builtins.bool = ...,
+        to_seq: _builtins.int = ...,
+        replayed: _builtins.int = ...,
+        exact: _builtins.int = ...,
+        within_tolerance: _builtins.int = ...,
+        mismatches: _builtins.int = ...,
+        details: _abc.Iterable[Global___ReplayMismatch] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "exact", b"exact", "from_seq", b"from_seq", "mismatches", b"mismatches", "pruned", b"pruned", "replayed", b"replayed", "to_seq", b"to_seq", "within_tolerance", b"within_tolerance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyReport: _TypeAlias = VerifyReport  # noqa: Y015
+
+@_typing.final
+class VerifyRunResponse(_message.Message):
+    """Progress, or the verdict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___VerifyProgress:
+        """How far it is."""
+
+    @_builtins.property
+    def report(self) -> Global___VerifyReport:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___VerifyProgress | None = ...,
+        report: Global___VerifyReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["progress", "report"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___VerifyRunResponse: _TypeAlias = VerifyRunResponse  # noqa: Y015

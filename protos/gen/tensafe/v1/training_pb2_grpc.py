@@ -60,6 +60,11 @@ class TrainingServiceStub:
                 request_serializer=tensafe_dot_v1_dot_training__pb2.AttachRunRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_training__pb2.AttachRunResponse.FromString,
                 _registered_method=True)
+        self.VerifyRun = channel.unary_stream(
+                '/tensafe.v1.TrainingService/VerifyRun',
+                request_serializer=tensafe_dot_v1_dot_training__pb2.VerifyRunRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_training__pb2.VerifyRunResponse.FromString,
+                _registered_method=True)
         self.Submit = channel.unary_unary(
                 '/tensafe.v1.TrainingService/Submit',
                 request_serializer=tensafe_dot_v1_dot_training__pb2.SubmitRequest.SerializeToString,
@@ -117,11 +122,23 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyRun(self, request, context):
+        """Replays the run from its log on a worker, beside the run itself, and says
+        whether it gives the recorded results. Progress comes as it is made; the last
+        message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+        RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Submit(self, request, context):
         """Queues one operation; the answer means that it is on disk. A retry with the
         same (run, seq) or request id gets the same operation back. A refused
         operation is recorded as FAILED where its (run, seq) is known, and the call
-        fails with the reason. Errors: those of SubmitOutcome.error.
+        fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+        record nothing and use up no seq: send the same again after RetryInfo's
+        delay. Errors: those of SubmitOutcome.error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,6 +181,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.AttachRun,
                     request_deserializer=tensafe_dot_v1_dot_training__pb2.AttachRunRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_training__pb2.AttachRunResponse.SerializeToString,
+            ),
+            'VerifyRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyRun,
+                    request_deserializer=tensafe_dot_v1_dot_training__pb2.VerifyRunRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_training__pb2.VerifyRunResponse.SerializeToString,
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
@@ -312,6 +334,33 @@ class TrainingService:
             '/tensafe.v1.TrainingService/AttachRun',
             tensafe_dot_v1_dot_training__pb2.AttachRunRequest.SerializeToString,
             tensafe_dot_v1_dot_training__pb2.AttachRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensafe.v1.TrainingService/VerifyRun',
+            tensafe_dot_v1_dot_training__pb2.VerifyRunRequest.SerializeToString,
+            tensafe_dot_v1_dot_training__pb2.VerifyRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,11 +52,19 @@ class TrainingServiceStub:
     """Tells the next seq, so that another process can go on with the run.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
     """
+    VerifyRun: _grpc.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]
+    """Replays the run from its log on a worker, beside the run itself, and says
+    whether it gives the recorded results. Progress comes as it is made; the last
+    message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+    RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+    """
     Submit: _grpc.UnaryUnaryMultiCallable[_training_pb2.SubmitRequest, _training_pb2.SubmitResponse]
     """Queues one operation; the answer means that it is on disk. A retry with the
     same (run, seq) or request id gets the same operation back. A refused
     operation is recorded as FAILED where its (run, seq) is known, and the call
-    fails with the reason. Errors: those of SubmitOutcome.error.
+    fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+    record nothing and use up no seq: send the same again after RetryInfo's
+    delay. Errors: those of SubmitOutcome.error.
     """
     SubmitBatch: _grpc.UnaryUnaryMultiCallable[_training_pb2.SubmitBatchRequest, _training_pb2.SubmitBatchResponse]
     """Queues several operations, answering for each in the order sent; the answer
@@ -89,11 +97,19 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Tells the next seq, so that another process can go on with the run.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
     """
+    VerifyRun: _aio.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]  # type: ignore[assignment]
+    """Replays the run from its log on a worker, beside the run itself, and says
+    whether it gives the recorded results. Progress comes as it is made; the last
+    message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+    RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+    """
     Submit: _aio.UnaryUnaryMultiCallable[_training_pb2.SubmitRequest, _training_pb2.SubmitResponse]  # type: ignore[assignment]
     """Queues one operation; the answer means that it is on disk. A retry with the
     same (run, seq) or request id gets the same operation back. A refused
     operation is recorded as FAILED where its (run, seq) is known, and the call
-    fails with the reason. Errors: those of SubmitOutcome.error.
+    fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+    record nothing and use up no seq: send the same again after RetryInfo's
+    delay. Errors: those of SubmitOutcome.error.
     """
     SubmitBatch: _aio.UnaryUnaryMultiCallable[_training_pb2.SubmitBatchRequest, _training_pb2.SubmitBatchResponse]  # type: ignore[assignment]
     """Queues several operations, answering for each in the order sent; the answer
@@ -155,6 +171,18 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def VerifyRun(
+        self,
+        request: _training_pb2.VerifyRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.VerifyRunResponse], _abc.AsyncIterator[_training_pb2.VerifyRunResponse]]:
+        """Replays the run from its log on a worker, beside the run itself, and says
+        whether it gives the recorded results. Progress comes as it is made; the last
+        message is the verdict. Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION
+        RUN_DELETED, UNAVAILABLE NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+        """
+
+    @_abc_1.abstractmethod
     def Submit(
         self,
         request: _training_pb2.SubmitRequest,
@@ -163,7 +191,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Queues one operation; the answer means that it is on disk. A retry with the
         same (run, seq) or request id gets the same operation back. A refused
         operation is recorded as FAILED where its (run, seq) is known, and the call
-        fails with the reason. Errors: those of SubmitOutcome.error.
+        fails with the reason. RESOURCE_EXHAUSTED QUEUE_FULL and UNAVAILABLE DRAINING
+        record nothing and use up no seq: send the same again after RetryInfo's
+        delay. Errors: those of SubmitOutcome.error.
         """
 
     @_abc_1.abstractmethod

@@ -23,6 +23,7 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from tensafe.v1 import artifacts_pb2 as tensafe_dot_v1_dot_artifacts__pb2
 from tensafe.v1 import models_pb2 as tensafe_dot_v1_dot_models__pb2
@@ -31,7 +32,7 @@ from tensafe.v1 import training_pb2 as tensafe_dot_v1_dot_training__pb2
 from tensafe.v1 import types_pb2 as tensafe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensafe/v1/worker.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a\x1atensafe/v1/artifacts.proto\x1a\x17tensafe/v1/models.proto\x1a\x1btensafe/v1/operations.proto\x1a\x19tensafe/v1/training.proto\x1a\x16tensafe/v1/types.proto\"S\n\tModelFile\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"y\n\x13PublishModelRequest\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x11.tensafe.v1.ModelB\x06\xbaH\x03\xc8\x01\x01\x12\x38\n\x0ftokenizer_files\x18\x02 \x03(\x0b\x32\x15.tensafe.v1.ModelFileB\x08\xbaH\x05\x92\x01\x02\x10\x10\"\x16\n\x14PublishModelResponse\":\n\x07HeldRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\"\xa9\x02\n\x08Register\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1a\n\x07\x62\x61\x63kend\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18 \x12\x17\n\x06\x64\x65vice\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18 \x12\x18\n\x06models\x18\x04 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x08\x01\x12\x1c\n\x07\x63redits\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01\x12&\n\theld_runs\x18\x06 \x03(\x0b\x32\x13.tensafe.v1.HeldRun\x12:\n\x0b\x66ingerprint\x18\x07 \x03(\x0b\x32%.tensafe.v1.Register.FingerprintEntry\x1a\x32\n\x10\x46ingerprintEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"7\n\x10OperationStarted\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xe4\x01\n\rOperationDone\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.tensafe.v1.OperationResultH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x12\n\ncompute_ms\x18\x05 \x01(\x01\x12(\n\x0cstep_metrics\x18\x06 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12\x11\n\tcancelled\x18\x07 \x01(\x08\x42\t\n\x07outcome\"`\n\x06Report\x12-\n\x07started\x18\x01 \x03(\x0b\x32\x1c.tensafe.v1.OperationStarted\x12\'\n\x04\x64one\x18\x02 \x03(\x0b\x32\x19.tensafe.v1.OperationDone\"\x9a\x01\n\x0e\x43onnectRequest\x12(\n\x08register\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.RegisterH\x00\x12$\n\x06report\x18\x02 \x01(\x0b\x32\x12.tensafe.v1.ReportH\x00\x12&\n\x07goodbye\x18\x03 \x01(\x0b\x32\x13.tensafe.v1.GoodbyeH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"\t\n\x07Goodbye\"\x1c\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\"j\n\rRunAssignment\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x15.tensafe.v1.RunConfig\x12\x13\n\x0b\x61rtifact_id\x18\x04 \x01(\t\"\x8b\x01\n\x10PlannedOperation\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\x0c\x12\x0e\n\x06replay\x18\x04 \x01(\x08\x12\x0c\n\x04void\x18\x05 \x01(\x08\x12\x13\n\x0b\x61rtifact_id\x18\x06 \x01(\t\x12\x11\n\tmodel_ref\x18\x07 \x01(\t\"a\n\x04Plan\x12\'\n\x04runs\x18\x01 \x03(\x0b\x32\x19.tensafe.v1.RunAssignment\x12\x30\n\noperations\x18\x02 \x03(\x0b\x32\x1c.tensafe.v1.PlannedOperation\"%\n\rCancelPlanned\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"\x1c\n\nReleaseRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x07\n\x05\x44rain\"\xe2\x01\n\x0f\x43onnectResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.WelcomeH\x00\x12 \n\x04plan\x18\x02 \x01(\x0b\x32\x10.tensafe.v1.PlanH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.tensafe.v1.CancelPlannedH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.tensafe.v1.ReleaseRunH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.tensafe.v1.DrainH\x00\x42\t\n\x07message\"h\n\x15UploadArtifactRequest\x12\x15\n\x0b\x61rtifact_id\x18\x01 \x01(\tH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.FileChunkH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"A\n\x16UploadArtifactResponse\x12\'\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x18.tensafe.v1.ArtifactFile\"6\n\x14\x46\x65tchArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"=\n\x15\x46\x65tchArtifactResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk2\xdd\x02\n\rWorkerService\x12Q\n\x0cPublishModel\x12\x1f.tensafe.v1.PublishModelRequest\x1a .tensafe.v1.PublishModelResponse\x12\x46\n\x07\x43onnect\x12\x1a.tensafe.v1.ConnectRequest\x1a\x1b.tensafe.v1.ConnectResponse(\x01\x30\x01\x12Y\n\x0eUploadArtifact\x12!.tensafe.v1.UploadArtifactRequest\x1a\".tensafe.v1.UploadArtifactResponse(\x01\x12V\n\rFetchArtifact\x12 .tensafe.v1.FetchArtifactRequest\x1a!.tensafe.v1.FetchArtifactResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensafe/v1/worker.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x1atensafe/v1/artifacts.proto\x1a\x17tensafe/v1/models.proto\x1a\x1btensafe/v1/operations.proto\x1a\x19tensafe/v1/training.proto\x1a\x16tensafe/v1/types.proto\"S\n\tModelFile\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"y\n\x13PublishModelRequest\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x11.tensafe.v1.ModelB\x06\xbaH\x03\xc8\x01\x01\x12\x38\n\x0ftokenizer_files\x18\x02 \x03(\x0b\x32\x15.tensafe.v1.ModelFileB\x08\xbaH\x05\x92\x01\x02\x10\x10\"\x16\n\x14PublishModelResponse\":\n\x07HeldRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08last_seq\x18\x03 \x01(\x04\"\xa9\x02\n\x08Register\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1a\n\x07\x62\x61\x63kend\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18 \x12\x17\n\x06\x64\x65vice\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18 \x12\x18\n\x06models\x18\x04 \x03(\tB\x08\xbaH\x05\x92\x01\x02\x08\x01\x12\x1c\n\x07\x63redits\x18\x05 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01\x12&\n\theld_runs\x18\x06 \x03(\x0b\x32\x13.tensafe.v1.HeldRun\x12:\n\x0b\x66ingerprint\x18\x07 \x03(\x0b\x32%.tensafe.v1.Register.FingerprintEntry\x1a\x32\n\x10\x46ingerprintEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"7\n\x10OperationStarted\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\x84\x02\n\rOperationDone\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.tensafe.v1.OperationResultH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x12\n\ncompute_ms\x18\x05 \x01(\x01\x12(\n\x0cstep_metrics\x18\x06 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12\x11\n\tcancelled\x18\x07 \x01(\x08\x12\x0e\n\x06replay\x18\x08 \x01(\x08\x12\x0e\n\x06run_id\x18\t \x01(\tB\t\n\x07outcome\"h\n\x0fRefusedSnapshot\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\t\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"\x8e\x01\n\x06Report\x12-\n\x07started\x18\x01 \x03(\x0b\x32\x1c.tensafe.v1.OperationStarted\x12\'\n\x04\x64one\x18\x02 \x03(\x0b\x32\x19.tensafe.v1.OperationDone\x12,\n\x07refused\x18\x03 \x03(\x0b\x32\x1b.tensafe.v1.RefusedSnapshot\"\x87\x01\n\tExecuting\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12*\n\x07running\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05limit\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x0fWorkerHeartbeat\x12(\n\texecuting\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Executing\"\xcc\x01\n\x0e\x43onnectRequest\x12(\n\x08register\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.RegisterH\x00\x12$\n\x06report\x18\x02 \x01(\x0b\x32\x12.tensafe.v1.ReportH\x00\x12&\n\x07goodbye\x18\x03 \x01(\x0b\x32\x13.tensafe.v1.GoodbyeH\x00\x12\x30\n\theartbeat\x18\x04 \x01(\x0b\x32\x1b.tensafe.v1.WorkerHeartbeatH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"\t\n\x07Goodbye\"H\n\x0eSnapshotPolicy\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x04\x12\x10\n\x08replay_s\x18\x03 \x01(\x01\"\xb4\x01\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rsilence_limit\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\tsnapshots\x18\x04 \x01(\x0b\x32\x1a.tensafe.v1.SnapshotPolicy\"\x9b\x01\n\rRunAssignment\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x15.tensafe.v1.RunConfig\x12\x13\n\x0b\x61rtifact_id\x18\x04 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\r\n\x05\x63heck\x18\x07 \x01(\x08\"\x9b\x01\n\x10PlannedOperation\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04spec\x18\x03 \x01(\x0c\x12\x0e\n\x06replay\x18\x04 \x01(\x08\x12\x0c\n\x04void\x18\x05 \x01(\x08\x12\x13\n\x0b\x61rtifact_id\x18\x06 \x01(\t\x12\x11\n\tmodel_ref\x18\x07 \x01(\t\x12\x0e\n\x06run_id\x18\x08 \x01(\t\"a\n\x04Plan\x12\'\n\x04runs\x18\x01 \x03(\x0b\x32\x19.tensafe.v1.RunAssignment\x12\x30\n\noperations\x18\x02 \x03(\x0b\x32\x1c.tensafe.v1.PlannedOperation\"%\n\rCancelPlanned\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"\x1c\n\nReleaseRun\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x07\n\x05\x44rain\"\x16\n\x14\x43oordinatorHeartbeat\"\x99\x02\n\x0f\x43onnectResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.WelcomeH\x00\x12 \n\x04plan\x18\x02 \x01(\x0b\x32\x10.tensafe.v1.PlanH\x00\x12+\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x19.tensafe.v1.CancelPlannedH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.tensafe.v1.ReleaseRunH\x00\x12\"\n\x05\x64rain\x18\x05 \x01(\x0b\x32\x11.tensafe.v1.DrainH\x00\x12\x35\n\theartbeat\x18\x06 \x01(\x0b\x32 .tensafe.v1.CoordinatorHeartbeatH\x00\x42\t\n\x07message\"w\n\x15UploadArtifactRequest\x12\x15\n\x0b\x61rtifact_id\x18\x01 \x01(\tH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.FileChunkH\x00\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\"A\n\x16UploadArtifactResponse\x12\'\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x18.tensafe.v1.ArtifactFile\"6\n\x14\x46\x65tchArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"=\n\x15\x46\x65tchArtifactResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk\"|\n\x0eSnapshotHeader\x12\x1c\n\tworker_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x19\n\x06run_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x14\n\x03seq\x18\x04 \x01(\x04\x42\x07\xbaH\x04\x32\x02(\x01\x12\x0c\n\x04step\x18\x05 \x01(\x04\"\x7f\n\x15UploadSnapshotRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.tensafe.v1.SnapshotHeaderH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.FileChunkH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\">\n\x16UploadSnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\t\x12\x0f\n\x07refusal\x18\x02 \x01(\t\"6\n\x14\x46\x65tchSnapshotRequest\x12\x1e\n\x0bsnapshot_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"=\n\x15\x46\x65tchSnapshotResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk2\x90\x04\n\rWorkerService\x12Q\n\x0cPublishModel\x12\x1f.tensafe.v1.PublishModelRequest\x1a .tensafe.v1.PublishModelResponse\x12\x46\n\x07\x43onnect\x12\x1a.tensafe.v1.ConnectRequest\x1a\x1b.tensafe.v1.ConnectResponse(\x01\x30\x01\x12Y\n\x0eUploadArtifact\x12!.tensafe.v1.UploadArtifactRequest\x1a\".tensafe.v1.UploadArtifactResponse(\x01\x12V\n\rFetchArtifact\x12 .tensafe.v1.FetchArtifactRequest\x1a!.tensafe.v1.FetchArtifactResponse0\x01\x12Y\n\x0eUploadSnapshot\x12!.tensafe.v1.UploadSnapshotRequest\x1a\".tensafe.v1.UploadSnapshotResponse(\x01\x12V\n\rFetchSnapshot\x12 .tensafe.v1.FetchSnapshotRequest\x1a!.tensafe.v1.FetchSnapshotResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -62,52 +63,82 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADARTIFACTREQUEST'].oneofs_by_name['message']._serialized_options = b'\272H\002\010\001'
   _globals['_FETCHARTIFACTREQUEST'].fields_by_name['artifact_id']._loaded_options = None
   _globals['_FETCHARTIFACTREQUEST'].fields_by_name['artifact_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_MODELFILE']._serialized_start=226
-  _globals['_MODELFILE']._serialized_end=309
-  _globals['_PUBLISHMODELREQUEST']._serialized_start=311
-  _globals['_PUBLISHMODELREQUEST']._serialized_end=432
-  _globals['_PUBLISHMODELRESPONSE']._serialized_start=434
-  _globals['_PUBLISHMODELRESPONSE']._serialized_end=456
-  _globals['_HELDRUN']._serialized_start=458
-  _globals['_HELDRUN']._serialized_end=516
-  _globals['_REGISTER']._serialized_start=519
-  _globals['_REGISTER']._serialized_end=816
-  _globals['_REGISTER_FINGERPRINTENTRY']._serialized_start=766
-  _globals['_REGISTER_FINGERPRINTENTRY']._serialized_end=816
-  _globals['_OPERATIONSTARTED']._serialized_start=818
-  _globals['_OPERATIONSTARTED']._serialized_end=873
-  _globals['_OPERATIONDONE']._serialized_start=876
-  _globals['_OPERATIONDONE']._serialized_end=1104
-  _globals['_REPORT']._serialized_start=1106
-  _globals['_REPORT']._serialized_end=1202
-  _globals['_CONNECTREQUEST']._serialized_start=1205
-  _globals['_CONNECTREQUEST']._serialized_end=1359
-  _globals['_GOODBYE']._serialized_start=1361
-  _globals['_GOODBYE']._serialized_end=1370
-  _globals['_WELCOME']._serialized_start=1372
-  _globals['_WELCOME']._serialized_end=1400
-  _globals['_RUNASSIGNMENT']._serialized_start=1402
-  _globals['_RUNASSIGNMENT']._serialized_end=1508
-  _globals['_PLANNEDOPERATION']._serialized_start=1511
-  _globals['_PLANNEDOPERATION']._serialized_end=1650
-  _globals['_PLAN']._serialized_start=1652
-  _globals['_PLAN']._serialized_end=1749
-  _globals['_CANCELPLANNED']._serialized_start=1751
-  _globals['_CANCELPLANNED']._serialized_end=1788
-  _globals['_RELEASERUN']._serialized_start=1790
-  _globals['_RELEASERUN']._serialized_end=1818
-  _globals['_DRAIN']._serialized_start=1820
-  _globals['_DRAIN']._serialized_end=1827
-  _globals['_CONNECTRESPONSE']._serialized_start=1830
-  _globals['_CONNECTRESPONSE']._serialized_end=2056
-  _globals['_UPLOADARTIFACTREQUEST']._serialized_start=2058
-  _globals['_UPLOADARTIFACTREQUEST']._serialized_end=2162
-  _globals['_UPLOADARTIFACTRESPONSE']._serialized_start=2164
-  _globals['_UPLOADARTIFACTRESPONSE']._serialized_end=2229
-  _globals['_FETCHARTIFACTREQUEST']._serialized_start=2231
-  _globals['_FETCHARTIFACTREQUEST']._serialized_end=2285
-  _globals['_FETCHARTIFACTRESPONSE']._serialized_start=2287
-  _globals['_FETCHARTIFACTRESPONSE']._serialized_end=2348
-  _globals['_WORKERSERVICE']._serialized_start=2351
-  _globals['_WORKERSERVICE']._serialized_end=2700
+  _globals['_SNAPSHOTHEADER'].fields_by_name['worker_id']._loaded_options = None
+  _globals['_SNAPSHOTHEADER'].fields_by_name['worker_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_SNAPSHOTHEADER'].fields_by_name['run_id']._loaded_options = None
+  _globals['_SNAPSHOTHEADER'].fields_by_name['run_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_SNAPSHOTHEADER'].fields_by_name['seq']._loaded_options = None
+  _globals['_SNAPSHOTHEADER'].fields_by_name['seq']._serialized_options = b'\272H\0042\002(\001'
+  _globals['_UPLOADSNAPSHOTREQUEST'].oneofs_by_name['message']._loaded_options = None
+  _globals['_UPLOADSNAPSHOTREQUEST'].oneofs_by_name['message']._serialized_options = b'\272H\002\010\001'
+  _globals['_FETCHSNAPSHOTREQUEST'].fields_by_name['snapshot_id']._loaded_options = None
+  _globals['_FETCHSNAPSHOTREQUEST'].fields_by_name['snapshot_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_MODELFILE']._serialized_start=258
+  _globals['_MODELFILE']._serialized_end=341
+  _globals['_PUBLISHMODELREQUEST']._serialized_start=343
+  _globals['_PUBLISHMODELREQUEST']._serialized_end=464
+  _globals['_PUBLISHMODELRESPONSE']._serialized_start=466
+  _globals['_PUBLISHMODELRESPONSE']._serialized_end=488
+  _globals['_HELDRUN']._serialized_start=490
+  _globals['_HELDRUN']._serialized_end=548
+  _globals['_REGISTER']._serialized_start=551
+  _globals['_REGISTER']._serialized_end=848
+  _globals['_REGISTER_FINGERPRINTENTRY']._serialized_start=798
+  _globals['_REGISTER_FINGERPRINTENTRY']._serialized_end=848
+  _globals['_OPERATIONSTARTED']._serialized_start=850
+  _globals['_OPERATIONSTARTED']._serialized_end=905
+  _globals['_OPERATIONDONE']._serialized_start=908
+  _globals['_OPERATIONDONE']._serialized_end=1168
+  _globals['_REFUSEDSNAPSHOT']._serialized_start=1170
+  _globals['_REFUSEDSNAPSHOT']._serialized_end=1274
+  _globals['_REPORT']._serialized_start=1277
+  _globals['_REPORT']._serialized_end=1419
+  _globals['_EXECUTING']._serialized_start=1422
+  _globals['_EXECUTING']._serialized_end=1557
+  _globals['_WORKERHEARTBEAT']._serialized_start=1559
+  _globals['_WORKERHEARTBEAT']._serialized_end=1618
+  _globals['_CONNECTREQUEST']._serialized_start=1621
+  _globals['_CONNECTREQUEST']._serialized_end=1825
+  _globals['_GOODBYE']._serialized_start=1827
+  _globals['_GOODBYE']._serialized_end=1836
+  _globals['_SNAPSHOTPOLICY']._serialized_start=1838
+  _globals['_SNAPSHOTPOLICY']._serialized_end=1910
+  _globals['_WELCOME']._serialized_start=1913
+  _globals['_WELCOME']._serialized_end=2093
+  _globals['_RUNASSIGNMENT']._serialized_start=2096
+  _globals['_RUNASSIGNMENT']._serialized_end=2251
+  _globals['_PLANNEDOPERATION']._serialized_start=2254
+  _globals['_PLANNEDOPERATION']._serialized_end=2409
+  _globals['_PLAN']._serialized_start=2411
+  _globals['_PLAN']._serialized_end=2508
+  _globals['_CANCELPLANNED']._serialized_start=2510
+  _globals['_CANCELPLANNED']._serialized_end=2547
+  _globals['_RELEASERUN']._serialized_start=2549
+  _globals['_RELEASERUN']._serialized_end=2577
+  _globals['_DRAIN']._serialized_start=2579
+  _globals['_DRAIN']._serialized_end=2586
+  _globals['_COORDINATORHEARTBEAT']._serialized_start=2588
+  _globals['_COORDINATORHEARTBEAT']._serialized_end=2610
+  _globals['_CONNECTRESPONSE']._serialized_start=2613
+  _globals['_CONNECTRESPONSE']._serialized_end=2894
+  _globals['_UPLOADARTIFACTREQUEST']._serialized_start=2896
+  _globals['_UPLOADARTIFACTREQUEST']._serialized_end=3015
+  _globals['_UPLOADARTIFACTRESPONSE']._serialized_start=3017
+  _globals['_UPLOADARTIFACTRESPONSE']._serialized_end=3082
+  _globals['_FETCHARTIFACTREQUEST']._serialized_start=3084
+  _globals['_FETCHARTIFACTREQUEST']._serialized_end=3138
+  _globals['_FETCHARTIFACTRESPONSE']._serialized_start=3140
+  _globals['_FETCHARTIFACTRESPONSE']._serialized_end=3201
+  _globals['_SNAPSHOTHEADER']._serialized_start=3203
+  _globals['_SNAPSHOTHEADER']._serialized_end=3327
+  _globals['_UPLOADSNAPSHOTREQUEST']._serialized_start=3329
+  _globals['_UPLOADSNAPSHOTREQUEST']._serialized_end=3456
+  _globals['_UPLOADSNAPSHOTRESPONSE']._serialized_start=3458
+  _globals['_UPLOADSNAPSHOTRESPONSE']._serialized_end=3520
+  _globals['_FETCHSNAPSHOTREQUEST']._serialized_start=3522
+  _globals['_FETCHSNAPSHOTREQUEST']._serialized_end=3576
+  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_start=3578
+  _globals['_FETCHSNAPSHOTRESPONSE']._serialized_end=3639
+  _globals['_WORKERSERVICE']._serialized_start=3642
+  _globals['_WORKERSERVICE']._serialized_end=4170
 # @@protoc_insertion_point(module_scope)

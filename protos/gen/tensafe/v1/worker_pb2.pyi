@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
@@ -238,6 +239,8 @@ class OperationDone(_message.Message):
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     STEP_METRICS_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
+    REPLAY_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
@@ -246,6 +249,10 @@ class OperationDone(_message.Message):
     """Time on the worker, ms."""
     cancelled: _builtins.bool
     """A cancel came in time: it never ran. The outcome is unset."""
+    replay: _builtins.bool
+    """It was replayed: the outcome is only compared with the one in the log."""
+    run_id: _builtins.str
+    """PlannedOperation.run_id, if that was set."""
     @_builtins.property
     def result(self) -> _operations_pb2.OperationResult:
         """Its result."""
@@ -268,16 +275,54 @@ class OperationDone(_message.Message):
         compute_ms: _builtins.float = ...,
         step_metrics: _abc.Iterable[_types_pb2.Metric] | None = ...,
         cancelled: _builtins.bool = ...,
+        replay: _builtins.bool = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "result", b"result", "step_metrics", b"step_metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "replay", b"replay", "result", b"result", "run_id", b"run_id", "step_metrics", b"step_metrics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___OperationDone: _TypeAlias = OperationDone  # noqa: Y015
+
+@_typing.final
+class RefusedSnapshot(_message.Message):
+    """A run whose snapshot could not be loaded: the worker does not hold it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    epoch: _builtins.int
+    """The assignment."""
+    snapshot_id: _builtins.str
+    """RunAssignment.snapshot_id."""
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Why."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        snapshot_id: _builtins.str = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "run_id", b"run_id", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedSnapshot: _TypeAlias = RefusedSnapshot  # noqa: Y015
 
 @_typing.final
 class Report(_message.Message):
@@ -287,6 +332,7 @@ class Report(_message.Message):
 
     STARTED_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationStarted]:
         """Operations that began and did not end yet."""
@@ -295,19 +341,88 @@ class Report(_message.Message):
     def done(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationDone]:
         """Operations that ended."""
 
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedSnapshot]:
+        """Snapshots that could not be loaded."""
+
     def __init__(
         self,
         *,
         started: _abc.Iterable[Global___OperationStarted] | None = ...,
         done: _abc.Iterable[Global___OperationDone] | None = ...,
+        refused: _abc.Iterable[Global___RefusedSnapshot] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "refused", b"refused", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Report: _TypeAlias = Report  # noqa: Y015
+
+@_typing.final
+class Executing(_message.Message):
+    """What a worker is executing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """The operation; empty while a run is being taken on."""
+    run_id: _builtins.str
+    """The run; empty for an operation without one."""
+    @_builtins.property
+    def running(self) -> _duration_pb2.Duration:
+        """How long it has been at it."""
+
+    @_builtins.property
+    def limit(self) -> _duration_pb2.Duration:
+        """After this the worker's watchdog ends its process."""
+
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        running: _duration_pb2.Duration | None = ...,
+        limit: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "running", b"running"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "operation_id", b"operation_id", "run_id", b"run_id", "running", b"running"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Executing: _TypeAlias = Executing  # noqa: Y015
+
+@_typing.final
+class WorkerHeartbeat(_message.Message):
+    """Shows that the worker lives and what its executor does. Any other message of
+    the stream shows the former too.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def executing(self) -> Global___Executing:
+        """Unset while it is idle."""
+
+    def __init__(
+        self,
+        *,
+        executing: Global___Executing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["executing", b"executing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executing", b"executing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerHeartbeat: _TypeAlias = WorkerHeartbeat  # noqa: Y015
 
 @_typing.final
 class ConnectRequest(_message.Message):
@@ -318,6 +433,7 @@ class ConnectRequest(_message.Message):
     REGISTER_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """The first message."""
@@ -328,7 +444,11 @@ class ConnectRequest(_message.Message):
 
     @_builtins.property
     def goodbye(self) -> Global___Goodbye:
-        """The worker wants no more work: it ends when its queue is empty."""
+        """The worker is leaving."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___WorkerHeartbeat:
+        """Sent at Welcome.heartbeat_interval."""
 
     def __init__(
         self,
@@ -336,12 +456,13 @@ class ConnectRequest(_message.Message):
         register: Global___Register | None = ...,
         report: Global___Report | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        heartbeat: Global___WorkerHeartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "heartbeat", b"heartbeat", "message", b"message", "register", b"register", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "report", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "report", "goodbye", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -349,7 +470,9 @@ Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
 
 @_typing.final
 class Goodbye(_message.Message):
-    """The worker is about to leave."""
+    """The worker takes no new work. It finishes the operation at hand, reports it and
+    ends its side of the stream; what it has not begun goes to another worker.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -365,22 +488,74 @@ class Goodbye(_message.Message):
 Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
 
 @_typing.final
+class SnapshotPolicy(_message.Message):
+    """When a worker makes a snapshot of a run, after an applied update: as soon as
+    one of these has come together since the one before. 0: not by this measure.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: _builtins.int
+    REPLAY_S_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Applied updates."""
+    payload_bytes: _builtins.int
+    """Bytes of the operations' specs."""
+    replay_s: _builtins.float
+    """Estimated time that replaying the operations would take, s."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        payload_bytes: _builtins.int = ...,
+        replay_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["payload_bytes", b"payload_bytes", "replay_s", b"replay_s", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotPolicy: _TypeAlias = SnapshotPolicy  # noqa: Y015
+
+@_typing.final
 class Welcome(_message.Message):
     """The coordinator's greeting."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    SILENCE_LIMIT_FIELD_NUMBER: _builtins.int
+    SNAPSHOTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The id that the coordinator gave the worker, `wkr-…`."""
+    @_builtins.property
+    def heartbeat_interval(self) -> _duration_pb2.Duration:
+        """How often either side sends a heartbeat."""
+
+    @_builtins.property
+    def silence_limit(self) -> _duration_pb2.Duration:
+        """Either side that hears nothing for so long takes the other for dead: the
+        coordinator gives the worker's runs away, the worker connects anew.
+        """
+
+    @_builtins.property
+    def snapshots(self) -> Global___SnapshotPolicy:
+        """When to make snapshots. Unset: never."""
+
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
+        heartbeat_interval: _duration_pb2.Duration | None = ...,
+        silence_limit: _duration_pb2.Duration | None = ...,
+        snapshots: Global___SnapshotPolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "silence_limit", b"silence_limit", "snapshots", b"snapshots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "silence_limit", b"silence_limit", "snapshots", b"snapshots", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -396,6 +571,9 @@ class RunAssignment(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    CHECK_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     epoch: _builtins.int
@@ -403,7 +581,19 @@ class RunAssignment(_message.Message):
     operations.
     """
     artifact_id: _builtins.str
-    """Start from this artifact's full state; empty: from a fresh adapter."""
+    """Start from this artifact's full state; empty: from a fresh adapter, or from
+    the snapshot.
+    """
+    snapshot_id: _builtins.str
+    """Start from this snapshot."""
+    seq: _builtins.int
+    """The last operation that the state to start from contains; 0 for a fresh
+    adapter.
+    """
+    check: _builtins.bool
+    """It is made only to compare a replay with the log: no snapshot of it, and it
+    is not named in Register.
+    """
     @_builtins.property
     def config(self) -> _training_pb2.RunConfig:
         """The run's configuration, without unset fields but max_steps."""
@@ -415,10 +605,13 @@ class RunAssignment(_message.Message):
         epoch: _builtins.int = ...,
         config: _training_pb2.RunConfig | None = ...,
         artifact_id: _builtins.str = ...,
+        snapshot_id: _builtins.str = ...,
+        seq: _builtins.int = ...,
+        check: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "config", b"config", "epoch", b"epoch", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "check", b"check", "config", b"config", "epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "snapshot_id", b"snapshot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,6 +630,7 @@ class PlannedOperation(_message.Message):
     VOID_FIELD_NUMBER: _builtins.int
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     MODEL_REF_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
@@ -444,7 +638,9 @@ class PlannedOperation(_message.Message):
     spec: _builtins.bytes
     """Serialized OperationSpec."""
     replay: _builtins.bool
-    """Its result is known already: execute it for its effect and report nothing."""
+    """Its result is known already: execute it for its effect and report it as a
+    replay, to be compared.
+    """
     void: _builtins.bool
     """It failed or was cancelled before it ran: only mark the window as poisoned
     (FORWARD_BACKWARD) and report nothing.
@@ -453,6 +649,8 @@ class PlannedOperation(_message.Message):
     """Id of the artifact to make (SAVE_STATE) or to sample from (pinned version)."""
     model_ref: _builtins.str
     """The model of an operation without run."""
+    run_id: _builtins.str
+    """Apply it to this run instead of the spec's: a check of that run's log."""
     def __init__(
         self,
         *,
@@ -463,10 +661,11 @@ class PlannedOperation(_message.Message):
         void: _builtins.bool = ...,
         artifact_id: _builtins.str = ...,
         model_ref: _builtins.str = ...,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "epoch", b"epoch", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "spec", b"spec", "void", b"void"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "epoch", b"epoch", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,7 +747,7 @@ Global___ReleaseRun: _TypeAlias = ReleaseRun  # noqa: Y015
 
 @_typing.final
 class Drain(_message.Message):
-    """Asks the worker to end when its queue is empty."""
+    """Asks the worker to leave, as SIGTERM does."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -564,6 +763,23 @@ class Drain(_message.Message):
 Global___Drain: _TypeAlias = Drain  # noqa: Y015
 
 @_typing.final
+class CoordinatorHeartbeat(_message.Message):
+    """Shows that the coordinator lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CoordinatorHeartbeat: _TypeAlias = CoordinatorHeartbeat  # noqa: Y015
+
+@_typing.final
 class ConnectResponse(_message.Message):
     """What the coordinator sends."""
 
@@ -574,6 +790,7 @@ class ConnectResponse(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The first message."""
@@ -594,6 +811,10 @@ class ConnectResponse(_message.Message):
     def drain(self) -> Global___Drain:
         """The end is near."""
 
+    @_builtins.property
+    def heartbeat(self) -> Global___CoordinatorHeartbeat:
+        """Sent at Welcome.heartbeat_interval."""
+
     def __init__(
         self,
         *,
@@ -602,12 +823,13 @@ class ConnectResponse(_message.Message):
         cancel: Global___CancelPlanned | None = ...,
         release: Global___ReleaseRun | None = ...,
         drain: Global___Drain | None = ...,
+        heartbeat: Global___CoordinatorHeartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "heartbeat", b"heartbeat", "message", b"message", "plan", b"plan", "release", b"release", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan", "cancel", "release", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "plan", "cancel", "release", "drain", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -621,8 +843,13 @@ class UploadArtifactRequest(_message.Message):
 
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """The artifact's id, from PlannedOperation."""
+    epoch: _builtins.int
+    """With the id: the assignment of its run. An upload under a stale one is
+    refused, so that a worker that was thought dead overwrites nothing.
+    """
     @_builtins.property
     def chunk(self) -> _types_pb2.FileChunk:
         """A chunk of a file."""
@@ -632,10 +859,11 @@ class UploadArtifactRequest(_message.Message):
         *,
         artifact_id: _builtins.str = ...,
         chunk: _types_pb2.FileChunk | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["artifact_id", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -712,3 +940,145 @@ class FetchArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchArtifactResponse: _TypeAlias = FetchArtifactResponse  # noqa: Y015
+
+@_typing.final
+class SnapshotHeader(_message.Message):
+    """What a snapshot is of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Welcome.worker_id of the stream under which the worker holds the run."""
+    run_id: _builtins.str
+    """The run."""
+    epoch: _builtins.int
+    """The assignment."""
+    seq: _builtins.int
+    """The last operation that it contains."""
+    step: _builtins.int
+    """Applied updates of its weights."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotHeader: _TypeAlias = SnapshotHeader  # noqa: Y015
+
+@_typing.final
+class UploadSnapshotRequest(_message.Message):
+    """A piece of a snapshot. The first message has the header, the others a chunk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___SnapshotHeader:
+        """What it is of."""
+
+    @_builtins.property
+    def chunk(self) -> _types_pb2.FileChunk:
+        """A chunk of a file."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___SnapshotHeader | None = ...,
+        chunk: _types_pb2.FileChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___UploadSnapshotRequest: _TypeAlias = UploadSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class UploadSnapshotResponse(_message.Message):
+    """What became of the snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.str
+    """Its id, `snap-…`; empty if it was not kept."""
+    refusal: _builtins.str
+    """Why it was not kept."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadSnapshotResponse: _TypeAlias = UploadSnapshotResponse  # noqa: Y015
+
+@_typing.final
+class FetchSnapshotRequest(_message.Message):
+    """Asks for a snapshot's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.str
+    """The snapshot."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot_id", b"snapshot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchSnapshotRequest: _TypeAlias = FetchSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class FetchSnapshotResponse(_message.Message):
+    """A chunk of a snapshot's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunk(self) -> _types_pb2.FileChunk:
+        """The chunk."""
+
+    def __init__(
+        self,
+        *,
+        chunk: _types_pb2.FileChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchSnapshotResponse: _TypeAlias = FetchSnapshotResponse  # noqa: Y015

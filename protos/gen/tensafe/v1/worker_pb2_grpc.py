@@ -55,6 +55,16 @@ class WorkerServiceStub:
                 request_serializer=tensafe_dot_v1_dot_worker__pb2.FetchArtifactRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchArtifactResponse.FromString,
                 _registered_method=True)
+        self.UploadSnapshot = channel.stream_unary(
+                '/tensafe.v1.WorkerService/UploadSnapshot',
+                request_serializer=tensafe_dot_v1_dot_worker__pb2.UploadSnapshotRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_worker__pb2.UploadSnapshotResponse.FromString,
+                _registered_method=True)
+        self.FetchSnapshot = channel.unary_stream(
+                '/tensafe.v1.WorkerService/FetchSnapshot',
+                request_serializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -81,7 +91,7 @@ class WorkerServiceServicer:
     def UploadArtifact(self, request_iterator, context):
         """Stores an artifact's files. The artifact exists for tenants once the
         operation that saves it is reported done. Errors: DATA_LOSS
-        CHECKSUM_MISMATCH.
+        CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +99,23 @@ class WorkerServiceServicer:
 
     def FetchArtifact(self, request, context):
         """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadSnapshot(self, request_iterator, context):
+        """Stores a recovery point of a run. It is kept only while the worker holds the
+        run under the epoch that it names, and once every operation that it contains
+        is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchSnapshot(self, request, context):
+        """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        DATA_LOSS CHECKSUM_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +143,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.FetchArtifact,
                     request_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchArtifactRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_worker__pb2.FetchArtifactResponse.SerializeToString,
+            ),
+            'UploadSnapshot': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadSnapshot,
+                    request_deserializer=tensafe_dot_v1_dot_worker__pb2.UploadSnapshotRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_worker__pb2.UploadSnapshotResponse.SerializeToString,
+            ),
+            'FetchSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchSnapshot,
+                    request_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +264,60 @@ class WorkerService:
             '/tensafe.v1.WorkerService/FetchArtifact',
             tensafe_dot_v1_dot_worker__pb2.FetchArtifactRequest.SerializeToString,
             tensafe_dot_v1_dot_worker__pb2.FetchArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadSnapshot(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/tensafe.v1.WorkerService/UploadSnapshot',
+            tensafe_dot_v1_dot_worker__pb2.UploadSnapshotRequest.SerializeToString,
+            tensafe_dot_v1_dot_worker__pb2.UploadSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensafe.v1.WorkerService/FetchSnapshot',
+            tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.SerializeToString,
+            tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,10 +45,19 @@ class WorkerServiceStub:
     UploadArtifact: _grpc.StreamUnaryMultiCallable[_worker_pb2.UploadArtifactRequest, _worker_pb2.UploadArtifactResponse]
     """Stores an artifact's files. The artifact exists for tenants once the
     operation that saves it is reported done. Errors: DATA_LOSS
-    CHECKSUM_MISMATCH.
+    CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
     """
     FetchArtifact: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    UploadSnapshot: _grpc.StreamUnaryMultiCallable[_worker_pb2.UploadSnapshotRequest, _worker_pb2.UploadSnapshotResponse]
+    """Stores a recovery point of a run. It is kept only while the worker holds the
+    run under the epoch that it names, and once every operation that it contains
+    is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+    """
+    FetchSnapshot: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchSnapshotRequest, _worker_pb2.FetchSnapshotResponse]
+    """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    DATA_LOSS CHECKSUM_MISMATCH.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -67,10 +76,19 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     UploadArtifact: _aio.StreamUnaryMultiCallable[_worker_pb2.UploadArtifactRequest, _worker_pb2.UploadArtifactResponse]  # type: ignore[assignment]
     """Stores an artifact's files. The artifact exists for tenants once the
     operation that saves it is reported done. Errors: DATA_LOSS
-    CHECKSUM_MISMATCH.
+    CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
     """
     FetchArtifact: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchArtifactRequest, _worker_pb2.FetchArtifactResponse]  # type: ignore[assignment]
     """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+    UploadSnapshot: _aio.StreamUnaryMultiCallable[_worker_pb2.UploadSnapshotRequest, _worker_pb2.UploadSnapshotResponse]  # type: ignore[assignment]
+    """Stores a recovery point of a run. It is kept only while the worker holds the
+    run under the epoch that it names, and once every operation that it contains
+    is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+    """
+    FetchSnapshot: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchSnapshotRequest, _worker_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
+    """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+    DATA_LOSS CHECKSUM_MISMATCH.
+    """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     """What workers call; needs a worker key."""
@@ -104,7 +122,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.UploadArtifactResponse, _abc.Awaitable[_worker_pb2.UploadArtifactResponse]]:
         """Stores an artifact's files. The artifact exists for tenants once the
         operation that saves it is reported done. Errors: DATA_LOSS
-        CHECKSUM_MISMATCH.
+        CHECKSUM_MISMATCH, FAILED_PRECONDITION STALE_ASSIGNMENT.
         """
 
     @_abc_1.abstractmethod
@@ -114,5 +132,26 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchArtifactResponse], _abc.AsyncIterator[_worker_pb2.FetchArtifactResponse]]:
         """Sends an artifact's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def UploadSnapshot(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.UploadSnapshotRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.UploadSnapshotResponse, _abc.Awaitable[_worker_pb2.UploadSnapshotResponse]]:
+        """Stores a recovery point of a run. It is kept only while the worker holds the
+        run under the epoch that it names, and once every operation that it contains
+        is settled in the log. Errors: DATA_LOSS CHECKSUM_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchSnapshot(
+        self,
+        request: _worker_pb2.FetchSnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchSnapshotResponse], _abc.AsyncIterator[_worker_pb2.FetchSnapshotResponse]]:
+        """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
+        DATA_LOSS CHECKSUM_MISMATCH.
+        """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

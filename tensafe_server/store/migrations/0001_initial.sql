@@ -1,4 +1,4 @@
--- Version 1. Times are nanoseconds since 1970; protos are serialized messages of tensafe.v1.
+-- Times are nanoseconds since 1970; protos are serialized messages of tensafe.v1.
 
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 

@@ -1,0 +1,160 @@
+"""Verifying a run: its log is replayed on a worker beside the run itself, and compared.
+
+The worker gets a run of its own to apply the operations to, so that the verified one is not
+touched. A few operations are sent at a time: between them the worker goes on with its other work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+
+from tensafe.v1 import training_pb2 as training
+from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault, from_status
+from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.fleet.replay import Comparer, Lineage
+from tensafe_server.fleet.restore import Restorer, settled_seq
+from tensafe_server.ids import new_id
+from tensafe_server.operations.model import RunState
+
+_AHEAD = 4
+_MOST_DETAILS = 100
+_EPOCH = 1
+
+
+@dataclass(slots=True)
+class _Check:
+    """One verification that goes on: what its worker has told and nobody has looked at yet."""
+
+    link: WorkerLink
+    news: asyncio.Queue[pb.OperationDone | TenSafeFault] = field(default_factory=asyncio.Queue)
+
+
+class Verifications:
+    """Replays runs to compare them with their logs."""
+
+    def __init__(self, dispatcher: Dispatcher, restorer: Restorer, comparer: Comparer) -> None:
+        self._dispatcher = dispatcher
+        self._restorer = restorer
+        self._comparer = comparer
+        self._checks: dict[str, _Check] = {}
+
+    def take(self, link: WorkerLink, done: pb.OperationDone) -> bool:
+        """Takes a replayed outcome in; False if it is not one of a verification's."""
+        check = self._checks.get(done.run_id)
+        if check is not None and check.link is link:
+            check.news.put_nowait(done)
+        return done.run_id.startswith("check-")
+
+    def refused(self, link: WorkerLink, refused: pb.RefusedSnapshot) -> bool:
+        """Takes in that a snapshot could not be loaded; False if no verification needed it."""
+        check = self._checks.get(refused.run_id)
+        if check is not None and check.link is link:
+            message = from_status(refused.error).message
+            check.news.put_nowait(TenSafeFault("RUN_STATE_LOST", message))
+        return refused.run_id.startswith("check-")
+
+    def lost(self, link: WorkerLink) -> None:
+        """Ends the verifications of a worker that is gone."""
+        for check in self._checks.values():
+            if check.link is link:
+                check.news.put_nowait(
+                    TenSafeFault(
+                        "NO_WORKER", "the worker was lost that verified the run; verify it again"
+                    )
+                )
+
+    async def verify(self, run: RunState) -> AsyncGenerator[training.VerifyRunResponse, None]:
+        """Yields progress, then the report.
+
+        Raises:
+            TenSafeFault: NO_WORKER, RUN_STATE_LOST.
+        """
+        link = self._free_worker(run)
+        await self._restorer.settled(run)
+        end = settled_seq(run)
+        point = await self._restorer.oldest(run)
+        check_id = new_id("check")
+        check = _Check(link)
+        self._checks[check_id] = check
+        try:
+            assignment = point.assignment(run, check_id, _EPOCH)
+            assignment.check = True
+            link.send_plan(pb.Plan(runs=[assignment]))
+            operations = self._restorer.history(run, point.seq, _EPOCH)
+            report = training.VerifyReport(
+                from_seq=point.seq, pruned=run.pruned_seq > 0, to_seq=end
+            )
+            total = max(0, end - point.seq)
+            lineage = Lineage.of(link)
+            async for done in self._replayed(check, check_id, operations):
+                await self._compare(run, report, lineage, done)
+                progress = training.VerifyProgress(
+                    replayed=report.replayed, total=max(total, report.replayed)
+                )
+                yield training.VerifyRunResponse(progress=progress)
+            yield training.VerifyRunResponse(report=report)
+        finally:
+            del self._checks[check_id]
+            link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=check_id)))
+
+    def _free_worker(self, run: RunState) -> WorkerLink:
+        able = [
+            link
+            for link in self._dispatcher.links
+            if run.model in link.models and not link.draining and not link.closed
+        ]
+        if not able:
+            raise TenSafeFault(
+                "NO_WORKER",
+                f"no worker that serves {run.model} is connected; start one, and verify again",
+                model=run.model,
+            )
+        return min(able, key=lambda link: (len(link.outstanding), len(link.runs), link.id))
+
+    async def _replayed(
+        self, check: _Check, check_id: str, operations: AsyncIterator[pb.PlannedOperation]
+    ) -> AsyncIterator[pb.OperationDone]:
+        """Sends operations, a few ahead, and yields what came of each that is replayed."""
+        ahead, more = 0, True
+        while more or ahead:
+            while more and ahead < _AHEAD:
+                planned = await anext(operations, None)
+                if planned is None:
+                    more = False
+                    break
+                planned.run_id = check_id
+                check.link.send_plan(pb.Plan(operations=[planned]))
+                ahead += not planned.void
+            if ahead:
+                news = await check.news.get()
+                if isinstance(news, TenSafeFault):
+                    raise news
+                ahead -= 1
+                yield news
+
+    async def _compare(
+        self,
+        run: RunState,
+        report: training.VerifyReport,
+        lineage: Lineage,
+        done: pb.OperationDone,
+    ) -> None:
+        report.replayed += 1
+        row = await self._comparer.row(run.tenant_id, done.operation_id)
+        if row is None:
+            raise RuntimeError(f"operation {done.operation_id} is not in the log")
+        exact = lineage.pass_by(row)
+        if exact:
+            report.exact += 1
+        else:
+            report.within_tolerance += 1
+        difference = await self._comparer.difference(row, done, exact)
+        if difference is None:
+            return
+        report.mismatches += 1
+        if len(report.details) < _MOST_DETAILS:
+            report.details.add(operation_id=row.id, seq=row.seq or 0, difference=difference)

@@ -1,0 +1,86 @@
+"""How much may wait: limits by operations and by bytes, of one tenant and of all together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.ledger import Ledger, Usage
+from tensafe_server.operations.model import RunState
+
+RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may wait at a time, in operations and in bytes of their specs.
+
+    Attributes:
+        tenant_operations, tenant_bytes: of one tenant.
+        all_operations, all_bytes: of all tenants together.
+        early_seqs: how far an operation may be ahead of the first missing seq.
+    """
+
+    tenant_operations: int = 20_000
+    tenant_bytes: int = 4 * 2**30
+    all_operations: int = 100_000
+    all_bytes: int = 32 * 2**30
+    early_seqs: int = 4096
+
+
+class Admission:
+    """Says whether one more operation may wait.
+
+    Operations that came ahead of a missing seq may fill half of each limit at most: the other half
+    is left by those that can run, so that the missing one always finds room.
+    """
+
+    def __init__(self, ledger: Ledger, limits: Limits) -> None:
+        self._ledger = ledger
+        self._limits = limits
+
+    def check(self, tenant_id: str, size_bytes: int, *, ahead: bool) -> None:
+        """Raises TenSafeFault QUEUE_FULL, naming the limit and whose it is."""
+        limits = self._limits
+        share = 2 if ahead else 1
+        for whose, usage, operations, size in (
+            (
+                f"tenants/{tenant_id}",
+                self._ledger.usage(tenant_id),
+                limits.tenant_operations,
+                limits.tenant_bytes,
+            ),
+            ("server", self._ledger.total, limits.all_operations, limits.all_bytes),
+        ):
+            scope = "tenant" if whose != "server" else "all"
+            if usage.operations + 1 > operations // share:
+                raise _full(whose, f"{scope}_operations", operations, usage, ahead)
+            # A lone operation larger than the limit would wait for ever.
+            if usage.operations and usage.bytes + size_bytes > size // share:
+                raise _full(whose, f"{scope}_bytes", size, usage, ahead)
+
+    def check_distance(self, run: RunState, seq: int) -> None:
+        """Raises TenSafeFault QUEUE_FULL for a seq too far ahead of what is missing."""
+        if seq >= run.next_seq + self._limits.early_seqs:
+            raise TenSafeFault(
+                "QUEUE_FULL",
+                f"seq {seq} of {run.id} is {self._limits.early_seqs} or more ahead of "
+                f"{run.next_seq}, which is still missing; send that first",
+                retry_delay_s=RETRY_S,
+                limit="early_seqs",
+                limit_value=self._limits.early_seqs,
+                resource=f"runs/{run.id}",
+            )
+
+
+def _full(whose: str, limit: str, value: int, usage: Usage, ahead: bool) -> TenSafeFault:
+    half = ", of which those ahead of a missing seq may fill half" if ahead else ""
+    return TenSafeFault(
+        "QUEUE_FULL",
+        f"the queue of {whose} holds {usage.operations} operations with {usage.bytes} bytes; the "
+        f"limit {limit} is {value}{half}. Send it again when some have ended",
+        retry_delay_s=RETRY_S,
+        limit=limit,
+        limit_value=value,
+        resource=whose,
+    )

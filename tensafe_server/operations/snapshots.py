@@ -1,0 +1,229 @@
+"""Recovery points of runs: taken in, found again, and checked before they are relied upon.
+
+A snapshot is a handful of files and, written after them, a manifest with the SHA-256 of each. It
+exists once its row is committed, and the row has the SHA-256 of the manifest: whatever a crash or a
+bad disk leaves behind is either whole or not a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import ArtifactFile
+from tensafe_server.blobs.base import BlobNotFoundError, BlobStore
+from tensafe_server.ids import new_id
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import RunState
+from tensafe_server.store.base import SnapshotRow, Store
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_FORMAT = "tensafe-snapshot-1"
+_CHUNK_BYTES = 2**20
+_SETTLE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPolicy:
+    """How much a recovery may have to replay, and what is kept for it.
+
+    A snapshot is made after an applied update, as soon as one of the first three has come together
+    since the one before; 0: not by this measure.
+
+    Attributes:
+        snapshot_steps: applied updates.
+        snapshot_bytes: bytes of the operations' specs.
+        snapshot_replay_s: estimated time of a replay, s.
+        snapshots_kept: how many of each run; 2 or more, so that a damaged one has one before it.
+        result_retention_s: how long the big parts of results are kept, s.
+    """
+
+    snapshot_steps: int = 0
+    snapshot_bytes: int = 64 * 2**20
+    snapshot_replay_s: float = 20.0
+    snapshots_kept: int = 2
+    result_retention_s: float = 7 * 86_400.0
+
+    def message(self) -> pb.SnapshotPolicy:
+        """What workers are told of it."""
+        return pb.SnapshotPolicy(
+            steps=self.snapshot_steps,
+            payload_bytes=self.snapshot_bytes,
+            replay_s=self.snapshot_replay_s,
+        )
+
+
+def snapshot_key(snapshot_id: str, name: str) -> str:
+    return f"snapshots/{snapshot_id}/{name}"
+
+
+class SnapshotBook:
+    """The snapshots of all runs.
+
+    Attributes:
+        on_kept: called with a run that has a new snapshot.
+        damaged: how many snapshots were found damaged, or could not be loaded, since the start.
+    """
+
+    def __init__(self, store: Store, blobs: BlobStore, ledger: Ledger, kept: int) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._ledger = ledger
+        self._kept = kept
+        self.damaged = 0
+        self.on_kept: Callable[[RunState], None] = lambda run: None
+
+    def refusal(self, header: pb.SnapshotHeader) -> str | None:
+        """Why a worker's snapshot is not wanted now; None if it is."""
+        run = self._ledger.runs.get(header.run_id)
+        if run is None or run.deleted:
+            return f"run {header.run_id} is gone"
+        if run.epoch != header.epoch or run.worker_id != header.worker_id:
+            return f"run {run.id} is no longer with {header.worker_id} under {header.epoch}"
+        if run.restoring or header.seq <= run.snapshot_seq:
+            return f"run {run.id} has one of seq {run.snapshot_seq}"
+        return None
+
+    async def keep(
+        self, snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[ArtifactFile]
+    ) -> str | None:
+        """Makes stored files a snapshot; returns None, or why not, and then the files are gone.
+
+        It is a snapshot only once every operation that it contains has its outcome in the log: one
+        that a lost worker has executed and nobody has heard of may yet end in another way.
+        """
+        refusal: str | None = "it could not be stored"
+        try:
+            refusal = await self._keep(snapshot_id, header, files)
+        finally:
+            if refusal is not None:
+                await self.remove_files(snapshot_id)
+        return refusal
+
+    async def _keep(
+        self, snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[ArtifactFile]
+    ) -> str | None:
+        run = self._ledger.runs[header.run_id]
+        try:
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                while waiting := [op for seq, op in run.by_seq.items() if seq <= header.seq]:
+                    await waiting[0].wait_finished()
+                    if refusal := self.refusal(header):
+                        return refusal
+        except TimeoutError:
+            return f"operations up to seq {header.seq} are not settled"
+        manifest = _manifest(snapshot_id, header, files)
+        await asyncio.to_thread(self._blobs.put, snapshot_key(snapshot_id, MANIFEST), manifest)
+        if refusal := self.refusal(header):
+            return refusal
+        row = SnapshotRow(
+            id=snapshot_id,
+            run_id=run.id,
+            epoch=header.epoch,
+            seq=header.seq,
+            step=header.step,
+            size_bytes=len(manifest) + sum(file.size_bytes for file in files),
+            sha256=hashlib.sha256(manifest).hexdigest(),
+            created_ns=time.time_ns(),
+        )
+        before, run.snapshot_seq = run.snapshot_seq, row.seq
+        try:
+            await self._store.add_snapshot(row)
+        except BaseException:
+            run.snapshot_seq = before
+            raise
+        log.info("snapshot %s of %s at seq %d, %d bytes", row.id, run.id, row.seq, row.size_bytes)
+        self.on_kept(run)
+        return None
+
+    async def files(self, row: SnapshotRow) -> list[ArtifactFile] | None:
+        """A snapshot's files by its manifest; None if the manifest is damaged or missing."""
+        try:
+            data = await asyncio.to_thread(self._blobs.get, snapshot_key(row.id, MANIFEST))
+        except (BlobNotFoundError, OSError):
+            return None
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            return None
+        return [ArtifactFile(**file) for file in json.loads(data)["files"]]
+
+    async def is_intact(self, row: SnapshotRow) -> bool:
+        """Reads all of it, and compares the sums."""
+        files = await self.files(row)
+        return files is not None and await self.are_intact(f"snapshots/{row.id}", files)
+
+    async def are_intact(self, prefix: str, files: Sequence[ArtifactFile]) -> bool:
+        """Whether stored files have the sums that were written down."""
+        return await asyncio.to_thread(self._sums_agree, prefix, files)
+
+    async def retire(self, run: RunState) -> list[SnapshotRow]:
+        """Removes all but the newest; returns those that stay, newest first."""
+        rows = await self._store.snapshots(run.id)
+        kept = 0 if run.deleted else self._kept
+        if rows[kept:]:
+            await self.remove(rows[kept:])
+        return rows[:kept]
+
+    def is_enough(self, kept: Sequence[SnapshotRow]) -> bool:
+        """Whether these are as many as are to be kept, so that nothing older is needed."""
+        return len(kept) >= self._kept
+
+    async def discard(self, run: RunState, row: SnapshotRow, why: str) -> None:
+        """Removes a snapshot that is of no use; the one before it takes its place."""
+        self.damaged += 1
+        log.error("snapshot %s of %s at seq %d is not used: %s", row.id, run.id, row.seq, why)
+        await self.remove([row])
+        run.snapshot_seq = max((one.seq for one in await self._store.snapshots(run.id)), default=0)
+
+    async def remove(self, rows: Sequence[SnapshotRow]) -> None:
+        """Rows first: what a crash leaves are files that nobody names, swept at the next start."""
+        await self._store.remove_snapshots([row.id for row in rows])
+        for row in rows:
+            await self.remove_files(row.id)
+
+    async def remove_files(self, snapshot_id: str) -> None:
+        await asyncio.to_thread(self._delete, f"snapshots/{snapshot_id}/")
+
+    def _delete(self, prefix: str) -> None:
+        for key in [key for key, _ in self._blobs.sizes(prefix)]:
+            self._blobs.delete(key)
+
+    def _sums_agree(self, prefix: str, files: Sequence[ArtifactFile]) -> bool:
+        for file in files:
+            digest, size = hashlib.sha256(), 0
+            try:
+                for piece in self._blobs.read(f"{prefix}/{file.name}", 0, _CHUNK_BYTES):
+                    digest.update(piece)
+                    size += len(piece)
+            except (BlobNotFoundError, OSError):
+                return False
+            if size != file.size_bytes or digest.hexdigest() != file.sha256:
+                return False
+        return True
+
+
+def new_snapshot_id() -> str:
+    return new_id("snap")
+
+
+def _manifest(snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[ArtifactFile]) -> bytes:
+    content = {
+        "format": _FORMAT,
+        "id": snapshot_id,
+        "run_id": header.run_id,
+        "epoch": header.epoch,
+        "seq": header.seq,
+        "step": header.step,
+        "files": [
+            {"name": file.name, "size_bytes": file.size_bytes, "sha256": file.sha256}
+            for file in files
+        ],
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()

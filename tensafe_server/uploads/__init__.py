@@ -1,0 +1,1 @@
+"""Adapters that were made elsewhere: how they arrive, and what is checked before they count."""

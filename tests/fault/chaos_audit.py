@@ -1,0 +1,53 @@
+"""Whether a store's log is consistent, read from the file itself after everything has ended."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from fault.chaos_workload import Story
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1.metrics_pb2 import StepMetrics
+from tensafe.v1.operations_pb2 import OperationKind
+
+_KINDS = {
+    number: name.removeprefix("OPERATION_KIND_").lower() for name, number in OperationKind.items()
+}
+
+
+def audit(database: Path, story: Story) -> None:
+    """Checks one run's log against what its client sent."""
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        _audit(connection, story)
+    finally:
+        connection.close()
+
+
+def _audit(connection: sqlite3.Connection, story: Story) -> None:
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    rows = connection.execute(
+        "SELECT seq, kind, state, cursor, executed, finished_ns FROM operations"
+        " WHERE run_id = ? ORDER BY seq",
+        (story.run_id,),
+    ).fetchall()
+    assert [row[0] for row in rows] == list(range(1, len(story.kinds) + 1)), "every seq once"
+    assert [_KINDS[row[1]] for row in rows] == story.kinds
+    assert {row[2] for row in rows} == {ops.OPERATION_STATE_SUCCEEDED}
+    assert all(row[4] and row[5] for row in rows), "every operation was executed and ended"
+    cursors = [row[3] for row in rows]
+    assert cursors == sorted(set(cursors)), "outcomes are in the run's order"
+    metrics = [
+        StepMetrics.FromString(body)
+        for (body,) in connection.execute(
+            "SELECT body FROM metrics WHERE run_id = ? ORDER BY cursor", (story.run_id,)
+        )
+    ]
+    applied = [result for result in story.results if result[0] == "optim_step" and result[2]]
+    assert [item.step for item in metrics] == [step for _, step, *_ in applied]
+    assert [item.step for item in metrics] == list(range(1, len(applied) + 1))
+    assert not set(cursors) & {item.cursor for item in metrics}
+    (step,) = connection.execute("SELECT step FROM runs WHERE id = ?", (story.run_id,)).fetchone()
+    assert step == len(applied)
+    assert story.resolutions == dict.fromkeys(range(1, len(rows) + 1), 1), "each future once"

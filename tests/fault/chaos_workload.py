@@ -1,0 +1,166 @@
+"""What the tenants of the chaos run do: SFT by pipelined operations, the same whenever repeated."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tensafe_client import Datum, OperationFuture, ServiceClient
+
+TIMEOUT_S = 300.0
+_IN_FLIGHT_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One tenant's training: its configuration, and what it does between steps."""
+
+    name: str
+    config: dict[str, Any]
+    backwards_per_step: int
+    save_every: int
+
+
+TENANTS = [
+    Tenant(
+        "plain",
+        {"seed": 1, "lora_config": {"rank": 4, "dropout": 0.0}, "optimizer": {"name": "sgd"}},
+        backwards_per_step=1,
+        save_every=17,
+    ),
+    Tenant(
+        "dropout",
+        {"seed": 2, "lora_config": {"rank": 8, "dropout": 0.1}},
+        backwards_per_step=2,
+        save_every=23,
+    ),
+    Tenant(
+        "accumulating",
+        {"seed": 3, "gradient_accumulation_steps": 3, "lora_config": {"dropout": 0.05}},
+        backwards_per_step=1,
+        save_every=29,
+    ),
+]
+
+
+@dataclass
+class Story:
+    """What one run was asked, and what came of it.
+
+    Attributes:
+        kinds: of each operation sent, in order.
+        results: of each future that ended, in order: the loss, the step, or the artifact's sums.
+        resolutions: how often each future resolved, by seq.
+        steps: how many optim_steps it takes.
+    """
+
+    run_id: str = ""
+    kinds: list[str] = field(default_factory=list)
+    results: list[tuple[Any, ...]] = field(default_factory=list)
+    resolutions: dict[int, int] = field(default_factory=dict)
+    steps: int = 0
+
+
+class Trainer:
+    """Trains one tenant's run in a thread until it is told how far to go.
+
+    Attributes:
+        story: what happened so far.
+        error: what ended it early; None if nothing did.
+    """
+
+    def __init__(self, tenant: Tenant, client: ServiceClient, progress: threading.Condition):
+        self.story = Story()
+        self.error: BaseException | None = None
+        self._tenant = tenant
+        self._client = client
+        self._progress = progress
+        self._resolved = 0
+        self._finish = threading.Event()
+        self._run = client.create_training_client({"model_ref": "tiny", **tenant.config})
+        self.story.run_id = self._run.run_id
+        self._open: deque[OperationFuture[Any]] = deque()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that were sent and have not resolved."""
+        return len(self.story.kinds) - self._resolved
+
+    @property
+    def resolved(self) -> int:
+        return self._resolved
+
+    def start(self, steps: int | None = None) -> None:
+        """Trains so many steps; None: until `finish`."""
+        self._thread = threading.Thread(target=self._work, args=(steps,), daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Ends after the step at hand, with a save."""
+        self._finish.set()
+
+    def join(self) -> Story:
+        assert self._thread is not None
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), f"{self._tenant.name} hangs: {self._open[0]!r}"
+        if self.error is not None:
+            raise self.error
+        return self.story
+
+    def _work(self, steps: int | None) -> None:
+        try:
+            while not self._finish.is_set() and (steps is None or self.story.steps < steps):
+                self._step(self.story.steps)
+                self.story.steps += 1
+                while len(self._open) > _IN_FLIGHT_STEPS * 2:
+                    self._take()
+            self._send(self._run.save_state_async())
+            while self._open:
+                self._take()
+        except BaseException as error:
+            self.error = error
+            with self._progress:
+                self._progress.notify_all()
+
+    def _step(self, step: int) -> None:
+        for part in range(self._tenant.backwards_per_step):
+            self._send(self._run.forward_backward(_batch(self._tenant.config["seed"], step, part)))
+        self._send(self._run.optim_step(learning_rate=5e-3))
+        if step % self._tenant.save_every == self._tenant.save_every - 1:
+            self._send(self._run.save_state_async({"step": step}))
+        if step % 11 == 5:
+            self._send(self._run.forward(_batch(99, 0, 0)))
+
+    def _send(self, future: OperationFuture[Any]) -> None:
+        self.story.kinds.append(future.kind)
+        self._open.append(future)
+        future.add_done_callback(self._on_done)
+
+    def _on_done(self, future: Any) -> None:
+        with self._progress:
+            self.story.resolutions[future.seq] = self.story.resolutions.get(future.seq, 0) + 1
+            self._resolved += 1
+            self._progress.notify_all()
+
+    def _take(self) -> None:
+        future = self._open.popleft()
+        result = future.result(TIMEOUT_S)
+        if future.kind in ("forward", "forward_backward"):
+            outcome: tuple[Any, ...] = (result.loss,)
+        elif future.kind == "optim_step":
+            outcome = (result.step, result.applied, result.grad_norm)
+        else:
+            files = self._client.artifact(result.artifact_id).files
+            outcome = tuple((f.name, f.sha256) for f in files if f.name.endswith(".safetensors"))
+        self.story.results.append((future.kind, *outcome))
+
+
+def _batch(seed: int, step: int, part: int) -> list[Datum]:
+    draw = np.random.default_rng((seed, step, part))
+    tokens = draw.integers(3, 200, (2, int(draw.integers(12, 40))))
+    return [Datum(row[:-1], row[1:], weights=[1.0] * (len(row) - 1)) for row in tokens]

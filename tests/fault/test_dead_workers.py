@@ -1,0 +1,144 @@
+"""Workers that freeze, hang, crash or are cut off: their runs move, and nothing counts twice."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.faulty_fleet import FaultyCluster
+from harness.faulty_worker import CRASH, GATE, HANG, HANG_WITH_LOCK
+from harness.proxy import TcpProxy
+
+from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
+
+SILENCE_S = "1.5"
+
+
+def batch(first: int = 5) -> list[Datum]:
+    return [Datum(tokens=[first, 6, 7], target_tokens=[6, 7, 8], weights=[1.0] * 3)]
+
+
+def train(tc: TrainingClient, steps: int) -> list[tuple[int, float]]:
+    pairs = [(tc.forward_backward(batch()), tc.optim_step()) for _ in range(steps)]
+    return [(updated.result(60).step, passed.result(60).loss) for passed, updated in pairs]
+
+
+def wait_running(client: ServiceClient, future: OperationFuture) -> None:
+    """Returns when the operation runs; the log of states has no event for that to wait on."""
+    while True:
+        operation_id = future.operation_id
+        if operation_id and client.operation(operation_id).state == "running":
+            return
+        assert not future.done()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[FaultyCluster]:
+    with FaultyCluster(tmp_path, "--worker-silence-s", SILENCE_S, "--grace-s", "5") as cluster:
+        cluster.start()
+        yield cluster
+
+
+def open_client(fleet: FaultyCluster) -> ServiceClient:
+    return ServiceClient(fleet.target, api_key=fleet.new_tenant("tenant"))
+
+
+def test_a_frozen_worker_loses_its_runs_and_commits_nothing_afterwards(fleet: FaultyCluster):
+    with open_client(fleet) as client:
+        frozen = fleet.add_faulty_worker(gated_save=True)
+        tc = client.create_training_client({"model_ref": "any", "seed": 1})
+        before = train(tc, 2)
+        saved = tc.save_state_async()
+        wait_running(client, saved)  # written, not yet uploaded
+        fleet.add_faulty_worker()
+        frozen.signal(signal.SIGSTOP)
+        artifact_id = saved.result(60).artifact_id  # by the other worker
+        fleet.coordinator.wait_said("is taken for dead: nothing was heard from it")
+        after = train(tc, 2)
+        fleet.open_gate(frozen)
+        frozen.signal(signal.SIGCONT)
+        # It went on with what it had, and was refused; then it came back empty-handed.
+        fleet.coordinator.wait_said(f"refused an upload of {artifact_id} under assignment 1")
+        frozen.wait_said("connected to", count=2)
+        client.download_artifact(artifact_id, fleet.home / "downloaded")
+        assert (fleet.home / "downloaded" / "saved_by.txt").read_text() == "worker-1"
+        assert before + after + train(tc, 1) == [
+            (step, pytest.approx(2.5 - 0.01 * step)) for step in range(1, 6)
+        ]
+        assert [item.step for item in tc.metrics()] == [1, 2, 3, 4, 5]
+        assert len(client.artifacts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mark", "status", "said"),
+    [
+        (HANG, 75, "hang_for_ever"),
+        (HANG_WITH_LOCK, 1, "act_on"),
+        (CRASH, -signal.SIGKILL, "connected to"),
+    ],
+    ids=["hang", "hang-with-lock", "crash"],
+)
+def test_a_poison_operation_fails_by_itself_after_two_workers(
+    fleet: FaultyCluster, mark: int, status: int, said: str
+):
+    limits = ("--operation-limit-s", "1", "--token-limit-ms", "0")
+    with open_client(fleet) as client:
+        for _ in range(2):
+            fleet.add_faulty_worker(*limits)
+        tc = client.create_training_client({"model_ref": "any", "seed": 2})
+        assert train(tc, 1)
+        other = client.create_training_client({"model_ref": "any", "seed": 3})
+        assert train(other, 1)
+        poison = tc.forward_backward(batch(mark))
+        closing = tc.optim_step()
+        deaths = 0
+        while (death := fleet.next_death(unless=poison)) is not None:
+            dead, ended_with = death
+            assert ended_with == status, dead.log[-2000:]
+            dead.wait_said(said)
+            fleet.revive(dead)
+            deaths += 1
+        assert deaths in (2, 3)  # a crash may be faster than the news that it began
+        error = poison.exception(60)
+        assert error is not None
+        assert error.reason == "INTERNAL"  # type: ignore[attr-defined]
+        assert "when its worker was lost, so it is not tried again" in str(error)
+        assert closing.exception(60).reason == "WINDOW_POISONED"  # type: ignore[union-attr]
+        assert [step for step, _ in train(tc, 2)] == [2, 3]
+        assert [step for step, _ in train(other, 2)] == [2, 3]
+
+
+def test_a_worker_that_is_cut_off_again_and_again_is_not_held_for_dead(fleet: FaultyCluster):
+    proxy = TcpProxy(fleet.port)
+    try:
+        with open_client(fleet) as client:
+            worker = fleet.add_faulty_worker(port=proxy.port)
+            tc = client.create_training_client({"model_ref": "any", "seed": 4})
+            waiting = tc.forward_backward(batch(GATE))
+            for cuts in range(2, 6):
+                wait_running(client, waiting)
+                proxy.cut()
+                worker.wait_said("connected to", count=cuts)
+            fleet.open_gate(worker)
+            assert waiting.result(60).loss == pytest.approx(2.49)
+            assert tc.optim_step().result(60).step == 1
+            assert worker.starts == 1
+    finally:
+        proxy.close()
+
+
+def test_a_worker_that_hears_nothing_connects_anew(fleet: FaultyCluster):
+    proxy = TcpProxy(fleet.port)
+    try:
+        with open_client(fleet) as client:
+            worker = fleet.add_faulty_worker(port=proxy.port)
+            tc = client.create_training_client({"model_ref": "any", "seed": 5})
+            assert train(tc, 1)
+            proxy.drop_replies()
+            worker.wait_said("heard nothing from the coordinator")
+            proxy.cut()
+            assert [step for step, _ in train(tc, 2)] == [2, 3]
+    finally:
+        proxy.close()

@@ -1,0 +1,75 @@
+"""Clusters whose workers wait, hang or crash where a test wants it."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from harness.cluster import Cluster, Process
+from tensafe_client import OperationFuture
+
+PROGRAM = Path(__file__).with_name("faulty_worker.py")
+
+
+class FaultyCluster(Cluster):
+    """A cluster of faulty workers, see `faulty_worker`."""
+
+    def __init__(self, home: Path, *options: str) -> None:
+        super().__init__(home, *options)
+        self._environments: dict[str, dict[str, str]] = {}
+
+    def add_faulty_worker(
+        self, *options: str, port: int | None = None, gated_save: bool = False
+    ) -> Process:
+        """Starts one more worker; each has a gate of its own."""
+        name = f"worker-{len(self.workers)}"
+        gate = self.home / f"{name}.gate"
+        os.mkfifo(gate)
+        command = [sys.executable, str(PROGRAM), "--backend", "mock", "--name", name]
+        command += ["--connect", f"127.0.0.1:{port or self.port}", *options]
+        worker = Process(name, self.home, command, "connected to ")
+        self.workers.append(worker)
+        environment = {"FAULTY_GATE": str(gate), "FAULTY_NAME": name}
+        if gated_save:
+            environment["FAULTY_GATED_SAVE"] = "1"
+        self._environments[name] = environment
+        self.start_worker(worker, environment)
+        worker.wait_ready()
+        return worker
+
+    def revive(self, worker: Process) -> None:
+        """Starts a worker that has ended, and waits until it is connected."""
+        self.start_worker(worker, self._environments[worker.name])
+        worker.wait_ready()
+
+    def next_death(self, unless: OperationFuture[Any]) -> tuple[Process, int] | None:
+        """Waits until a worker ends, and returns it with its exit status; None if the operation
+        ends before."""
+        ended, tell = os.pipe()
+        unless.add_done_callback(lambda _: os.write(tell, b"!"))
+        poller = select.poll()
+        handles = {os.pidfd_open(worker.pid): worker for worker in self.workers}
+        for handle in (*handles, ended):
+            poller.register(handle, select.POLLIN)
+        ready = [handle for handle, _ in poller.poll(60_000)]
+        assert ready, "no worker has ended, and the operation neither"
+        for handle in handles:
+            os.close(handle)
+        for handle in ready:
+            if handle in handles:
+                return handles[handle], handles[handle].wait_ended()
+        return None
+
+    def open_gate(self, worker: Process) -> None:
+        """Lets the operation pass that waits there, now or when it comes."""
+        gate = self.home / f"{worker.name}.gate"
+
+        def write() -> None:
+            with gate.open("wb") as file:  # blocks until somebody reads
+                file.write(b"go")
+
+        threading.Thread(target=write, daemon=True).start()

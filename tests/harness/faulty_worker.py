@@ -1,0 +1,69 @@
+"""A worker with the mock backend that a batch's first token makes wait, hang or crash.
+
+    python faulty_worker.py --connect HOST:PORT …
+
+It takes the options of `tensafe worker`. Where a forward_backward's first token is GATE, or a
+save_state's metadata named one, the operation waits until the test opens the FIFO named by
+FAULTY_GATE; the other marks are below. What it saves tells which worker did.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+GATE, HANG, HANG_WITH_LOCK, CRASH = 60_001, 60_002, 60_003, 60_004
+
+
+def pass_gate() -> None:
+    """Blocks until somebody writes to the FIFO."""
+    with Path(os.environ["FAULTY_GATE"]).open("rb") as gate:
+        gate.read()
+
+
+def act_on(mark: int) -> None:
+    if mark == GATE:
+        pass_gate()
+    elif mark == HANG:
+        hang_for_ever()
+    elif mark == HANG_WITH_LOCK:
+        ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter's lock
+    elif mark == CRASH:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_for_ever() -> None:
+    threading.Event().wait()
+
+
+def main() -> None:
+    from workers import cli
+    from workers.mock import MockBackend
+
+    class FaultyBackend(MockBackend):
+        """Not instant, so that it reports what has begun; few credits, so that much waits."""
+
+        instant = False
+        credits = 8
+
+        def forward_backward(self, run_id, seq, request):
+            act_on(int(request.batch.input_tokens[0]))
+            return super().forward_backward(run_id, seq, request)
+
+        def save_state(self, run_id, directory, include_optimizer):
+            outcome = super().save_state(run_id, directory, include_optimizer)
+            (directory / "saved_by.txt").write_text(os.environ["FAULTY_NAME"])
+            if "FAULTY_GATED_SAVE" in os.environ:
+                pass_gate()
+            return outcome
+
+    cli._backend = lambda *_: FaultyBackend()  # type: ignore[assignment]
+    cli.worker(prog_name="faulty-worker")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

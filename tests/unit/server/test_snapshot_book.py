@@ -1,0 +1,125 @@
+"""Which snapshots are taken in, and which are believed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from unit.server.small_store import Small, operation
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.training_pb2 import RUN_STATUS_DELETED
+from tensafe_server.operations.model import PendingOperation
+
+
+def test_what_is_kept_is_whole_until_a_byte_changes(tmp_path: Path):
+    async def body(small: Small) -> None:
+        small.settle(5)
+        assert await small.upload(5) is None
+        [row] = await small.store.snapshots("run-1")
+        assert (row.run_id, row.epoch, row.seq, row.step) == ("run-1", 1, 5, 5)
+        assert await small.book.is_intact(row)
+        for damage in (
+            small.flip_bit("data.bin"),
+            small.truncate("data.bin"),
+            small.remove("data.bin"),
+            small.flip_bit("manifest.json"),
+            small.truncate("manifest.json"),
+            small.remove("manifest.json"),
+        ):
+            with damage(row.id):
+                assert not await small.book.is_intact(row), damage
+            assert await small.book.is_intact(row)
+
+    Small.run(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"epoch": 2}, "no longer with"),
+        ({"epoch": 0}, "no longer with"),
+        ({"worker_id": "wkr-other"}, "no longer with"),
+        ({"run_id": "run-2"}, "is gone"),
+        ({"seq": 3}, "has one of seq 3"),
+    ],
+)
+def test_a_stale_one_is_refused_and_leaves_nothing(tmp_path: Path, change, says):
+    async def body(small: Small) -> None:
+        small.settle(9)
+        assert await small.upload(3) is None
+        header = pb.SnapshotHeader(worker_id="wkr-1", run_id="run-1", epoch=1, seq=9, step=9)
+        header.MergeFrom(pb.SnapshotHeader(**change))
+        if change == {"epoch": 0}:
+            header.epoch = 0
+        assert says in (small.book.refusal(header) or "")
+
+    Small.run(tmp_path, body)
+
+
+def test_a_deleted_run_takes_none(tmp_path: Path):
+    async def body(small: Small) -> None:
+        small.settle(3)
+        small.run_state.status = RUN_STATUS_DELETED
+        assert "is gone" in (await small.upload(3) or "")
+        assert small.blob_keys() == []
+
+    Small.run(tmp_path, body)
+
+
+def waiting_for(small: Small, seq: int) -> PendingOperation:
+    """An operation that the worker has run, and of which the log knows nothing yet."""
+    small.settle(seq - 1)
+    pending = PendingOperation(operation(seq), b"", "m", worker_id="wkr-1")
+    small.ledger.reserve(pending, small.run_state)
+    small.ledger.admit([pending])
+    small.run_state.queue.popleft()
+    small.run_state.in_flight.append(pending)
+    return pending
+
+
+def test_it_counts_once_all_that_it_contains_is_in_the_log(tmp_path: Path):
+    async def body(small: Small) -> None:
+        pending = waiting_for(small, 4)
+        keeping = asyncio.ensure_future(small.upload(4))
+        await small.store.flushed()
+        assert not keeping.done()
+        assert await small.store.snapshots("run-1") == []
+        small.ledger.retire(pending)
+        assert await keeping is None
+        assert [row.seq for row in await small.store.snapshots("run-1")] == [4]
+
+    Small.run(tmp_path, body)
+
+
+def test_it_never_counts_if_the_run_moved_before_that(tmp_path: Path):
+    async def body(small: Small) -> None:
+        pending = waiting_for(small, 4)
+        keeping = asyncio.ensure_future(small.upload(4))
+        await small.store.flushed()
+        small.ledger.recall("wkr-1")  # its worker is lost; the operation goes elsewhere …
+        small.run_state.worker_id = "wkr-2"
+        small.run_state.epoch = 2
+        small.run_state.queue.popleft()
+        pending.worker_id = "wkr-2"
+        small.run_state.in_flight.append(pending)
+        small.ledger.retire(pending)  # … and ends there
+        assert "no longer with wkr-1" in (await keeping or "")
+        assert await small.store.snapshots("run-1") == []
+        assert small.blob_keys() == []
+
+    Small.run(tmp_path, body)
+
+
+def test_only_the_newest_stay(tmp_path: Path):
+    async def body(small: Small) -> None:
+        small.settle(9)
+        for seq in (2, 4, 6, 8):
+            assert await small.upload(seq) is None
+            kept = await small.book.retire(small.run_state)
+        assert [row.seq for row in kept] == [8, 6]
+        assert [row.seq for row in await small.store.snapshots("run-1")] == [8, 6]
+        assert {key.split("/")[1] for key in small.blob_keys()} == {row.id for row in kept}
+
+    Small.run(tmp_path, body)

@@ -1,0 +1,172 @@
+"""What each kind of operation asks of the backend, and what its answer is on the wire."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+from pathlib import Path
+
+import grpc
+
+from tensafe import failpoints
+from tensafe.v1 import operations_pb2, training_pb2, worker_pb2
+from tensafe.wire.status import TenSafeFault, to_status
+from workers import wire
+from workers.artifacts import ArtifactCache, Transfers, artifact_message
+from workers.backend import Backend
+from workers.operations import ArtifactWeights, RunSettings, SampleRequest
+
+log = logging.getLogger(__name__)
+
+_USELESS = frozenset({"CHECKSUM_MISMATCH", "ARTIFACT_MISMATCH", "ARTIFACT_NOT_FOUND"})
+
+
+class SnapshotLoadError(Exception):
+    """A run's snapshot could not be loaded.
+
+    Attributes:
+        refused: what the coordinator is told: with DATA_LOSS if the snapshot is of no use.
+    """
+
+    def __init__(self, assignment: worker_pb2.RunAssignment, fault: TenSafeFault) -> None:
+        super().__init__(str(fault))
+        self.refused = worker_pb2.RefusedSnapshot(
+            run_id=assignment.run_id,
+            epoch=assignment.epoch,
+            snapshot_id=assignment.snapshot_id,
+            error=to_status(fault.detail),
+        )
+
+
+class Execution:
+    """Operations of every kind on one backend, from the executor's thread."""
+
+    def __init__(self, backend: Backend, transfers: Transfers, artifacts: ArtifactCache) -> None:
+        self._backend = backend
+        self._transfers = transfers
+        self._artifacts = artifacts
+
+    def open_from_snapshot(
+        self, assignment: worker_pb2.RunAssignment, settings: RunSettings
+    ) -> None:
+        """Takes a run on as the assignment's snapshot has it.
+
+        Raises:
+            SnapshotLoadError: it is damaged or does not fit.
+            TenSafeFault: the run cannot be opened for another reason.
+        """
+        with tempfile.TemporaryDirectory(prefix="tensafe-restore-") as name:
+            directory = Path(name)
+            try:
+                self._transfers.fetch_snapshot(assignment.snapshot_id, directory)
+                self._backend.open_run(assignment.run_id, settings, directory)
+            except TenSafeFault as fault:
+                if fault.detail.reason in _USELESS:
+                    raise SnapshotLoadError(assignment, _useless(assignment, fault)) from fault
+                raise
+            except grpc.aio.AioRpcError:
+                raise
+            except Exception as error:
+                log.exception("snapshot %s cannot be loaded", assignment.snapshot_id)
+                raise SnapshotLoadError(assignment, _useless(assignment, error)) from error
+
+    def numbered(
+        self,
+        kind: str,
+        run_id: str,
+        spec: training_pb2.OperationSpec,
+        planned: worker_pb2.PlannedOperation,
+        done: worker_pb2.OperationDone,
+    ) -> None:
+        """Fills in what came of an operation in a run's order, applied to `run_id`."""
+        backend = self._backend
+        if kind == "forward_backward":
+            try:
+                request = wire.loss_request(spec.forward_backward)
+            except TenSafeFault:
+                backend.poison(run_id)
+                raise
+            loss = backend.forward_backward(run_id, spec.seq, request)
+            failpoints.hit("mid-step")
+            done.result.CopyFrom(wire.forward_backward_result(loss))
+        elif kind == "optim_step":
+            step = backend.optim_step(run_id, wire.step_request(spec.optim_step))
+            failpoints.hit("mid-step")
+            done.result.CopyFrom(wire.optim_step_result(step))
+            if step.applied:
+                done.step_metrics.extend(wire.step_metrics(step))
+        elif kind == "forward":
+            loss = backend.forward(run_id, wire.loss_request(spec.forward))
+            done.result.CopyFrom(wire.forward_result(loss))
+        elif kind == "sample":
+            done.result.CopyFrom(self.sample(spec, planned))
+        elif kind == "save_state":
+            done.result.CopyFrom(self._save(spec, planned))
+        elif kind == "load_state":
+            done.result.CopyFrom(self._load(spec, run_id))
+        else:
+            raise RuntimeError("the operation has no kind")
+
+    def sample(
+        self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
+    ) -> operations_pb2.OperationResult:
+        sample = spec.sample
+        source = sample.weights.WhichOneof("source") or "current"
+        request = SampleRequest(
+            prompts=wire.prompts(sample),
+            params=wire.sampling_params(sample.params),
+            run_id=spec.run_id if source == "current" else None,
+            model_ref=planned.model_ref or sample.weights.base_model,
+        )
+        if source in ("version", "artifact_id"):
+            artifact_id = planned.artifact_id or sample.weights.artifact_id
+            request.artifact = ArtifactWeights(artifact_id, self._artifacts.directory(artifact_id))
+        key = spec.seq if source == "current" else planned.operation_id
+        return wire.sample_result(self._backend.sample(key, request))
+
+    def _save(
+        self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
+    ) -> operations_pb2.OperationResult:
+        message = spec.save_state
+        complete = message.include_optimizer if message.HasField("include_optimizer") else True
+        with tempfile.TemporaryDirectory(prefix="tensafe-save-") as name:
+            directory = Path(name)
+            outcome = self._backend.save_state(spec.run_id, directory, complete)
+            files = self._transfers.upload(planned.artifact_id, planned.epoch, directory)
+        artifact = artifact_message(planned.artifact_id, spec.run_id, outcome, complete, files)
+        return operations_pb2.OperationResult(
+            save_state=operations_pb2.SaveStateResult(artifact=artifact)
+        )
+
+    def _load(
+        self, spec: training_pb2.OperationSpec, run_id: str
+    ) -> operations_pb2.OperationResult:
+        message = spec.load_state
+        include = message.include_optimizer if message.HasField("include_optimizer") else None
+        directory = self._artifacts.directory(message.artifact_id)
+        outcome = self._backend.load_state(run_id, directory, include)
+        return wire.load_state_result(message.artifact_id, outcome)
+
+
+def _useless(assignment: worker_pb2.RunAssignment, error: Exception) -> TenSafeFault:
+    return TenSafeFault(
+        "CHECKSUM_MISMATCH",
+        f"snapshot {assignment.snapshot_id} of {assignment.run_id} cannot be loaded: "
+        f"{type(error).__name__}",
+        run_id=assignment.run_id,
+    )
+
+
+def as_fault(error: Exception, what: str) -> TenSafeFault:
+    """A known fault as it is; anything else as INTERNAL, its text for the log only."""
+    if isinstance(error, TenSafeFault):
+        return error
+    error_id = secrets.token_hex(6)
+    log.error("%s failed, error id %s", what, error_id, exc_info=error)
+    return TenSafeFault(
+        "INTERNAL",
+        f"the worker failed for a reason of its own, error id {error_id}; tell the operator, "
+        "whose log has the details",
+        error_id=error_id,
+    )
