@@ -170,7 +170,7 @@ class Coordinator:
         )
         self.dispatcher.on_unrestorable = cancellation.fail_waiting
         comparer = Comparer(store, payloads)
-        verifications = Verifications(self.dispatcher, restorer, comparer)
+        verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
         reception = Reception(
             self._ledger,
             self._models,

@@ -16,7 +16,6 @@ from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.operations.comparison import (
     error_difference,
-    is_reproducible,
     result_difference,
 )
 from tensafe_server.operations.ledger import Ledger
@@ -32,16 +31,17 @@ class Lineage:
     """Whether a replay is on its way to the bits of the log.
 
     Attributes:
-        exact: all that was replayed so far first ran on a worker of this kind.
+        exact: the run promises the same bits, and all that was replayed so far first ran on a
+            worker of this kind.
     """
 
     digest: str
     exact: bool
 
     @classmethod
-    def of(cls, link: WorkerLink) -> Lineage:
-        """A replay that begins on this worker."""
-        return cls(link.digest, is_reproducible(link.fingerprint))
+    def of(cls, run: RunState, link: WorkerLink) -> Lineage:
+        """A run's replay that begins on this worker."""
+        return cls(link.digest, run.config.deterministic or link.backend == "mock")
 
     def pass_by(self, row: OperationRow) -> bool:
         """Takes the next operation in; whether every bit of its result must agree."""
@@ -110,7 +110,7 @@ class ReplayWatch:
             return
         epoch, lineage = self._lineages.get(run.id, (0, Lineage("", False)))
         if epoch != run.epoch:
-            lineage = Lineage.of(link)
+            lineage = Lineage.of(run, link)
             self._lineages[run.id] = (run.epoch, lineage)
         self._queue.put_nowait((run, lineage, done))
         if self._task is None or self._task.done():

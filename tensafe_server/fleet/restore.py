@@ -126,14 +126,14 @@ class Restorer:
         return message
 
     async def history(
-        self, run: RunState, after: int, epoch: int
+        self, run: RunState, after: int, epoch: int, end: int | None = None
     ) -> AsyncIterator[pb.PlannedOperation]:
-        """Every settled operation after a seq that changed the run, in order.
+        """Every settled operation after a seq that changed the run, in order, up to `end`.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
-        end = settled_seq(run)
+        end = settled_seq(run) if end is None else end
         while after < end:
             rows = await self._store.history(run.id, after, _PAGE)
             for row in rows:

@@ -7,7 +7,7 @@ touched. A few operations are sent at a time: between them the worker goes on wi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from tensafe.v1 import training_pb2 as training
@@ -34,13 +34,24 @@ class _Check:
 
 
 class Verifications:
-    """Replays runs to compare them with their logs."""
+    """Replays runs to compare them with their logs.
 
-    def __init__(self, dispatcher: Dispatcher, restorer: Restorer, comparer: Comparer) -> None:
+    Args:
+        on_unpinned: called with a run whose past may be pruned again.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        restorer: Restorer,
+        comparer: Comparer,
+        on_unpinned: Callable[[RunState], None],
+    ) -> None:
         self._dispatcher = dispatcher
         self._restorer = restorer
         self._comparer = comparer
         self._checks: dict[str, _Check] = {}
+        self._on_unpinned = on_unpinned
 
     def take(self, link: WorkerLink, done: pb.OperationDone) -> bool:
         """Takes a replayed outcome in; False if it is not one of a verification's."""
@@ -76,20 +87,22 @@ class Verifications:
         link = self._free_worker(run)
         await self._restorer.settled(run)
         end = settled_seq(run)
-        point = await self._restorer.oldest(run)
+        async with run.pruning:
+            run.pinned += 1
         check_id = new_id("check")
         check = _Check(link)
         self._checks[check_id] = check
         try:
+            point = await self._restorer.oldest(run)
             assignment = point.assignment(run, check_id, _EPOCH)
             assignment.check = True
             link.send_plan(pb.Plan(runs=[assignment]))
-            operations = self._restorer.history(run, point.seq, _EPOCH)
+            operations = self._restorer.history(run, point.seq, _EPOCH, end)
             report = training.VerifyReport(
                 from_seq=point.seq, pruned=run.pruned_seq > 0, to_seq=end
             )
             total = max(0, end - point.seq)
-            lineage = Lineage.of(link)
+            lineage = Lineage.of(run, link)
             async for done in self._replayed(check, check_id, operations):
                 await self._compare(run, report, lineage, done)
                 progress = training.VerifyProgress(
@@ -99,6 +112,8 @@ class Verifications:
             yield training.VerifyRunResponse(report=report)
         finally:
             del self._checks[check_id]
+            run.pinned -= 1
+            self._on_unpinned(run)
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=check_id)))
 
     def _free_worker(self, run: RunState) -> WorkerLink:

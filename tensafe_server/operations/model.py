@@ -97,6 +97,8 @@ class RunState:
         pruned_seq: the specs of operations up to here are gone from the log.
         snapshot_seq: the last operation in the newest snapshot; 0 if there is none.
         useless_snapshots: ids of snapshots that are whole and that no worker could load.
+        pruning: held while something of the run's past is chosen or taken away.
+        pinned: how many are reading its past, of which nothing may go meanwhile.
         replay_mismatches: replayed operations whose results were not those in the log.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
@@ -120,6 +122,8 @@ class RunState:
     pruned_seq: int = 0
     snapshot_seq: int = 0
     useless_snapshots: set[str] = field(default_factory=set)
+    pruning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    pinned: int = 0
     replay_mismatches: int = 0
     gap_timer: asyncio.TimerHandle | None = None
     gap_seq: int = 0

@@ -72,7 +72,12 @@ class Pruner:
             self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def prune(self, run: RunState) -> int:
-        """Prunes a run; returns how many operations lost their specs."""
+        """Prunes a run, unless its past is being read; returns how many operations lost their
+        specs."""
+        async with run.pruning:
+            return 0 if run.pinned else await self._prune(run)
+
+    async def _prune(self, run: RunState) -> int:
         kept = await self._snapshots.retire(run)
         if run.deleted:
             await self._prune_results(time.time_ns(), run.id)
@@ -125,6 +130,8 @@ class Pruner:
             await self._store.replace_results(left)
             await self._payloads.delete([row.result_ref for row in rows if row.result_ref])
             pruned += len(rows)
+        if pruned:
+            log.info("pruned the results of %d operations", pruned)
         return pruned
 
     async def _without_big_parts(self, row: OperationRow) -> bytes | None:

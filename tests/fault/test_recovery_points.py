@@ -23,6 +23,7 @@ CONFIG = {
     "lora_config": {"dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2},
     "gradient_accumulation_steps": 2,
+    "deterministic": True,
 }
 STEPS = 10  # optim_step calls; every second one applies
 WORKER = ["--dtype", "float32", "--threads", "1"]
@@ -149,7 +150,9 @@ def lose_the_manifest(snapshot: Path) -> None:
     (snapshot / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, lose_the_manifest])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, pytest.param(lose_the_manifest, marks=pytest.mark.slow)]
+)
 def test_a_damaged_snapshot_is_noticed_and_the_one_before_it_is_used(
     client, house, undisturbed, damage
 ):
@@ -167,6 +170,7 @@ def test_a_damaged_snapshot_is_noticed_and_the_one_before_it_is_used(
     assert not newest.exists()
 
 
+@pytest.mark.slow
 def test_one_that_is_whole_and_cannot_be_loaded_is_passed_over(client, house, undisturbed):
     tc, losses = half_way(client, house)
     newest, before = house.snapshots(tc.run_id)
@@ -197,6 +201,7 @@ def test_one_that_is_whole_and_cannot_be_loaded_is_passed_over(client, house, un
     assert before.name in house.restored(tc.run_id)[1][0]
 
 
+@pytest.mark.slow
 def test_a_saved_state_newer_than_all_snapshots_is_where_it_begins(client, house, undisturbed):
     tc, losses = half_way(client, house)
     saved = tc.save_state()

@@ -183,6 +183,21 @@ def test_results_past_their_retention_keep_their_metrics(tmp_path: Path):
     Small.run(tmp_path, body)
 
 
+def test_nothing_goes_while_a_runs_past_is_read(tmp_path: Path):
+    async def body(small: Small) -> None:
+        simulation = Simulation(small)
+        for _ in range(3):
+            await simulation.snapshot()
+        small.run_state.pinned = 1
+        assert await small.pruner.prune(small.run_state) == 0
+        assert len(await small.store.snapshots("run-1")) == 3
+        small.run_state.pinned = 0
+        assert await small.pruner.prune(small.run_state) == 4
+        assert len(await small.store.snapshots("run-1")) == 2
+
+    Small.run(tmp_path, body)
+
+
 def test_a_deleted_run_leaves_rows_only(tmp_path: Path):
     async def body(small: Small) -> None:
         simulation = Simulation(small)
