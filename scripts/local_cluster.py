@@ -142,6 +142,7 @@ class Cluster:
     """
 
     def __init__(self, home: Path, *options: str, data: Path | None = None) -> None:
+        home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.port = free_port()
         self.data = data or home / "data"

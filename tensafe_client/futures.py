@@ -73,8 +73,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
             OperationCancelledError: if it was cancelled before it ran.
-            DeadlineExceededError: if its `deadline_s` was over before it ran.
             ConfigError: for a timeout that is no number of seconds, 0 or more.
+            DeadlineExceededError: if its `deadline_s` was over before it ran.
             TenSafeError: what the operation failed with.
         """
         if self._converted is None:

@@ -72,6 +72,7 @@ class ServiceBase:
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text from weights of no run; the future twin of `sample`."""
         spec = specs.sample(
@@ -86,6 +87,7 @@ class ServiceBase:
             stop=stop,
             num_samples=num_samples,
         )
+        specs.set_deadline(spec, deadline_s)
         return self._session.submit_unnumbered("sample", spec)
 
     def __repr__(self) -> str:
@@ -307,6 +309,7 @@ class ServiceClient(ServiceBase):
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> SampleResult:
         """Generates text from a base model or an artifact, and waits for it.
 
@@ -324,6 +327,7 @@ class ServiceClient(ServiceBase):
             num_samples,
             base_model=base_model,
             artifact=artifact,
+            deadline_s=deadline_s,
         ).result()
 
     def close(self) -> None:

@@ -102,13 +102,13 @@ class Settings:
         limits: how much may wait.
         recovery: when snapshots are made, and what is kept.
         gap_timeout_s: how long operations wait for a missing seq.
+        certificate: serve `listen` with TLS. None: in plain text.
+        local_listen: with a certificate, a plain-text loopback HOST:PORT beside it, for this
+            machine's own workers.
         spec_memory_bytes: what waiting operations carry is held in memory up to here, and read from
             the store beyond.
         worker_silence_s: a worker that says nothing for so long is taken for dead.
         grace_s: how long ending may take: what runs is finished, calls are answered.
-        certificate: serve `listen` with TLS. None: in plain text.
-        local_listen: with a certificate, a plain-text loopback HOST:PORT beside it, for this
-            machine's own workers.
     """
 
     data: Path
@@ -116,11 +116,11 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     recovery: RecoveryPolicy = field(default_factory=RecoveryPolicy)
     gap_timeout_s: float = 60.0
+    certificate: Certificate | None = None
+    local_listen: str | None = None
     spec_memory_bytes: int = SPEC_MEMORY_BYTES
     worker_silence_s: float = 10.0
     grace_s: float = 30.0
-    certificate: Certificate | None = None
-    local_listen: str | None = None
 
 
 class Coordinator:

@@ -64,17 +64,17 @@ class LinkOptions:
         address: the coordinator's.
         key: the worker key's secret.
         name: for people and logs.
+        authorities: who may have signed its certificate, PEM. None: the well-known ones.
         grace_s: how long leaving may take: the operation at hand, and what comes before goodbye.
         limits: how long an operation may run before the watchdog ends the process.
-        authorities: who may have signed its certificate, PEM. None: the well-known ones.
     """
 
     address: Address
     key: str
     name: str
+    authorities: bytes | None = None
     grace_s: float = 30.0
     limits: OperationLimits = field(default_factory=OperationLimits)
-    authorities: bytes | None = None
 
 
 class Link:

@@ -150,6 +150,7 @@ class AsyncServiceClient(ServiceBase):
         *,
         base_model: str | None = None,
         artifact: str | None = None,
+        deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text from a base model or an artifact; await the result."""
         return self.sample_async(
@@ -164,6 +165,7 @@ class AsyncServiceClient(ServiceBase):
             num_samples,
             base_model=base_model,
             artifact=artifact,
+            deadline_s=deadline_s,
         )
 
     async def close(self) -> None:

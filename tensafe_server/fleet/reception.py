@@ -205,7 +205,11 @@ class Reception:
         if done.HasField("result"):
             ending.result = done.result
             ending.step_metrics = done.step_metrics
-            ending.artifact_files = self._uploads.pop(operation.row.artifact_id or "", [])
+            ending.artifact_files = self._uploads.pop(
+                operation.row.artifact_id or "",
+                # Stored before a restart of ours; whoever stored them has kept the answer.
+                done.result.save_state.artifact.files,
+            )
         elif done.HasField("error"):
             ending.error = as_error(done.error)
         else:
@@ -221,15 +225,14 @@ class Reception:
         return operation if self._is_under(operation, epoch) else None
 
     def _is_under(self, operation: PendingOperation, epoch: int) -> bool:
-        if operation.worker_id is None:
-            return False
         run = self._ledger.runs.get(operation.row.run_id or "")
         expected = run.epoch if run is not None and operation.row.seq is not None else 0
         return epoch == expected
 
     def _saving(self, artifact_id: str) -> PendingOperation | None:
+        # Also one that was not sent yet: after a restart of ours its worker may still be at it.
         for run in self._ledger.runs.values():
-            for operation in run.in_flight:
+            for operation in run.by_seq.values():
                 row = operation.row
                 if row.artifact_id == artifact_id and row.kind == ops.OPERATION_KIND_SAVE_STATE:
                     return operation

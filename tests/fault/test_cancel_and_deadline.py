@@ -1,6 +1,6 @@
 """What a cancel and a deadline do to an operation and to the gradient, in every state it may be in.
 
-The table in docs/architecture.md names these tests.
+The table in docs/operations.md names these tests.
 """
 
 from __future__ import annotations
@@ -236,3 +236,14 @@ def test_a_deadline_that_is_none_is_refused_before_anything_is_sent(
         tc.optim_step(deadline_s=seconds)
     tc.forward_backward(batch())
     assert tc.optim_step().result(30).step == 1
+
+
+def test_an_operation_without_a_run_has_a_deadline_too(fleet: FaultyCluster, client: ServiceClient):
+    [worker] = fleet.workers
+    busy = block(fleet, client)
+    late = client.sample_async("x", base_model="any", deadline_s=SOON_S)
+    with pytest.raises(DeadlineExceededError):
+        late.result(30)
+    fleet.open_gate(worker)
+    assert busy.result(30)
+    assert client.sample("x", base_model="any", deadline_s=30).samples

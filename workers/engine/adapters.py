@@ -67,16 +67,17 @@ class Adapter:
         return scale / (1 - self.settings.dropout) if training else scale
 
     def gradient(self) -> Tensor:
-        """[P]: where backward passes add; made when first asked for."""
+        """[P]: where backward passes add; zero when first asked for, until it is released."""
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.weights, requires_grad=False)
             self._gradients = self._pairs(self._gradient)
         return self._gradient
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether `gradient` was asked for yet."""
-        return self._gradient is not None
+    def release_gradient(self) -> Tensor:
+        """Hands the gradient over: between calls a run holds none but its window's sum."""
+        gradient = self.gradient()
+        self._gradient, self._gradients = None, {}
+        return gradient
 
     def gradients(self) -> Pairs:
         """Module → where A's and B's gradients are added."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from workers.engine import attention
 from workers.engine.adapters import Adapter, new_adapter
 from workers.engine.blocks import Blocks
+from workers.engine.gated import lean_gates
 from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
 from workers.engine.norms import lean_norms
+from workers.engine.products import Product, SegmentLoop
 from workers.operations import LoraSettings
 
 attention.register()
@@ -57,6 +59,7 @@ class BaseModel:
 
     def __post_init__(self) -> None:
         self.scope = LoraScope()
+        self.product: Product = SegmentLoop()
         self.blocks = Blocks(self.body)
         self.layers = _carry_adapters(self.module, self.head, self.scope)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
@@ -146,6 +149,7 @@ def freeze(
     _check_head(name, module, body, head)
     module.set_attn_implementation(attention.NAME)
     lean_norms(module)
+    lean_gates(module)
     model = BaseModel(
         name=name,
         module=module,

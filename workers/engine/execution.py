@@ -24,7 +24,7 @@ from workers.operations import Float32
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What came of one call; its gradient lies in its adapter's `gradient()`.
+    """What came of one call; its gradient waits in its adapter, to be released.
 
     Attributes:
         loss_sum: Σ −w·logprob.
@@ -115,9 +115,7 @@ def _free() -> None:
 def _attempt(
     model: BaseModel, calls: Sequence[Call], passes: Sequence[Pass], trains: bool, frugal: bool
 ) -> list[Computed]:
-    gradients = [call.adapter.gradient() for call in calls] if trains else []
-    if gradients:
-        torch._foreach_zero_(gradients)
+    gradients = [call.adapter.gradient().zero_() for call in calls] if trains else []
     losses: list[list[Tensor]] = [[] for _ in calls]
     logprobs = []
     for work in passes:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from workers.engine.base_model import BaseModel, UnsupportedModelError, freeze
 from workers.engine.cards import tokenizer_files
+from workers.engine.choosing import choose_product
 from workers.engine.engine import TorchBackend
 from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
 
@@ -81,12 +82,14 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
         raise ModelLoadError(
             f"cannot load model {source.name}: {error}. {source.remedy}"
         ) from error
+    model.product = choose_product(model)
     log.info(
-        "loaded %s: %.1f M parameters, %s on %s",
+        "loaded %s: %.1f M parameters, %s on %s, adapters by %s",
         model.name,
         model.parameters / 1e6,
         str(dtype).removeprefix("torch."),
         device,
+        type(model.product).__name__,
     )
     return model
 

@@ -165,7 +165,7 @@ def compute(
     adapters = PassAdapters(
         [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
         model.adapter_dtype,
-        SegmentLoop(),
+        model.product if len(work.shares) > 1 else SegmentLoop(),
         _dropout(calls, work, numbers) if trains else None,
         trains=trains,
     )

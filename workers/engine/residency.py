@@ -110,7 +110,6 @@ class Residency:
 
 
 def state_bytes(run: Run) -> int:
-    """Memory of a run's weights, gradient, accumulator and optimizer state."""
+    """Memory of a run's weights, accumulated gradient and optimizer state."""
     held = [run.adapter.weights, run.accumulator, *run.optimizer.state().values()]
-    gradient = run.adapter.weights.nbytes if run.adapter.has_gradient else 0
-    return gradient + sum(tensor.nbytes for tensor in held if tensor is not None)
+    return sum(tensor.nbytes for tensor in held if tensor is not None)

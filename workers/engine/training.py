@@ -115,6 +115,7 @@ def forward_backward(
     except BaseException:
         for run in runs:
             run.window.poison()
+            run.adapter.release_gradient()
         raise
     elapsed_ms = (time.perf_counter() - begin) * 1e3
     tokens = sum(len(batch.tokens) for _, batch in admitted)
@@ -136,17 +137,16 @@ def _accumulate(
     computed: Computed | TenSafeFault,
     compute_ms: float,
 ) -> LossOutcome:
+    # This call's own gradient, apart from what the window holds: its norm is asked for, and a
+    # failure half-way leaves the window's sum as it was.
+    gradient = run.adapter.release_gradient()
     if isinstance(computed, TenSafeFault):
         raise computed
     _check_loss(computed.loss_sum)
-    # This call's own gradient, apart from what the window holds: its norm is asked for, and a
-    # failure half-way leaves the window's sum as it was.
-    gradient = run.adapter.gradient()
-    with memory_faults("forward_backward"):
-        if run.accumulator is None:
-            run.accumulator = gradient.clone()
-        else:
-            run.accumulator += gradient
+    if run.accumulator is None:
+        run.accumulator = gradient
+    else:
+        run.accumulator += gradient
     run.backwards += 1
     run.window.add(
         request.reduction,

@@ -1,0 +1,156 @@
+"""The engine against the loops that a user, or a peer, would write, on one model and one machine.
+
+All take turns in one process on the same threads and element type; a figure is seconds of one
+training step, forward to update, and the ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from benchmarks.engine_rows import MIXED, Rows, make_rows
+from tensafe.wire.status import TenSafeFault
+from workers.engine.engine import TorchBackend
+from workers.operations import LoraSettings, RunSettings, StepRequest
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+RANK, ALPHA, RATE = 16, 32.0, 1e-4
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is compared: the loaded engine, and a maker of the same base model without it."""
+
+    backend: TorchBackend
+    model: str
+    plain: Callable[[], Any]
+    vocabulary: int
+    dropout: float
+    rounds: int
+    clock: Callable[[], float]
+
+    def run_settings(self) -> RunSettings:
+        """A run like the plain loop's."""
+        lora = LoraSettings(RANK, ALPHA, self.dropout, TARGETS)
+        return RunSettings(self.model, lora=lora, seed=1)
+
+
+def one_run(setting: Setting) -> dict[str, list[float]]:
+    """One run against `transformers` + `peft` + AdamW, padded to the batch's longest row."""
+    cells: dict[str, list[float]] = {}
+    peft_step = plain_loop(setting.plain(), setting.dropout, 1)
+    setting.backend.open_run("one", setting.run_settings(), None)
+    for name, rows in (
+        ("mixed", make_rows(MIXED, 0.6, setting.vocabulary)),
+        ("equal", make_rows([128] * 8, 0.0, setting.vocabulary)),
+    ):
+        steps = {
+            f"one/{name}/engine": lambda rows=rows: _in_turn(setting.backend, ["one"], [rows]),
+            f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
+        }
+        _take_turns(steps, setting, cells)
+    setting.backend.close_run("one")
+    return cells
+
+
+def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, list[float]]:
+    """Several runs, a row each: in one pass, one after the other, and by swapping in `peft`."""
+    cells: dict[str, list[float]] = {}
+    peft_step = plain_loop(setting.plain(), setting.dropout, tenants)
+    names = [f"run-{index}" for index in range(tenants)]
+    for name in names:
+        setting.backend.open_run(name, setting.run_settings(), None)
+    for length in lengths:
+        rows = [make_rows([length], 0.0, setting.vocabulary, seed) for seed in range(tenants)]
+        cell = f"{tenants}x{length}"
+        steps = {
+            f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
+            f"{cell}/in_turn": lambda rows=rows: _in_turn(setting.backend, names, rows),
+            f"{cell}/swapping": lambda rows=rows: peft_step(rows),
+        }
+        _take_turns(steps, setting, cells)
+    for name in names:
+        setting.backend.close_run(name)
+    return cells
+
+
+def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
+    """How many times faster the engine is, by medians."""
+    middle = {name: median(values) for name, values in cells.items()}
+    found = {}
+    for name, seconds in middle.items():
+        cell, _, who = name.rpartition("/")
+        if who == "plain":
+            found[f"{cell} engine/plain"] = seconds / middle[f"{cell}/engine"]
+        elif who in ("in_turn", "swapping"):
+            found[f"{cell} together/{who}"] = seconds / middle[f"{cell}/together"]
+    return found
+
+
+def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[float]]) -> None:
+    for step in steps.values():
+        step()
+    for _ in range(setting.rounds):
+        for name, step in steps.items():
+            begin = setting.clock()
+            step()
+            cells.setdefault(name, []).append(setting.clock() - begin)
+
+
+def _in_turn(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
+    for name, own in zip(names, rows, strict=True):
+        backend.forward_backward(name, 1, own.ours)
+        backend.optim_step(name, StepRequest())
+
+
+def _together(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
+    entries = [(name, 1, own.ours) for name, own in zip(names, rows, strict=True)]
+    passed = backend.forward_backward_group(entries)
+    applied = backend.optim_step_group([(name, StepRequest()) for name in names])
+    for outcome in (*passed, *applied):
+        if isinstance(outcome, TenSafeFault):
+            raise outcome
+
+
+def plain_loop(base: nn.Module, dropout: float, adapters: int) -> Callable[[list[Rows]], None]:
+    """A step of each adapter in turn, on its own rows; with one adapter, the user's own loop."""
+    names = [f"adapter{index}" for index in range(adapters)]
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(TARGETS)
+    )
+    model: Any = get_peft_model(base, config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    model.train()
+    optimizers = []
+    for name in names:
+        model.set_adapter(name)
+        own = [p for key, p in model.named_parameters() if f".{name}." in key]
+        optimizers.append(torch.optim.AdamW(own, lr=RATE, weight_decay=0.01))
+
+    def run(rows: list[Rows]) -> None:
+        for name, optimizer, own in zip(names, optimizers, rows, strict=True):
+            if adapters > 1:
+                model.set_adapter(name)
+            batch = {key: value.to(model.device) for key, value in own.theirs.items()}
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def wall_clock() -> float:
+    """Seconds, with the device's queue emptied."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

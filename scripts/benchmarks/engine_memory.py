@@ -1,0 +1,150 @@
+"""Peak memory of one training step, each side in a process of its own, and of a run more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+_MORE_RUNS = 8
+
+
+def measure(model: str, dtype: str, dropout: float) -> dict[str, list[float]]:
+    """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU."""
+    found: dict[str, list[float]] = {}
+    for side in ("engine", "plain"):
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.engine_memory",
+            side,
+            model,
+            dtype,
+            str(dropout),
+        ]
+        done = subprocess.run(command, cwd=_HERE.parent, stdout=subprocess.PIPE, check=True)
+        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+            found[f"memory/{name}/{side}"] = [value]
+    return found
+
+
+def ratios(peaks: dict[str, list[float]]) -> dict[str, float]:
+    """Of peaks, and of what a run more takes to its adapter and optimizer state."""
+    value = {name: values[0] for name, values in peaks.items()}
+    found = {}
+    for cell in ("mixed", "equal"):
+        ours, theirs = (value[f"memory/{cell} peak/{side}"] for side in ("engine", "plain"))
+        found[f"one/{cell} peak engine/plain"] = ours / theirs
+        ours, theirs = (value[f"memory/{cell} above model/{side}"] for side in ("engine", "plain"))
+        found[f"one/{cell} peak above the loaded model engine/plain"] = ours / theirs
+    run, state = value["memory/run more/engine"], value["memory/run state/engine"]
+    found["memory of a run more / its adapter and optimizer"] = run / state
+    return found
+
+
+def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
+    from workers.engine.loading import load_backend
+    from workers.operations import LoraSettings, RunSettings, StepRequest
+
+    backend = load_backend([model], device="auto", dtype=dtype, threads=1)
+    settings = RunSettings(model, lora=LoraSettings(dropout=dropout), seed=1)
+
+    def step(name: str, batch: Any) -> None:
+        backend.forward_backward(name, 1, batch.ours)
+        backend.optim_step(name, StepRequest())
+
+    backend.open_run("one", settings, None)
+    found = _peaks({cell: lambda batch=batch: step("one", batch) for cell, batch in rows.items()})
+    before = _resident()
+    for index in range(_MORE_RUNS):
+        backend.open_run(f"more-{index}", settings, None)
+        step(f"more-{index}", rows["mixed"])
+    weights = backend._runs["one"].adapter.weights.nbytes
+    found["run more"] = (_resident() - before) / _MORE_RUNS
+    # AdamW: the weights and two moments.
+    found["run state"] = 3 * weights
+    return found
+
+
+def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.engine import plain_loop
+    from workers.engine.loading import pick_device, pick_dtype
+    from workers.engine.model_sources import resolve
+
+    device = pick_device("auto")
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        resolve(model).location, dtype=pick_dtype(dtype, device)
+    )
+    step = plain_loop(base.to(device), dropout, 1)
+    return _peaks({cell: lambda batch=batch: step([batch]) for cell, batch in rows.items()})
+
+
+def _peaks(steps: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for cell, step in steps.items():
+        loaded = _resident()
+        _forget_peak()
+        step()
+        found[f"{cell} peak"] = _peak()
+        found[f"{cell} above model"] = _peak() - loaded
+    return found
+
+
+def _resident() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.memory_allocated())
+    _trim()
+    return _status("VmRSS")
+
+
+def _peak() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return _status("VmHWM")
+
+
+def _forget_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _trim() -> None:
+    """What the allocator keeps for later is nobody's."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return float(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def _main() -> None:
+    from benchmarks.engine_rows import MIXED, make_rows
+
+    side, model, dtype, dropout = sys.argv[1:]
+    rows = {"mixed": make_rows(MIXED, 0.6, 49_000), "equal": make_rows([128] * 8, 0.0, 49_000)}
+    measure_side = _engine if side == "engine" else _plain
+    print(json.dumps(measure_side(model, dtype, float(dropout), rows)))
+
+
+if __name__ == "__main__":
+    _main()
