@@ -23,6 +23,8 @@ from workers.operations import LoraSettings
 
 attention.register()
 
+_LARGE_LOGIT = 1000.0
+
 
 class UnsupportedModelError(Exception):
     """A model that the engine would compute wrongly."""
@@ -170,12 +172,26 @@ def freeze(
 
 @torch.no_grad()
 def _check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> None:
-    """Some models cap or scale their logits, which the loss would miss."""
+    """Some models cap or scale their logits, which the loss would miss.
+
+    A cap does next to nothing to small logits, so the head is made to give large ones.
+    """
     ids = torch.arange(4, device=head.weight.device)[None]
-    expected = module(input_ids=ids, use_cache=False).logits.float()
-    actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    if not torch.allclose(expected, actual, rtol=1e-2, atol=1e-3):
-        raise UnsupportedModelError(f"{name}: its logits are not a linear map of its hidden states")
+    handle = head.register_forward_hook(lambda _head, _inputs, logits: _magnified(logits))
+    try:
+        expected = module(input_ids=ids, use_cache=False).logits.float()
+        actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
+    finally:
+        handle.remove()
+    if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * _LARGE_LOGIT):
+        raise UnsupportedModelError(
+            f"{name}: its logits are not a linear map of its hidden states (capped or scaled "
+            "logits are not supported); use a model without, such as Llama, Qwen or Gemma 3"
+        )
+
+
+def _magnified(logits: Tensor) -> Tensor:
+    return logits * (_LARGE_LOGIT / logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny))
 
 
 @torch.no_grad()
