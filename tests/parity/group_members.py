@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from parity.tiny_models import GATED
-from parity.tiny_runs import VOCABULARY, perturb, settings
+from parity.tiny_runs import VOCABULARY, metric, perturb, settings
 
 from workers.engine.base_model import BaseModel
 from workers.engine.engine import TorchBackend
-from workers.operations import Batch, LossRequest, Reduction
+from workers.operations import Batch, LossOutcome, LossRequest, Reduction, StepRequest
 
 SGD = {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "momentum": 0.9}
 OPTIMIZERS: list[dict[str, Any]] = [{}, {"name": "adam", "eps": 1e-6}, SGD, {"grad_clip_norm": 0.1}]
@@ -92,3 +92,16 @@ def entries(
     """What `forward_backward_group` takes."""
     chosen = range(len(members)) if indices is None else indices
     return [(str(index), 1, members[index].request(call)) for index in chosen]
+
+
+def bits(backend: TorchBackend, outcomes: Sequence[object], runs: Sequence[str]) -> list[object]:
+    """All that a call and the update after it leave behind, for comparison."""
+    found: list[object] = []
+    for run, outcome in zip(runs, outcomes, strict=True):
+        assert isinstance(outcome, LossOutcome)
+        own = backend._runs[run]
+        found += [metric(outcome, "loss"), metric(outcome, "grad_norm")]
+        found += [outcome.logprobs.tobytes(), own.accumulator.numpy().tobytes()]
+        found.append(backend.optim_step(run, StepRequest()).grad_norm)
+        found.append(own.adapter.weights.detach().numpy().tobytes())
+    return found

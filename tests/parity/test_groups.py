@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, note
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-from parity.group_members import MEMBERS, Member, entries, groups, open_all
+from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all
 from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
@@ -147,19 +145,6 @@ FAILURES = {
         ),
     ),
 }
-
-
-def bits(backend: TorchBackend, outcomes: Sequence[object], runs: Sequence[str]) -> list[object]:
-    """All that a call and the update after it leave behind, for comparison."""
-    found: list[object] = []
-    for run, outcome in zip(runs, outcomes, strict=True):
-        assert isinstance(outcome, LossOutcome)
-        own = backend._runs[run]
-        found += [metric(outcome, "loss"), metric(outcome, "grad_norm")]
-        found += [outcome.logprobs.tobytes(), own.accumulator.numpy().tobytes()]
-        found.append(backend.optim_step(run, StepRequest()).grad_norm)
-        found.append(own.adapter.weights.detach().numpy().tobytes())
-    return found
 
 
 @pytest.mark.parametrize("failure", FAILURES)

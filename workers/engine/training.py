@@ -67,6 +67,8 @@ def forward(run: Run, request: LossRequest, budget: TokenBudget) -> LossOutcome:
         trains=False,
         deterministic=run.settings.deterministic,
     )
+    if isinstance(computed, TenSafeFault):
+        raise computed
     _check_loss(computed.loss_sum)
     return _outcome(request, batch, computed)
 
