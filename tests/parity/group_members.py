@@ -13,6 +13,7 @@ from parity.tiny_runs import VOCABULARY, metric, perturb, settings
 
 from workers.engine.base_model import BaseModel
 from workers.engine.engine import TorchBackend
+from workers.engine.training import Run
 from workers.operations import Batch, LossOutcome, LossRequest, Reduction, StepRequest
 
 SGD = {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "momentum": 0.9}
@@ -84,6 +85,11 @@ def open_all(
         backend.open_run(str(index), options, None)
         perturb(backend, str(index), member.seed)
     return backend
+
+
+def runs(backend: TorchBackend, members: Sequence[Member]) -> dict[str, Run]:
+    """Name → run, of every member."""
+    return {str(index): backend._runs[str(index)] for index in range(len(members))}
 
 
 def entries(

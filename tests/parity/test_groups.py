@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all
+from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all, runs
 from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
@@ -88,19 +88,20 @@ def test_optimizers_that_step_together_give_the_bits_of_each_alone(members):
     together, alone = (open_all(BASE, members) for _ in range(2))
     for call in range(3):
         together.forward_backward_group(entries(members, call=call))
-        for run in alone._runs:
+        ours, theirs = runs(together, members), runs(alone, members)
+        for run, own in theirs.items():
             # The same gradient bit for bit, so that only the step can differ.
             alone.forward_backward_group(entries(members, [int(run)], call=call))
-            alone._runs[run].accumulator.copy_(together._runs[run].accumulator)
-        outcomes = together.optim_step_group([(run, StepRequest()) for run in together._runs])
-        for (run, ours), outcome in zip(together._runs.items(), outcomes, strict=True):
-            own, theirs = alone.optim_step(run, StepRequest()), alone._runs[run]
+            own.accumulator.copy_(ours[run].accumulator)
+        outcomes = together.optim_step_group([(run, StepRequest()) for run in ours])
+        for run, outcome in zip(ours, outcomes, strict=True):
+            own = alone.optim_step(run, StepRequest())
             assert isinstance(outcome, StepOutcome)
             assert (outcome.step, outcome.grad_norm) == (own.step, own.grad_norm)
-            assert torch.equal(ours.adapter.weights, theirs.adapter.weights)
-            moments = theirs.optimizer.state()
-            assert moments.keys() == ours.optimizer.state().keys()
-            for name, value in ours.optimizer.state().items():
+            assert torch.equal(ours[run].adapter.weights, theirs[run].adapter.weights)
+            moments = theirs[run].optimizer.state()
+            assert moments.keys() == ours[run].optimizer.state().keys()
+            for name, value in ours[run].optimizer.state().items():
                 assert torch.equal(value, moments[name])
 
 

@@ -47,7 +47,12 @@ def lora(**options) -> LoraSettings:
 
 
 def settings(
-    *, seed: int = 5, accumulation_steps: int = 1, max_steps=None, **options
+    *,
+    seed: int = 5,
+    accumulation_steps: int = 1,
+    max_steps: int | None = None,
+    deterministic: bool = False,
+    **options,
 ) -> RunSettings:
     """Run settings; `lora` and `optimizer` take dictionaries."""
     optimizer = {"learning_rate": 1e-2} | options.get("optimizer", {})
@@ -58,6 +63,7 @@ def settings(
         accumulation_steps=accumulation_steps,
         max_steps=max_steps,
         seed=seed,
+        deterministic=deterministic,
     )
 
 
