@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def rows(tokenizer) -> list[np.ndarray]:
     tokens = np.asarray(tokenizer(TEXT).input_ids * 2, np.int32)
     begins = np.cumsum([0, *(length + 1 for length in LENGTHS)])
     assert begins[-1] <= len(tokens)
-    return [tokens[a:b] for a, b in zip(begins[:-1], begins[1:], strict=True)]
+    return [tokens[a:b] for a, b in pairwise(begins)]
 
 
 def numbers(dtype: torch.dtype) -> tuple[Numbers, Numbers]:
