@@ -9,6 +9,7 @@ from parity.plain_peft import PlainPeft
 from parity.tiny_models import CONTEXT, FAMILIES, Family, Wide
 from parity.tiny_runs import metric, perturb, request_of, rows_of, settings
 
+from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import UnsupportedModelError, freeze
 from workers.engine.engine import TorchBackend
 from workers.engine.norms import RmsNorm
@@ -129,3 +130,21 @@ def test_capped_and_scaled_logits_are_refused(model, config, options, says, spre
     )
     with pytest.raises(UnsupportedModelError, match=says):
         freeze("tiny", capped.float())
+
+
+def test_no_row_is_so_long_that_its_neighbours_positions_change():
+    """`transformers` turns all rows of a pass by the long factors once one of them is long."""
+    with Wide():
+        model = freeze("tiny", FAMILIES["phi3-longrope"].build())
+    assert model.context_length == 32
+    backend = TorchBackend([model], token_budget=1000)
+    for run in ("short", "long"):
+        backend.open_run(run, settings(lora={"target_modules": ("o_proj",)}), None)
+    request = request_of(rows_of(1, [12]))
+    alone = backend.forward("short", request)
+    outcomes = backend.forward_backward_group(
+        [("short", 1, request), ("long", 1, request_of(rows_of(2, [32])))]
+    )
+    np.testing.assert_allclose(outcomes[0].logprobs, alone.logprobs, rtol=0, atol=EXACT)
+    with pytest.raises(TenSafeFault, match="context is 32"):
+        backend.forward("long", request_of(rows_of(2, [33])))

@@ -26,6 +26,7 @@ _SIZES = {
     "eos_token_id": 2,
 }
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 PLAIN = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 
 
@@ -111,6 +112,25 @@ FAMILIES = {
         _gemma3(["full_attention", "sliding_attention"])
         | {"num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": True},
         13,
+    ),
+    # Fused layers; positions beyond 32 would be turned in another way, for the whole pass.
+    "phi3-longrope": Family(
+        "Phi3",
+        "Phi3",
+        {
+            "num_key_value_heads": 2,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.0, 1.5, 2.0],
+                "long_factor": [1.0, 3.0, 6.0, 9.0],
+                "original_max_position_embeddings": 32,
+                "factor": 2.0,
+            },
+        },
+        5,
+        FUSED,
     ),
     # Biases everywhere, the head's too; layer norms; heads turned in part.
     "phi": Family("Phi", "Phi", {"num_key_value_heads": 2}, 0, PLAIN),

@@ -141,7 +141,7 @@ def freeze(
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     config = module.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = _context_length(config)
     if not context:
         raise UnsupportedModelError(f"{name}: its configuration has no max_position_embeddings")
     head = module.get_output_embeddings()
@@ -159,7 +159,7 @@ def freeze(
         head=head,
         tokenizer=tokenizer,
         vocabulary_size=head.weight.shape[0],
-        context_length=int(context),
+        context_length=context,
         device=str(head.weight.device),
         linear_modules=_linear_modules(module, head),
         end_tokens=_end_tokens(module, tokenizer),
@@ -168,6 +168,23 @@ def freeze(
     )
     _check_packing(model)
     return model
+
+
+def _context_length(config: Any) -> int:
+    """Tokens of the longest row; 0 if the configuration does not say.
+
+    Where positions are turned in another way as soon as one row of a pass is long (longrope), only
+    as many as change nothing for the rows beside it.
+    """
+    context = int(getattr(config, "max_position_embeddings", None) or 0)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Models whose layers differ have one for each kind of layer.
+    for own in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if own.get("rope_type") == "longrope":
+            first = own.get("original_max_position_embeddings")
+            first = first or getattr(config, "original_max_position_embeddings", None)
+            context = min(context, int(first or context))
+    return context
 
 
 @torch.no_grad()

@@ -101,9 +101,8 @@ class _Misfit:
 def _too_large(tokens: int) -> TenSafeFault:
     return TenSafeFault(
         "OUT_OF_MEMORY",
-        f"the device has too little memory for a row of {tokens} tokens, even alone and with its "
-        "activations computed twice; use shorter sequences, a smaller rank, or a worker with more "
-        "memory",
+        f"the device has too little memory for a row of {tokens} tokens, even by itself; use "
+        "shorter sequences, a smaller rank, or a worker with more memory",
     )
 
 
