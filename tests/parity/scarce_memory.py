@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +23,12 @@ class Passes:
     Attributes:
         tokens: of each forward pass that was begun.
         faults: how many of them ran out of memory, in either direction.
+        most_bytes: that one of them kept for its backward pass.
     """
 
     tokens: list[int] = field(default_factory=list)
     faults: int = 0
+    most_bytes: int = 0
 
 
 @contextmanager
@@ -59,7 +62,7 @@ def fault_at(body: nn.Module, passes: set[int], *, backward: bool) -> Iterator[P
 
 
 @contextmanager
-def capacity(body: nn.Module, saved_bytes: float) -> Iterator[Passes]:
+def capacity(body: nn.Module, saved_bytes: float = math.inf) -> Iterator[Passes]:
     """A pass fails when it keeps more for its backward pass than `saved_bytes`."""
     seen = Passes()
     kept: dict[int, int] = {}
@@ -73,6 +76,7 @@ def capacity(body: nn.Module, saved_bytes: float) -> Iterator[Passes]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in frozen:
             kept[storage.data_ptr()] = storage.nbytes()
+        seen.most_bytes = max(seen.most_bytes, sum(kept.values()))
         if sum(kept.values()) > saved_bytes:
             seen.faults += 1
             raise _no_memory()

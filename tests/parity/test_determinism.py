@@ -15,6 +15,7 @@ from parity.scarce_memory import capacity
 from parity.tiny_models import GATED
 from parity.tiny_runs import perturb, settings, tiny_llama
 
+from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 from workers.operations import Reduction, StepOutcome, StepRequest
@@ -36,7 +37,7 @@ def alone() -> list[str]:
 def test_a_batch_of_it_takes_several_passes(alone):
     """Else the tests below would say nothing about how it is cut."""
     backend = opened(TorchBackend([BASE], token_budget=10**6))
-    with capacity(BASE.body, float("inf")) as seen:
+    with capacity(BASE.body) as seen:
         train_call(backend, 0)
     assert len(seen.tokens) == 2
     # Every call differs, and so do the weights before and after each of the two updates.
@@ -77,11 +78,21 @@ def test_it_never_computes_in_company(alone):
 
 
 def test_when_memory_is_so_scarce_that_activations_are_made_anew(alone):
+    with capacity(BASE.body) as plenty:
+        assert train(opened(TorchBackend([BASE], token_budget=4096)), CALLS) == alone
     backend = opened(TorchBackend([BASE], token_budget=4096))
-    limit = 3e6
-    with capacity(BASE.body, limit) as seen:
+    with capacity(BASE.body, 0.8 * plenty.most_bytes) as seen:
         assert train(backend, CALLS) == alone
+    assert plenty.faults == 0
     assert seen.faults >= len(CALLS)
+
+
+def test_when_there_is_not_even_memory_for_that_it_says_so(alone):
+    backend = opened(TorchBackend([BASE], token_budget=4096))
+    with capacity(BASE.body, 1000), pytest.raises(TenSafeFault, match="deterministic") as caught:
+        train_call(backend, 0)
+    assert caught.value.detail.reason == "OUT_OF_MEMORY"
+    assert train(opened(backend), CALLS) == alone
 
 
 def test_after_a_restart_in_the_middle_of_a_window(alone, tmp_path):

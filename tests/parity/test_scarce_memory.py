@@ -141,23 +141,15 @@ def test_forward_halves_too_and_changes_nothing():
 
 def kept_bytes(length: int) -> int:
     """What a pass of one row keeps."""
-    backend = run_single([length])
-    low, high = 0, 2**24
-    while high - low > 1:
-        middle = (low + high) // 2
-        with capacity(SINGLE.body, middle) as seen:
-            backend.forward_backward_group(entries([long_row(length)]))
-        low, high = (middle, high) if seen.faults else (low, middle)
-    return high
+    member = long_row(length)
+    with capacity(SINGLE.body) as seen:
+        open_all(SINGLE, [member]).forward_backward_group(entries([member]))
+    return seen.most_bytes
 
 
 def long_row(length: int, dropout: float = 0.2) -> Member:
     lora = {"rank": 4, "dropout": dropout}
     return Member(7, lora, {}, Reduction.WEIGHTED_MEAN, (length,), 1.0)
-
-
-def run_single(lengths: list[int]) -> TorchBackend:
-    return open_all(SINGLE, [long_row(length) for length in lengths])
 
 
 def test_a_row_that_does_not_fit_makes_its_activations_anew_and_keeps_its_bits():

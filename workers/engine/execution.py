@@ -59,7 +59,7 @@ def execute(
     """
     found = _fitting(model, calls, budget, trains, deterministic)
     if isinstance(found, _Misfit):
-        outcomes: list[Computed | TenSafeFault] = [_too_large(found.tokens)] * len(calls)
+        outcomes: list[Computed | TenSafeFault] = [_too_large(found.what)] * len(calls)
         rest = [index for index in range(len(calls)) if index != found.call]
         apart = [rest]
     else:
@@ -92,17 +92,27 @@ def _broken(found: Sequence[Computed]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Misfit:
-    """A call with a row that the device has no memory for, and how long the row is."""
+    """A call that the device has no memory for, and what it was."""
 
     call: int
-    tokens: int
+    what: str
 
 
-def _too_large(tokens: int) -> TenSafeFault:
+def _misfit(work: Pass) -> _Misfit:
+    tokens = f"{len(work.ids)} tokens"
+    if len(work.lengths) == 1:
+        return _Misfit(work.shares[0].call, f"a row of {tokens}, even by itself")
+    return _Misfit(
+        work.shares[0].call,
+        f"a pass of {tokens}, which is not split because the run is deterministic",
+    )
+
+
+def _too_large(what: str) -> TenSafeFault:
     return TenSafeFault(
         "OUT_OF_MEMORY",
-        f"the device has too little memory for a row of {tokens} tokens, even by itself; use "
-        "shorter sequences, a smaller rank, or a worker with more memory",
+        f"the device has too little memory for {what}; use shorter sequences, a smaller rank, or "
+        "a worker with more memory",
     )
 
 
@@ -131,7 +141,7 @@ def _fitting(
         elif trains and tokens < frugal_tokens:
             frugal_tokens = tokens
         else:
-            return _Misfit(found.shares[0].call, tokens)
+            return _misfit(found)
 
 
 def _attempt(
