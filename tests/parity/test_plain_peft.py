@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from parity.tiny_runs import TARGETS, hf_batch, metric, request_of, rows_of, settings, tiny_llama
+from parity.plain_peft import PlainPeft
+from parity.tiny_runs import (
+    TARGETS,
+    hf_batch,
+    metric,
+    perturb,
+    request_of,
+    rows_of,
+    settings,
+    tiny_llama,
+)
 
 from workers.engine.engine import TorchBackend
 from workers.operations import StepRequest
-
-
-def plain_peft(backend: TorchBackend, run_id: str, dropout: float = 0.0) -> peft.PeftModel:
-    """Plain PEFT with the run's own initial adapter."""
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=list(TARGETS), task_type="CAUSAL_LM"
-    )
-    model = peft.get_peft_model(tiny_llama(), config)
-    named = backend._runs[run_id].adapter.named()
-    peft.set_peft_model_state_dict(model, {name: t.clone() for name, t in named.items()})
-    return model
-
-
-def reference_gradients(model: peft.PeftModel) -> dict[str, torch.Tensor]:
-    return {
-        name.replace(".default.", "."): p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
-def perturb(backend: TorchBackend, run_id: str) -> None:
-    """B starts at zero, which would hide errors in A's gradient."""
-    with torch.no_grad():
-        weights = backend._runs[run_id].adapter.weights
-        noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
-        weights += 0.05 * noise
 
 
 @pytest.mark.parametrize("budget", [16, 10_000])
@@ -43,28 +25,24 @@ def test_loss_logprobs_and_every_gradient(base, budget):
     backend = TorchBackend([base], token_budget=budget)
     backend.open_run("run", settings(), None)
     perturb(backend, "run")
-    reference = plain_peft(backend, "run")
+    reference = PlainPeft(tiny_llama(), backend._runs["run"])
     rows = rows_of(3, [5, 14, 9, 12])
 
     outcome = backend.forward_backward("run", 1, request_of(rows))
-    output = reference(**hf_batch(rows))
-    output.loss.backward()
+    loss = reference.loss(rows)
+    loss.backward()
 
-    assert metric(outcome, "loss") == pytest.approx(output.loss.item(), abs=1e-6)
-    expected = torch.log_softmax(output.logits.float(), -1)
+    assert metric(outcome, "loss") == pytest.approx(loss.item(), abs=1e-6)
     begin = 0
-    for index, row in enumerate(rows):
-        length = len(row) - 1
-        ours = torch.from_numpy(outcome.logprobs[begin : begin + length])
-        targets = torch.from_numpy(row[1:].astype("int64"))
-        theirs = expected[index, :length].gather(1, targets[:, None])[:, 0]
+    for theirs in reference.logprobs(rows):
+        ours = torch.from_numpy(outcome.logprobs[begin : begin + len(theirs)])
         assert ours[0] == 0
         torch.testing.assert_close(ours[1:], theirs[1:], atol=2e-6, rtol=1e-5)
-        begin += length
+        begin += len(theirs)
 
     run = backend._runs["run"]
     gradients = run.adapter.named(run.accumulator / run.window.denominator)
-    theirs = reference_gradients(reference)
+    theirs = {name: tensor.grad for name, tensor in reference.named().items()}
     assert gradients.keys() == theirs.keys()
     assert len(gradients) == 2 * 2 * len(TARGETS)
     for name, gradient in gradients.items():
@@ -101,8 +79,8 @@ def test_ten_step_curve(base, optimizer, create):
     clip = 0.5
     backend.open_run("run", settings(optimizer=optimizer | {"grad_clip_norm": clip}), None)
     perturb(backend, "run")
-    reference = plain_peft(backend, "run")
-    parameters = [p for p in reference.parameters() if p.requires_grad]
+    reference = PlainPeft(tiny_llama(), backend._runs["run"])
+    parameters = reference.parameters()
     stepper = create(parameters)
     losses = []
     for step in range(10):
@@ -110,13 +88,13 @@ def test_ten_step_curve(base, optimizer, create):
         outcome = backend.forward_backward("run", 2 * step + 1, request_of(rows))
         applied = backend.optim_step("run", StepRequest())
 
-        output = reference(**hf_batch(rows))
-        output.loss.backward()
+        loss = reference.loss(rows)
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         stepper.step()
         stepper.zero_grad()
 
-        losses.append(output.loss.item())
+        losses.append(loss.item())
         assert metric(outcome, "loss") == pytest.approx(losses[-1], rel=2e-4), step
         assert applied.grad_norm == pytest.approx(norm.item(), rel=2e-3), step
         assert (applied.step, applied.applied) == (step + 1, True)

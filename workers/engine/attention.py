@@ -125,7 +125,8 @@ def attention(
         return found
     refused = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name)]
     if refused or not options.get("is_causal", getattr(module, "is_causal", True)):
-        raise NotImplementedError(f"packed attention has no {refused or 'two-way attention'}")
+        lacking = ", ".join(refused) or "two-way attention"
+        raise NotImplementedError(f"packed attention has no {lacking}; use a model without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_NHE, k_NGE, v_NGE = (part[0].transpose(0, 1) for part in (query, key, value))
     if query.is_cuda:

@@ -67,6 +67,8 @@ def forward(run: Run, request: LossRequest, budget: TokenBudget) -> LossOutcome:
         trains=False,
         deterministic=run.settings.deterministic,
     )
+    if isinstance(computed, TenSafeFault):
+        raise computed
     _check_loss(computed.loss_sum)
     return _outcome(request, batch, computed)
 
@@ -82,7 +84,14 @@ def forward_backward(
     Returns:
         Each entry's outcome, or why it failed; that entry's window is poisoned, and no other is
         touched.
+
+    Raises:
+        ValueError: a deterministic run has company; no window is touched.
     """
+    if len(entries) > 1:
+        for run, _ in entries:
+            if run.settings.deterministic:
+                raise ValueError(f"run {run.run_id} is deterministic and must be computed alone")
     begin = time.perf_counter()
     outcomes: list[LossOutcome | TenSafeFault] = []
     admitted: list[tuple[int, ScoredBatch]] = []

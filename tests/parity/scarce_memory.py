@@ -1,0 +1,90 @@
+"""Devices that run out of memory, as the CPU's allocator says it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+
+def _no_memory() -> RuntimeError:
+    return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
+
+
+@dataclass
+class Passes:
+    """What went through a model.
+
+    Attributes:
+        tokens: of each forward pass that was begun.
+        faults: how many of them ran out of memory, in either direction.
+        most_bytes: that one of them kept for its backward pass.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    faults: int = 0
+    most_bytes: int = 0
+
+
+@contextmanager
+def fault_at(body: nn.Module, passes: set[int], *, backward: bool) -> Iterator[Passes]:
+    """These passes, counted from 0, fail within the last layer, going forward or backward."""
+    seen = Passes()
+
+    def fail(*_: object) -> None:
+        seen.faults += 1
+        raise _no_memory()
+
+    def begin(_module: nn.Module, _args: object, options: dict[str, torch.Tensor]) -> None:
+        seen.tokens.append(options["input_ids"].numel())
+
+    def leave(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        if len(seen.tokens) - 1 in passes:
+            if not backward:
+                fail()
+            elif output.requires_grad:
+                output.register_hook(fail)
+
+    handles = [
+        body.register_forward_pre_hook(begin, with_kwargs=True),
+        body.layers[-1].register_forward_hook(leave),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capacity(body: nn.Module, saved_bytes: float = math.inf) -> Iterator[Passes]:
+    """A pass fails when it keeps more for its backward pass than `saved_bytes`."""
+    seen = Passes()
+    kept: dict[int, int] = {}
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in body.parameters()}
+
+    def begin(_module: nn.Module, _args: object, options: dict[str, torch.Tensor]) -> None:
+        seen.tokens.append(options["input_ids"].numel())
+        kept.clear()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            kept[storage.data_ptr()] = storage.nbytes()
+        seen.most_bytes = max(seen.most_bytes, sum(kept.values()))
+        if sum(kept.values()) > saved_bytes:
+            seen.faults += 1
+            raise _no_memory()
+        return tensor
+
+    handle = body.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,235 @@
+"""Runs that are computed together get what each gets alone, whatever becomes of one of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, note
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all, runs
+from parity.tiny_models import GATED
+from parity.tiny_runs import metric, tiny_llama
+
+from tensafe.wire.status import TenSafeFault
+from workers.engine.base_model import freeze
+from workers.engine.batched_products import Grouped, PaddedBmm
+from workers.engine.engine import TorchBackend
+from workers.engine.products import SegmentLoop
+from workers.operations import LossOutcome, LossRequest, Reduction, StepOutcome, StepRequest
+
+BASE = freeze("tiny", tiny_llama())
+PRODUCTS = {"loop": SegmentLoop(), "bmm": PaddedBmm(), "grouped": Grouped()}
+
+
+@pytest.fixture(autouse=True)
+def loop_again():
+    """No test changes the model but for how it computes what adapters add."""
+    yield
+    BASE.product = PRODUCTS["loop"]
+
+
+def examples(count: int):
+    """Without shrinking, which would take minutes for models."""
+    return hypothesis(
+        max_examples=count,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    )
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).item()
+
+
+def check_against_alone(members: list[Member], token_budget: int) -> None:
+    together, alone = (open_all(BASE, members, token_budget) for _ in range(2))
+    outcomes = together.forward_backward_group(entries(members))
+    for (run, seq, request), outcome in zip(entries(members), outcomes, strict=True):
+        note(f"run {run}: {outcome}")
+        assert isinstance(outcome, LossOutcome)
+        own = alone.forward_backward(run, seq, request)
+        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=2e-5)
+        size = float(np.abs(request.batch.weights * own.logprobs).sum())
+        divisor = together._runs[run].window.denominator
+        if request.reduction is Reduction.SUM:
+            divisor = 1.0
+        assert metric(outcome, "loss") == pytest.approx(
+            metric(own, "loss"), abs=1e-5 * size / divisor
+        )
+        ours, theirs = (b._runs[run].accumulator for b in (together, alone))
+        for (name, part), reference in zip(
+            alone._runs[run].adapter.named(theirs).items(),
+            together._runs[run].adapter.named(ours).values(),
+            strict=True,
+        ):
+            # A tensor that its neighbours dwarf has only their rounding.
+            note(f"{name}: {part.norm()} of {theirs.norm()}")
+            assert (part - reference).norm() <= 2e-5 * (part.norm() + 1e-2 * theirs.norm())
+        assert metric(outcome, "tokens") == sum(members[int(run)].lengths)
+        assert metric(outcome, "scored_tokens") == np.count_nonzero(request.batch.weights)
+
+
+@pytest.mark.parametrize("token_budget", [60, 100_000])
+@examples(12)
+@given(members=groups(2))
+def test_two_runs_together_are_each_alone(members, token_budget):
+    check_against_alone(members, token_budget)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@examples(5)
+@given(members=groups(8), token_budget=st.sampled_from([150, 100_000]))
+def test_eight_runs_together_are_each_alone(product, members, token_budget):
+    BASE.product = PRODUCTS[product]
+    check_against_alone(members, token_budget)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@examples(2)
+@given(members=groups(32), token_budget=st.sampled_from([500, 100_000]))
+def test_thirty_two_runs_together_are_each_alone(product, members, token_budget):
+    BASE.product = PRODUCTS[product]
+    check_against_alone(members, token_budget)
+
+
+@examples(6)
+@given(members=groups(8))
+def test_optimizers_that_step_together_give_the_bits_of_each_alone(members):
+    together, alone = (open_all(BASE, members) for _ in range(2))
+    for call in range(3):
+        # Not all at first, so that some step for the first time beside others that have momentum.
+        turn = range(0 if call else 4, 8)
+        together.forward_backward_group(entries(members, turn, call=call))
+        ours = {run: own for run, own in runs(together, members).items() if int(run) in turn}
+        theirs = runs(alone, members)
+        for run, member in ours.items():
+            # The same gradient bit for bit, so that only the step can differ.
+            alone.forward_backward_group(entries(members, [int(run)], call=call))
+            theirs[run].accumulator.copy_(member.accumulator)
+        outcomes = together.optim_step_group([(run, StepRequest()) for run in ours])
+        for run, outcome in zip(ours, outcomes, strict=True):
+            assert isinstance(outcome, StepOutcome)
+            own = alone.optim_step(run, StepRequest())
+            assert (outcome.step, outcome.grad_norm) == (own.step, own.grad_norm)
+            assert torch.equal(ours[run].adapter.weights, theirs[run].adapter.weights)
+            moments = theirs[run].optimizer.state()
+            assert moments.keys() == ours[run].optimizer.state().keys()
+            for name, value in ours[run].optimizer.state().items():
+                assert torch.equal(value, moments[name])
+
+
+def _bad_token(backend: TorchBackend, run: str, request: LossRequest) -> None:
+    request.batch.input_tokens[-1] = 10**6
+
+
+def _nan(backend: TorchBackend, run: str, request: LossRequest) -> None:
+    _fill(backend, run, float("nan"))
+
+
+def _infinity(backend: TorchBackend, run: str, request: LossRequest) -> None:
+    _fill(backend, run, float("inf"))
+
+
+def _fill(backend: TorchBackend, run: str, number: float) -> None:
+    with torch.no_grad():
+        backend._runs[run].adapter.weights[::7] = number
+
+
+def _infinite_gradient(backend: TorchBackend, run: str, request: LossRequest) -> None:
+    """Σ w·nll is about 1e37. B·A is what it was, but A's gradient is beyond float32."""
+    request.batch.weights[:] = 0
+    request.batch.weights[-1] = 1e36
+    with torch.no_grad():
+        for name, tensor in backend._runs[run].adapter.named().items():
+            tensor.mul_(1e-5 if ".lora_A." in name else 1e5)
+
+
+FAILURES = {
+    "refused": (_bad_token, "TOKEN_OUT_OF_RANGE", MEMBERS),
+    "nan": (_nan, "NON_FINITE_LOSS", MEMBERS),
+    "infinity": (_infinity, "NON_FINITE_LOSS", MEMBERS),
+    "infinite-gradient": (
+        _infinite_gradient,
+        "NON_FINITE_GRADIENT",
+        # Enough of an adapter that its gradient is large.
+        st.integers(0, 2**31).map(
+            lambda seed: Member(
+                seed, {"rank": 4, "target_modules": GATED}, {}, Reduction.SUM, (9, 14), 0.8
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    ("token_budget", "product"),
+    [(70, "loop"), (100_000, "loop"), (100_000, "bmm"), (100_000, "grouped")],
+)
+@examples(3)
+@given(
+    members=st.sampled_from([1, 3, 7]).flatmap(groups),
+    place=st.integers(0, 7),
+    data=st.data(),
+)
+def test_one_that_fails_leaves_the_others_their_bits(
+    tmp_path_factory, failure, token_budget, product, members, place, data
+):
+    BASE.product = PRODUCTS[product]
+    fail, reason, victims = FAILURES[failure]
+    victim = data.draw(victims)
+    place = min(place, len(members))
+    everyone = [*members[:place], victim, *members[place:]]
+    others = [str(index) for index in range(len(everyone)) if index != place]
+    bad = str(place)
+    backend, without = (open_all(BASE, everyone, token_budget) for _ in range(2))
+    before = tmp_path_factory.mktemp("before")
+    backend.save_state(bad, before, include_optimizer=True)
+
+    calls = entries(everyone)
+    fail(backend, bad, calls[place][2])
+    outcomes = backend.forward_backward_group(calls)
+    own = outcomes.pop(place)
+    clean = without.forward_backward_group(entries(everyone, [int(run) for run in others]))
+    assert bits(backend, outcomes, others) == bits(without, clean, others)
+
+    if reason == "NON_FINITE_GRADIENT":
+        assert isinstance(own, LossOutcome)
+        assert np.isfinite(metric(own, "loss"))
+        assert not np.isfinite(metric(own, "grad_norm"))
+        assert not backend._runs[bad].accumulator.isfinite().all()
+        closing = reason
+    else:
+        assert isinstance(own, TenSafeFault)
+        assert own.detail.reason == reason
+        assert backend._runs[bad].accumulator is None
+        closing = "WINDOW_POISONED"
+    with pytest.raises(TenSafeFault) as caught:
+        backend.optim_step(bad, StepRequest())
+    assert caught.value.detail.reason == closing
+
+    # The next window is as good as new.
+    backend.load_state(bad, before, True)
+    again = backend.forward_backward_group(entries(everyone, [place]))
+    expected = without.forward_backward_group(entries(everyone, [place]))
+    assert bits(backend, again, [bad]) == bits(without, expected, [bad])
+
+
+def test_two_that_fail_in_different_ways_do_not_hide_each_other():
+    member = Member(5, {"rank": 4}, {}, Reduction.SUM, (9, 14), 0.8)
+    everyone = [member] * 5
+    backend, without = (open_all(BASE, everyone) for _ in range(2))
+    calls = entries(everyone)
+    _nan(backend, "1", calls[1][2])
+    _infinite_gradient(backend, "2", calls[2][2])
+    _bad_token(backend, "3", calls[3][2])
+    outcomes = backend.forward_backward_group(calls)
+    reasons = [getattr(getattr(each, "detail", None), "reason", "") for each in outcomes]
+    assert reasons == ["", "NON_FINITE_LOSS", "", "TOKEN_OUT_OF_RANGE", ""]
+    assert not np.isfinite(metric(outcomes[2], "grad_norm"))
+    clean = without.forward_backward_group(entries(everyone, [0, 4]))
+    expected = bits(without, clean, ["0", "4"])
+    assert bits(backend, [outcomes[0], outcomes[4]], ["0", "4"]) == expected

@@ -1,0 +1,189 @@
+"""Splitting, accumulating and running out of memory leave the gradient what it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from parity.group_members import Member, bits, entries, open_all, runs
+from parity.scarce_memory import capacity, fault_at
+from parity.tiny_models import GATED
+from parity.tiny_runs import metric, perturb, request_of, rows_of, settings, tiny_llama
+
+from tensafe.wire.status import TenSafeFault
+from workers.engine.base_model import freeze
+from workers.engine.engine import TorchBackend
+from workers.operations import LossOutcome, Reduction, StepRequest
+
+EXACT = freeze("tiny", tiny_llama().double())
+"""In float64 the order of sums is next to nothing, and anything counted twice stands out."""
+SINGLE = freeze("tiny", tiny_llama())
+LENGTHS = [5, 30, 9, 22, 14, 1]
+examples = hypothesis(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+MEMBERS = [
+    Member(1, {"rank": 4, "dropout": 0.3}, {}, Reduction.SUM, (9, 14, 3), 0.8),
+    Member(2, {"rank": 1, "target_modules": GATED}, {}, Reduction.WEIGHTED_MEAN, (21,), 0.5),
+    Member(3, {"rank": 9, "dropout": 0.1}, {}, Reduction.WEIGHTED_MEAN, (17, 2, 8, 8), 1.0),
+]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def run_of(budget: int, **options) -> TorchBackend:
+    backend = TorchBackend([EXACT], token_budget=budget)
+    backend.open_run("run", settings(**options), None)
+    perturb(backend, "run")
+    return backend
+
+
+@examples
+@given(
+    parts=st.permutations(range(len(LENGTHS))).flatmap(
+        lambda order: st.integers(1, len(order) - 1).map(
+            lambda cut: (sorted(order[:cut]), sorted(order[cut:]))
+        )
+    ),
+    budget=st.integers(1, 90),
+)
+def test_accumulated_calls_of_any_lengths_are_one_call(parts, budget):
+    rows = rows_of(8, LENGTHS)
+    whole, split = run_of(10_000), run_of(budget, accumulation_steps=2)
+    whole.forward_backward("run", 1, request_of(rows, masked=0))
+    for part in parts:
+        request = request_of([rows[index] for index in part], masked=0)
+        split.forward_backward("run", 1, request)
+        if part is parts[0]:
+            split.optim_step("run", StepRequest())
+    ours, theirs = split._runs["run"], whole._runs["run"]
+    close(ours.accumulator, theirs.accumulator)
+    assert ours.window.denominator == theirs.window.denominator == sum(LENGTHS)
+    assert ours.window.loss_sum == pytest.approx(theirs.window.loss_sum, rel=1e-12)
+    steps = [backend.optim_step("run", StepRequest()) for backend in (split, whole)]
+    assert steps[0].grad_norm == pytest.approx(steps[1].grad_norm, rel=1e-12)
+
+
+@examples
+@given(
+    fault=st.integers(0, 7),
+    backward=st.booleans(),
+    budget=st.sampled_from([1, 25, 40, 10_000]),
+    before=st.booleans(),
+)
+def test_an_allocators_error_at_any_pass_counts_nothing_twice(fault, backward, budget, before):
+    backend, calm = open_all(EXACT, MEMBERS, budget), open_all(EXACT, MEMBERS)
+    if before:
+        for each in (backend, calm):
+            each.forward_backward_group(entries(MEMBERS, call=1))
+    with fault_at(EXACT.body, {fault}, backward=backward) as seen:
+        outcomes = backend.forward_backward_group(entries(MEMBERS))
+    expected = calm.forward_backward_group(entries(MEMBERS))
+    assert seen.faults == (fault < len(seen.tokens))
+    ours_and_theirs = zip(runs(backend, MEMBERS).items(), outcomes, expected, strict=True)
+    for (run, ours), outcome, own in ours_and_theirs:
+        theirs = calm._runs[run]
+        assert isinstance(outcome, LossOutcome)
+        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=1e-9)
+        close(ours.accumulator, theirs.accumulator)
+        assert ours.window.denominator == theirs.window.denominator
+        assert ours.window.tokens == theirs.window.tokens
+        assert ours.window.loss_sum == pytest.approx(theirs.window.loss_sum, rel=1e-12)
+        assert ours.backwards == theirs.backwards == 1 + before
+        assert metric(outcome, "grad_norm") == pytest.approx(metric(own, "grad_norm"), rel=1e-12)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("fault", [0, 1, 2])
+def test_the_budget_halves_when_a_pass_of_several_rows_does_not_fit(fault, backward):
+    # Longest first: 30, 22 + 14, 9 + 5 + 1.
+    backend = run_of(36)
+    request = request_of(rows_of(8, LENGTHS), masked=0)
+    budget = backend._budgets["tiny"]
+    with fault_at(EXACT.body, {fault}, backward=backward) as seen:
+        backend.forward_backward("run", 1, request)
+    assert seen.faults == 1
+    assert seen.tokens[: fault + 1] == [30, 36, 15][: fault + 1]
+    # The first is one row: less company would not help it.
+    assert budget.tokens == [36, 18, 7][fault]
+    assert max(seen.tokens[fault + 1 :]) == [36, 30, 30][fault]
+    assert sum(seen.tokens[fault + 1 :]) == sum(LENGTHS)
+
+
+def test_forward_halves_too_and_changes_nothing():
+    backend = run_of(10_000)
+    request = request_of(rows_of(8, LENGTHS), masked=0)
+    expected = backend.forward("run", request)
+    with fault_at(EXACT.body, {0, 2}, backward=False) as seen:
+        outcome = backend.forward("run", request)
+    # The halved budget of 40 gives 30 + 9, whose fault halves it again.
+    assert seen.faults == 2
+    np.testing.assert_allclose(outcome.logprobs, expected.logprobs, rtol=0, atol=1e-9)
+    assert backend._budgets["tiny"].tokens == 18
+    with (
+        fault_at(EXACT.body, set(range(99)), backward=False),
+        pytest.raises(TenSafeFault) as caught,
+    ):
+        backend.forward("run", request)
+    assert caught.value.detail.reason == "OUT_OF_MEMORY"
+    assert backend._runs["run"].accumulator is None
+    backend.forward_backward("run", 1, request)
+    assert backend.optim_step("run", StepRequest()).applied
+
+
+def kept_bytes(length: int) -> int:
+    """What a pass of one row keeps."""
+    member = long_row(length)
+    with capacity(SINGLE.body) as seen:
+        open_all(SINGLE, [member]).forward_backward_group(entries([member]))
+    return seen.most_bytes
+
+
+def long_row(length: int, dropout: float = 0.2) -> Member:
+    lora = {"rank": 4, "dropout": dropout}
+    return Member(7, lora, {}, Reduction.WEIGHTED_MEAN, (length,), 1.0)
+
+
+def test_a_row_that_does_not_fit_makes_its_activations_anew_and_keeps_its_bits():
+    members = [long_row(60), long_row(9)]
+    backend, calm = open_all(SINGLE, members), open_all(SINGLE, members, 60)
+    with capacity(SINGLE.body, 0.6 * kept_bytes(60)) as seen:
+        outcomes = backend.forward_backward_group(entries(members))
+    assert seen.tokens == [69, 60, 60, 9]
+    assert seen.faults == 2
+    expected = calm.forward_backward_group(entries(members))
+    assert bits(backend, outcomes, ["0", "1"]) == bits(calm, expected, ["0", "1"])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_row_that_does_not_fit_at_all_fails_alone(place):
+    members = [long_row(5), long_row(4, dropout=0.0)]
+    members.insert(place, long_row(60))
+    others = [index for index in range(3) if index != place]
+    backend, without = open_all(SINGLE, members, 60), open_all(SINGLE, members, 60)
+    with capacity(SINGLE.body, 1.01 * kept_bytes(9)) as seen:
+        outcomes = backend.forward_backward_group(entries(members))
+        clean = without.forward_backward_group(entries(members, others))
+    assert seen.faults
+    assert isinstance(outcomes[place], TenSafeFault)
+    assert outcomes[place].detail.reason == "OUT_OF_MEMORY"
+    assert "60 tokens" in str(outcomes[place])
+    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [60, 60]
+    names = [str(index) for index in others]
+    ours = [outcomes[index] for index in others]
+    assert bits(backend, ours, names) == bits(without, clean, names)
+    # Its window is poisoned, and the next one is as good as new.
+    assert backend._runs[str(place)].accumulator is None
+    with pytest.raises(TenSafeFault, match="forward_backward of this"):
+        backend.optim_step(str(place), StepRequest())
+    again = backend.forward_backward_group(entries(members, [place]))
+    expected = without.forward_backward_group(entries(members, [place]))
+    assert bits(backend, again, [str(place)]) == bits(without, expected, [str(place)])
