@@ -44,7 +44,7 @@ from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
-from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.fleet.dispatcher import CompanyPolicy, Dispatcher
 from tensafe_server.fleet.liveness import Liveness
 from tensafe_server.fleet.reception import Reception
 from tensafe_server.fleet.replay import Comparer, ReplayWatch
@@ -108,6 +108,7 @@ class Settings:
         spec_memory_bytes: what waiting operations carry is held in memory up to here, and read from
             the store beyond.
         worker_silence_s: a worker that says nothing for so long is taken for dead.
+        company: how long small operations wait for others to be executed with.
         grace_s: how long ending may take: what runs is finished, calls are answered.
     """
 
@@ -120,6 +121,7 @@ class Settings:
     local_listen: str | None = None
     spec_memory_bytes: int = SPEC_MEMORY_BYTES
     worker_silence_s: float = 10.0
+    company: CompanyPolicy = field(default_factory=CompanyPolicy)
     grace_s: float = 30.0
 
 
@@ -153,7 +155,7 @@ class Coordinator:
         snapshots.on_kept = self._pruner.look_at
         restorer = Restorer(store, payloads, snapshots)
         specs = SpecReader(store, payloads, self._ledger)
-        self.dispatcher = Dispatcher(store, self._ledger, restorer, specs)
+        self.dispatcher = Dispatcher(store, self._ledger, restorer, specs, settings.company)
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)

@@ -55,6 +55,11 @@ _LOCAL_LISTEN = "127.0.0.1:50052"
     help="Of the frozen base model.",
 )
 @click.option(
+    "--group-tokens",
+    type=click.IntRange(min=0),
+    help="Given to every worker: see `tensafe worker --help`.",
+)
+@click.option(
     "--profile",
     default="local",
     show_default=True,
@@ -75,6 +80,7 @@ def up(
     workers: int | None,
     device: str,
     dtype: str,
+    group_tokens: int | None,
     profile: str,
     no_profile: bool,
     operation_limit_s: float | None,
@@ -101,6 +107,8 @@ def up(
     arguments = _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype)
     if operation_limit_s is not None:
         arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
+    if group_tokens is not None:
+        arguments = [[*one, "--group-tokens", str(group_tokens)] for one in arguments]
     local = LocalSettings(settings, arguments, None if no_profile else profile)
     _run(serve_locally(local, _announce))
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from tensafe_server.app import Settings
+from tensafe_server.fleet.dispatcher import CompanyPolicy
 from tensafe_server.operations.limits import Limits
 from tensafe_server.operations.snapshots import RecoveryPolicy
 from tensafe_server.tls import Certificate, CertificateError
@@ -153,6 +154,15 @@ _LIFE = (
     ),
 )
 
+_company_wait_ms = click.option(
+    "--company-wait-ms",
+    type=click.FloatRange(min=0, max=1000),
+    default=1e3 * CompanyPolicy().wait_s,
+    show_default=True,
+    help="How long a small forward_backward waits, at most, for other runs' to be executed with "
+    "it, if its worker has nothing else to do; 0: not at all.",
+)
+
 
 def life(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of a coordinator's life: its grace period and its limits."""
@@ -168,6 +178,7 @@ def life(command: Callable[..., None]) -> Callable[..., None]:
         queue_operations: int,
         queue_mib: int,
         spec_memory_mib: int,
+        company_wait_ms: float,
         recovery: RecoveryPolicy,
         tls_cert: Path | None,
         tls_key: Path | None,
@@ -186,13 +197,14 @@ def life(command: Callable[..., None]) -> Callable[..., None]:
             recovery=recovery,
             spec_memory_bytes=spec_memory_mib * 2**20,
             worker_silence_s=worker_silence_s,
+            company=CompanyPolicy(company_wait_ms / 1e3),
             grace_s=grace_s,
             certificate=_certificate(tls_cert, tls_key),
         )
         command(settings=settings, **rest)
 
     with_all = _recovery(with_settings)
-    for option in (*reversed(_LIFE), _data, _tls_key, _tls_cert, _listen):
+    for option in (_company_wait_ms, *reversed(_LIFE), _data, _tls_key, _tls_cert, _listen):
         with_all = option(with_all)
     return with_all
 

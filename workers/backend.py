@@ -47,12 +47,15 @@ class Backend(ABC):
         name: `torch` or `mock`.
         device: `cpu`, `cuda:0`, ….
         credits: most operations that may wait with this worker.
+        group_tokens: most tokens that it gains by executing together, for different runs'
+            operations of one kind; 0: it gains nothing.
         instant: operations take microseconds, so starts are not worth a report.
     """
 
     name: str
     device: str
     credits: int
+    group_tokens: int = 0
     instant: bool = False
 
     @abstractmethod

@@ -70,6 +70,12 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     default=1,
     help="How many workers share this machine's cores.",
 )
+@click.option(
+    "--group-tokens",
+    type=click.IntRange(min=0),
+    help="Most tokens to execute together for several runs; 0: one run at a time.  "
+    "[default: what gains on the device; 0 for mock]",
+)
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
     "--operation-limit-s",
@@ -105,6 +111,7 @@ def worker(
     dtype: str,
     threads: int | None,
     share: int,
+    group_tokens: int | None,
     name: str | None,
     operation_limit_s: float,
     token_limit_ms: float,
@@ -153,7 +160,10 @@ def worker(
     try:
         if follow_stdin:
             threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
-        link = Link(options, _backend(backend, models, device, dtype, chosen))
+        loaded = _backend(backend, models, device, dtype, chosen)
+        if group_tokens is not None:
+            loaded.group_tokens = group_tokens
+        link = Link(options, loaded)
         # What was loaded stays for ever; the collector need not walk over it again and again.
         gc.collect()
         gc.freeze()

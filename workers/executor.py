@@ -1,8 +1,7 @@
 """One thread that executes planned operations in order and keeps their outcomes for the link.
 
 The link (an event loop) submits plans, cancels and collects; the backend is called from the
-executor's thread alone. Between the two lie a queue, a deque and a dict, whose single operations
-are atomic, so that neither side ever waits for a lock.
+executor's thread alone.
 """
 
 from __future__ import annotations
@@ -11,38 +10,34 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
 
+from tensafe import failpoints
 from tensafe.v1 import training_pb2, worker_pb2
 from tensafe.wire.status import to_status
 from workers import wire
+from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
 from workers.execution import Execution, SnapshotLoadError, as_fault
+from workers.grouping import (
+    Member,
+    PassCount,
+    as_member,
+    execute,
+    passes,
+    read_request,
+    write_outcome,
+)
 from workers.keeping import HeldRun, SnapshotKeeper
+from workers.progress import Claim, Progress
 from workers.watchdog import Activity, OperationLimits
 
 log = logging.getLogger(__name__)
 
-_Key = tuple[str, int]
 _REPLAY_SKIPS = frozenset({"sample", "forward", "save_state"})
 _FAREWELL_S = 20.0
-
-
-@dataclass(slots=True)
-class _Release:
-    run_id: str
-
-
-@dataclass(slots=True)
-class _Flush:
-    captured: threading.Event
-
-
-class _Farewell:
-    """The last thing to do before the worker leaves."""
 
 
 class Executor:
@@ -75,20 +70,17 @@ class Executor:
         self._artifacts = ArtifactCache(transfers)
         self._execution = Execution(backend, transfers, self._artifacts)
         self._on_progress = on_progress
-        self._inbox: queue.SimpleQueue[worker_pb2.Plan | _Release | _Flush | _Farewell | None] = (
-            queue.SimpleQueue()
-        )
+        self._inbox: queue.SimpleQueue[
+            tuple[int, worker_pb2.Plan | Release | Flush | Farewell] | None
+        ] = queue.SimpleQueue()
+        self._agenda = Agenda()
+        self._pass_count = PassCount()
+        self._stream = 0
         self._closing = False
         self._submitted = 0
         self._finished = 0
-        # Claimed (popped) by the executor to run, or by a cancel: whoever pops it owns it.
-        self._waiting: dict[_Key, worker_pb2.PlannedOperation] = {}
-        self._cancelled: set[_Key] = set()
-        self._done: deque[worker_pb2.OperationDone] = deque()
+        self._progress = Progress(2 * backend.credits, backend.instant, on_progress)
         self._refused: deque[worker_pb2.RefusedSnapshot] = deque()
-        self._running: worker_pb2.PlannedOperation | None = None
-        self._reported: worker_pb2.PlannedOperation | None = None
-        self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
         self._runs: dict[str, HeldRun] = {}
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._thread = threading.Thread(target=self._work, name="tensafe-executor", daemon=True)
@@ -101,11 +93,12 @@ class Executor:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the operation at hand, and waits for it. What is still queued is
+        """Ends the thread after the operations at hand, and waits for it. What is still queued is
         dropped: wait for `idle` first where that matters."""
         self._closing = True
         self._inbox.put(None)
         self._thread.join()
+        self._pass_count.tell()
         self.snapshots.close()
         self._artifacts.close()
 
@@ -122,56 +115,35 @@ class Executor:
             if run.is_held
         ]
 
+    def new_stream(self) -> None:
+        """From here on plans come over a new stream, which numbers its groups anew."""
+        self._stream += 1
+
     def submit(self, plan: worker_pb2.Plan) -> None:
         """Queues a plan."""
-        waiting = self._waiting
-        for planned in plan.operations:
-            if not (planned.replay or planned.void):
-                waiting[_key(planned)] = planned
-        self._submitted += 1
-        self._inbox.put(plan)
-        if any(self._runs_already(_key(planned)) for planned in plan.operations):
-            # Sent again over a new stream, which is to know that it runs.
-            self._reported = None
-            self._on_progress()
-
-    def _runs_already(self, key: _Key) -> bool:
-        running = self._running
-        return running is not None and _key(running) == key
+        self._progress.expect(plan.operations)
+        self._submitted += len(plan.runs) + len(plan.operations)
+        self._inbox.put((self._stream, plan))
+        self._progress.repeat(plan.operations)
 
     def cancel(self, operation_id: str) -> None:
         """Takes back an operation that has not started; one that has runs to its end."""
-        for key in list(self._waiting):
-            if key[0] == operation_id:
-                self._cancel(key)
-
-    def _cancel(self, key: _Key) -> None:
-        answered = self._recent.get(key[0])
-        if self._runs_already(key) or (answered is not None and answered.epoch == key[1]):
-            return  # it was sent again over a new stream, and has begun already
-        planned = self._waiting.pop(key, None)
-        if planned is None:
-            return
-        self._cancelled.add(key)
-        self._done.append(
-            worker_pb2.OperationDone(
-                operation_id=planned.operation_id, epoch=planned.epoch, cancelled=True
-            )
-        )
-        self._on_progress()
+        self._progress.cancel(operation_id)
 
     def release(self, run_id: str) -> None:
-        """Forgets a run when what was planned before is done."""
+        """Forgets a run. What is still planned of it has been taken back before."""
+        self._put(Release(run_id))
+
+    def _put(self, item: Release | Flush | Farewell) -> None:
         self._submitted += 1
-        self._inbox.put(_Release(run_id))
+        self._inbox.put((self._stream, item))
 
     def flush_snapshots(self, timeout_s: float) -> bool:
-        """Makes a snapshot of every run that has moved since its last one, after what was planned,
-        and waits until they are stored; False if that took longer. Blocks."""
-        flush = _Flush(threading.Event())
+        """Makes a snapshot of every run that has moved since its last one, after the operations at
+        hand, and waits until they are stored; False if that took longer. Blocks."""
+        flush = Flush(threading.Event())
         deadline = time.monotonic() + timeout_s
-        self._submitted += 1
-        self._inbox.put(flush)
+        self._put(flush)
         if not flush.captured.wait(timeout_s):
             return False
         return self.snapshots.wait_stored(max(0.0, deadline - time.monotonic()))
@@ -187,137 +159,171 @@ class Executor:
         """Begins nothing more: `idle` becomes true when the operation at hand has ended and the
         runs' snapshots are stored. What has not begun is the coordinator's to give away."""
         self._leaving = True
-        self._submitted += 1
-        self._inbox.put(_Farewell())
+        self._put(Farewell())
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
         operations that ended."""
-        done = []
-        while self._done:
-            done.append(self._done.popleft())
-        running = self._running
-        if running is None or running is self._reported or self._backend.instant:
-            return [], done
-        if done and done[-1].operation_id == running.operation_id:
-            return [], done
-        self._reported = running
-        started = worker_pb2.OperationStarted(
-            operation_id=running.operation_id, epoch=running.epoch
-        )
-        return [started], done
+        return self._progress.collect()
 
     # On the executor's thread.
 
     def _work(self) -> None:
-        while (item := self._inbox.get()) is not None:
-            if self._closing:
-                continue
-            if isinstance(item, _Farewell):
+        while self._fill():
+            items = self._agenda.take()
+            self._group(items)
+            self._finished += len(items)
+            self._on_progress()
+
+    def _fill(self) -> bool:
+        """Takes in all that has come; waits for it if there is nothing to do. False: the end."""
+        while not (self._agenda and self._inbox.empty()):
+            item = self._inbox.get()
+            if item is None:
+                return False
+            self._agenda.put(*item)
+        return True
+
+    def _group(self, items: Sequence[Item]) -> None:
+        """Executes a group, or what a plan has without a group."""
+        members: list[Member] = []
+        for item in items:
+            if isinstance(item, Farewell):
                 self._farewell()
-            elif self._leaving:
-                pass
-            elif isinstance(item, _Release):
+            elif self._closing or self._leaving:
+                continue
+            elif isinstance(item, Release):
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
                 self.snapshots.forget(item.run_id)
-            elif isinstance(item, _Flush):
+            elif isinstance(item, Flush):
                 self.snapshots.flush()
                 item.captured.set()
+            elif isinstance(item, worker_pb2.RunAssignment):
+                self._take_on(item)
+            elif (member := as_member(item)) is not None:
+                members.append(member)
             else:
-                self._take_on(item.runs)
-                for planned in item.operations:
-                    if self._closing or self._leaving:
-                        break
-                    self._operation(planned)
-                    self.activity.end()
-            self._finished += 1
-            self._on_progress()
+                self._operation(item)
+        for together in passes(members, self._runs):
+            if self._closing or self._leaving:
+                return
+            if len(together) == 1:
+                self._operation(together[0].planned)
+            else:
+                self._together(together)
 
-    def _take_on(self, assignments: Iterable[worker_pb2.RunAssignment]) -> None:
-        for assignment in assignments:
-            held = self._runs.get(assignment.run_id)
-            if held is not None and held.epoch == assignment.epoch and held.fault is None:
-                continue
-            run = HeldRun(
-                assignment.epoch,
-                assignment.config.model_ref,
-                last_seq=assignment.seq,
-                check=assignment.check,
-            )
-            self._runs[assignment.run_id] = run
-            self.activity.begin("", assignment.run_id, self._limits.base_s)
-            try:
-                settings = wire.run_settings(assignment.config)
-                if assignment.snapshot_id:
-                    self._execution.open_from_snapshot(assignment, settings)
-                    continue
-                state = None
-                if assignment.artifact_id:
-                    state = self._artifacts.directory(assignment.artifact_id)
-                self._backend.open_run(assignment.run_id, settings, state)
-            except SnapshotLoadError as error:
-                self._backend.close_run(assignment.run_id)
-                run.refused = True
-                self._refused.append(error.refused)
-                self._on_progress()
-            except Exception as error:
-                # The run's operations fail with this; the worker and its other runs go on.
-                self._backend.close_run(assignment.run_id)
-                run.fault = as_fault(error, f"taking on run {assignment.run_id}")
-            finally:
-                self.activity.end()
+    def _take_on(self, assignment: worker_pb2.RunAssignment) -> None:
+        held = self._runs.get(assignment.run_id)
+        if held is not None and held.epoch == assignment.epoch and held.fault is None:
+            return
+        run = HeldRun(
+            assignment.epoch,
+            assignment.config.model_ref,
+            last_seq=assignment.seq,
+            check=assignment.check,
+            deterministic=assignment.config.deterministic,
+        )
+        self._runs[assignment.run_id] = run
+        self.activity.begin("", assignment.run_id, self._limits.base_s)
+        try:
+            settings = wire.run_settings(assignment.config)
+            if assignment.snapshot_id:
+                self._execution.open_from_snapshot(assignment, settings)
+                return
+            state = None
+            if assignment.artifact_id:
+                state = self._artifacts.directory(assignment.artifact_id)
+            self._backend.open_run(assignment.run_id, settings, state)
+        except SnapshotLoadError as error:
+            self._backend.close_run(assignment.run_id)
+            run.refused = True
+            self._refused.append(error.refused)
+            self._on_progress()
+        except Exception as error:
+            # The run's operations fail with this; the worker and its other runs go on.
+            self._backend.close_run(assignment.run_id)
+            run.fault = as_fault(error, f"taking on run {assignment.run_id}")
+        finally:
+            self.activity.end()
+
+    def _claim(self, planned: worker_pb2.PlannedOperation) -> bool:
+        claim = self._progress.claim(planned)
+        if claim is Claim.CANCELLED:
+            self._void(planned)
+        return claim is Claim.MINE
 
     def _operation(self, planned: worker_pb2.PlannedOperation) -> None:
-        operation_id = planned.operation_id
-        silent = planned.replay or planned.void
-        if not silent:
-            claimed = self._waiting.pop(_key(planned), None)
-            answered = self._recent.get(operation_id)
-            if answered is not None and answered.epoch == planned.epoch:
-                # Sent again after a broken stream: the answer may have been lost.
-                self._done.append(answered)
-                return
-            if claimed is None:
-                self._cancelled.discard(_key(planned))
-                self._void(planned)
-                return
         if planned.void:
             self._void(planned)
             return
-        if not silent:
-            self._running = planned
-            if not self._backend.instant:
-                self._on_progress()
-        done = worker_pb2.OperationDone(operation_id=operation_id, epoch=planned.epoch)
+        if not (planned.replay or self._claim(planned)):
+            return
+        if not planned.replay:
+            self._progress.begin([planned])
+        done = _done(planned)
         spec = training_pb2.OperationSpec()
         begin = time.perf_counter()
         try:
             spec.ParseFromString(planned.spec)
             self._execute(spec, planned, done)
         except _RefusedRunError:
-            self._running = None
+            if not planned.replay:
+                self._progress.end([])
             return
         except Exception as error:
-            fault = as_fault(error, f"operation {operation_id}")
-            done.error.CopyFrom(to_status(fault.detail))
+            _fail(done, error)
+        finally:
+            self.activity.end()
         done.compute_ms = (time.perf_counter() - begin) * 1e3
-        if planned.replay:
+        if not planned.replay:
+            self._progress.end([done])
+        else:
             done.replay = True
             done.run_id = planned.run_id or spec.run_id
             if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
-                self._done.append(done)
-                self._on_progress()
-            self.snapshots.after(spec, planned, done)
-            return
-        self._recent[operation_id] = done
-        if len(self._recent) > 2 * self._backend.credits:
-            self._recent.popitem(last=False)
-        self._done.append(done)
-        self._running = None
-        if not self._backend.instant:
-            self._on_progress()
+                self._progress.tell(done)
         self.snapshots.after(spec, planned, done)
+
+    def _together(self, members: Sequence[Member]) -> None:
+        """Executes operations of different runs as one pass; each has its own outcome."""
+        claimed = [member for member in members if self._claim(member.planned)]
+        if not claimed:
+            return
+        self._progress.begin([member.planned for member in claimed])
+        limit_s = sum(self._limits.of(member.spec) for member in claimed)
+        self.activity.begin(claimed[0].planned.operation_id, claimed[0].spec.run_id, limit_s)
+        ready, refused = [], []
+        for member in claimed:
+            try:
+                self._held(member.spec, member.planned).last_seq = member.spec.seq
+                read_request(self._backend, member)
+                ready.append(member)
+            except _RefusedRunError:
+                refused.append(member)
+            except Exception as error:
+                member.outcome = error
+        if ready:
+            execute(self._backend, ready)
+            failpoints.hit("mid-step")
+            self._pass_count.add(len(ready))
+        ended = []
+        for member in claimed:
+            if member in refused:
+                continue
+            done = _done(member.planned)
+            done.compute_ms = member.compute_ms
+            if member in ready and member.kind == "forward_backward":
+                done.company = len(ready) - 1
+            try:
+                write_outcome(member, done)
+            except Exception as error:
+                _fail(done, error)
+            ended.append((member, done))
+        self.activity.end()
+        self._progress.end([done for _, done in ended])
+        for member, done in ended:
+            self.snapshots.after(member.spec, member.planned, done)
 
     def _void(self, planned: worker_pb2.PlannedOperation) -> None:
         spec = training_pb2.OperationSpec.FromString(planned.spec)
@@ -342,6 +348,18 @@ class Executor:
             done.result.CopyFrom(self._execution.sample(spec, planned))
             return
         run_id = planned.run_id or spec.run_id
+        run = self._held(spec, planned)
+        try:
+            if not (planned.replay and kind in _REPLAY_SKIPS):
+                self._execution.numbered(kind or "", run_id, spec, planned, done)
+        finally:
+            run.last_seq = spec.seq
+
+    def _held(
+        self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
+    ) -> HeldRun:
+        """The operation's run, if the operation may be executed now."""
+        run_id = planned.run_id or spec.run_id
         run = self._runs.get(run_id)
         if run is None or run.epoch != planned.epoch:
             raise RuntimeError(f"run {run_id} is not held under epoch {planned.epoch}")
@@ -351,11 +369,7 @@ class Executor:
             raise run.fault
         if spec.seq <= run.last_seq:
             raise RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
-        try:
-            if not (planned.replay and kind in _REPLAY_SKIPS):
-                self._execution.numbered(kind or "", run_id, spec, planned, done)
-        finally:
-            run.last_seq = spec.seq
+        return run
 
     def _farewell(self) -> None:
         self.snapshots.flush()
@@ -367,6 +381,10 @@ class _RefusedRunError(Exception):
     """The operation belongs to a run whose snapshot was refused."""
 
 
-def _key(planned: worker_pb2.PlannedOperation) -> _Key:
-    # The epoch too: after a new assignment the same operation may come again behind the old one.
-    return planned.operation_id, planned.epoch
+def _done(planned: worker_pb2.PlannedOperation) -> worker_pb2.OperationDone:
+    return worker_pb2.OperationDone(operation_id=planned.operation_id, epoch=planned.epoch)
+
+
+def _fail(done: worker_pb2.OperationDone, error: Exception) -> None:
+    fault = as_fault(error, f"operation {done.operation_id}")
+    done.error.CopyFrom(to_status(fault.detail))

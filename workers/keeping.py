@@ -25,6 +25,7 @@ class HeldRun:
 
     Attributes:
         check: it serves a comparison with the log only.
+        deterministic: its gradients are computed alone.
         fault: why it could not be taken on; its operations fail with this.
         refused: its snapshot could not be loaded; its operations are left to its next assignment.
         debt: what a replay from its newest snapshot would take.
@@ -35,6 +36,7 @@ class HeldRun:
     model_ref: str
     last_seq: int = 0
     check: bool = False
+    deterministic: bool = False
     fault: TenSafeFault | None = None
     refused: bool = False
     debt: Debt = field(default_factory=Debt)

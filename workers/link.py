@@ -221,6 +221,7 @@ class Link:
                 timeout=_CALL_TIMEOUT_S,
             )
         call = self._stub.Connect(metadata=self._metadata)
+        self._executor.new_stream()
         tasks: list[asyncio.Task[None]] = []
         try:
             await call.write(worker_pb2.ConnectRequest(register=self._register()))
@@ -284,6 +285,7 @@ class Link:
             models=[card.name for card in self._cards],
             credits=self._backend.credits,
             held_runs=self._executor.held_runs(),
+            group_tokens=self._backend.group_tokens,
             fingerprint=self._backend.fingerprint(),
         )
 

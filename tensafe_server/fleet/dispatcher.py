@@ -1,32 +1,49 @@
 """Sends work to workers whenever something changes: new operations, free credits, new workers.
 
 There is one wake-up path, `kick`, and it costs one pass of the planner however many kicks arrive in
-one turn of the event loop.
+one turn of the event loop. What waits for company has one timer for all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.works import company, work_of
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void_gradient, void_spec
-from tensafe_server.planning.planner import FairShares, QueueView, plan
+from tensafe_server.planning.planner import FairShares, plan
+from tensafe_server.planning.views import Assignment, QueueView, WorkerView
 from tensafe_server.store.base import Store
 
 log = logging.getLogger(__name__)
 _LOOK_AHEAD = 1024
 _RETRY_S = 1.0
 _FETCH_AHEAD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CompanyPolicy:
+    """How long small operations wait for others to be executed with.
+
+    Attributes:
+        wait_s: at most so long, and only if the worker has nothing else to do; 0: never.
+        memory_s: only for runs of which an operation ended at most so long ago.
+    """
+
+    wait_s: float = 0.004
+    memory_s: float = 0.04
 
 
 class Dispatcher:
@@ -36,8 +53,17 @@ class Dispatcher:
         on_unrestorable: called with a run whose state is lost; what waits of it cannot run.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, restorer: Restorer, specs: SpecReader) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        restorer: Restorer,
+        specs: SpecReader,
+        policy: CompanyPolicy,
+    ) -> None:
         self._store = store
+        self._policy = policy
+        self._timer: asyncio.TimerHandle | None = None
         self._ledger = ledger
         self._restorer = restorer
         self._specs = specs
@@ -91,6 +117,7 @@ class Dispatcher:
         for operation in self._ledger.recall_run(run):
             if link is not None:
                 link.outstanding.pop(operation.row.id, None)
+                link.groups.ended(operation.row.id)
         if link is not None:
             link.runs.discard(run.id)
 
@@ -99,40 +126,63 @@ class Dispatcher:
 
     def _dispatch(self) -> None:
         self._kicked = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self._links:
             return
-        workers = [link.view() for link in self._links.values()]
-        if not any(worker.credits for worker in workers):
+        now_s = time.monotonic()
+        workers = [self._worker_view(link, now_s) for link in self._links.values()]
+        most = max(worker.credits for worker in workers)
+        if not most:
             return
-        queues, runs, lane = self._queue_views()
+        queues, runs, lane = self._queue_views(min(most, _LOOK_AHEAD))
         if not queues:
             return
-        assignments, self._shares = plan(queues, workers, self._shares)
+        decided = plan(queues, workers, self._shares, now_s, self._policy.wait_s)
+        self._shares = decided.shares
+        if decided.wake_at_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(decided.wake_at_s - now_s, self.kick)
         plans: dict[str, pb.Plan] = defaultdict(pb.Plan)
-        for assignment in assignments:
+        for assignment in decided.assignments:
             link = self._links[assignment.worker_id]
             run = runs.get(assignment.key)
             if run is None:
-                self._take_lane(lane[assignment.key], link, plans[link.id])
+                self._take_lane(lane[assignment.key], link, plans[link.id], assignment)
             elif run.worker_id is None:
-                self._place(run, link, plans[link.id])
+                self._place(run, link, plans[link.id], assignment)
             elif not run.restoring:
-                self._take_next(run, link, plans[link.id])
+                self._take_next(run, link, plans[link.id], assignment)
         for worker_id, message in plans.items():
             if message.runs or message.operations:
                 self._links[worker_id].send_plan(message)
 
+    def _worker_view(self, link: WorkerLink, now_s: float) -> WorkerView:
+        if not (self._policy.wait_s and link.idle):
+            return link.view()
+        return link.view(company(link, self._ledger, now_s - self._policy.memory_s))
+
     def _queue_views(
-        self,
+        self, look_ahead: int
     ) -> tuple[list[QueueView], dict[str, RunState], dict[str, PendingOperation]]:
         runs = {run.id: run for run in self._ledger.ready_runs() if not run.restoring}
         views = []
         for run in runs.values():
-            waiting = [p for p in islice(run.queue, _LOOK_AHEAD) if not p.void]
+            waiting = [p for p in islice(run.queue, look_ahead) if not p.void]
             if waiting and waiting[0].fetching:
                 continue  # its spec is on its way, and so is a kick
-            costs = [p.row.cost for p in waiting]
-            views.append(QueueView(run.id, run.tenant_id, run.model, costs, run.worker_id))
+            views.append(
+                QueueView(
+                    run.id,
+                    run.tenant_id,
+                    run.model,
+                    [p.work or work_of(p, run) for p in waiting],
+                    run.worker_id,
+                    self._last_group(run),
+                    waiting[0].ready_s if waiting else 0.0,
+                )
+            )
         lane = {
             p.row.id: p
             for p in islice(self._ledger.lane, _LOOK_AHEAD)
@@ -140,10 +190,18 @@ class Dispatcher:
         }
         for operation in lane.values():
             row = operation.row
-            views.append(QueueView(row.id, row.tenant_id, operation.model, [row.cost]))
+            work = operation.work or work_of(operation, None)
+            views.append(QueueView(row.id, row.tenant_id, operation.model, [work]))
         return views, runs, lane
 
-    def _place(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
+    def _last_group(self, run: RunState) -> int:
+        link = self._links.get(run.worker_id or "")
+        if link is None or not link.group_cost:
+            return 0
+        numbers = (link.groups.number_of(p.row.id) for p in reversed(run.in_flight))
+        return next((number for number in numbers if number), 0)
+
+    def _place(self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment) -> None:
         """Gives a run that no worker holds to one; its first operation follows."""
         run.worker_id = link.id
         link.runs.add(run.id)
@@ -151,7 +209,7 @@ class Dispatcher:
         self._store.set_run_epoch(run.id, run.epoch)
         if not self._restorer.needed(run):
             message.runs.append(pb.RunAssignment(run_id=run.id, epoch=run.epoch, config=run.config))
-            self._take_next(run, link, message)
+            self._take_next(run, link, message, place)
             return
         run.restoring = True
         task = asyncio.get_running_loop().create_task(self._restore(run, link, run.epoch))
@@ -180,7 +238,9 @@ class Dispatcher:
         log.error("the state of %s cannot be read; trying again", run.id, exc_info=error)
         asyncio.get_running_loop().call_later(_RETRY_S, self.kick)
 
-    def _take_next(self, run: RunState, link: WorkerLink, message: pb.Plan) -> None:
+    def _take_next(
+        self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment
+    ) -> None:
         while run.queue and run.queue[0].void:
             void = run.queue.popleft()
             if is_void_gradient(void.row):
@@ -190,6 +250,7 @@ class Dispatcher:
                         epoch=run.epoch,
                         spec=void_spec(void.row),
                         void=True,
+                        group=place.group,
                     )
                 )
         if not run.queue:
@@ -199,7 +260,10 @@ class Dispatcher:
             return
         operation = run.queue.popleft()
         run.in_flight.append(operation)
-        self._hand_over(operation, link, message, run.epoch)
+        if place.group:
+            work = work_of(operation, run)
+            link.groups.put(operation.row.id, place.group, work, operation.model)
+        self._hand_over(operation, link, message, run.epoch, place.group)
         if run.queue:
             later = run.queue[min(_FETCH_AHEAD, len(run.queue) - 1)]
             if later.spec is None and not (later.void or later.fetching):
@@ -208,16 +272,26 @@ class Dispatcher:
     def _fetch(self, run: RunState) -> None:
         self._specs.fetch([p for p in islice(run.queue, 4 * _FETCH_AHEAD) if not p.void])
 
-    def _take_lane(self, operation: PendingOperation, link: WorkerLink, message: pb.Plan) -> None:
+    def _take_lane(
+        self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, place: Assignment
+    ) -> None:
         if operation.spec is None:
             self._specs.fetch([operation])
             return
         self._ledger.lane.remove(operation)
         self._ledger.lane_in_flight[operation.row.id] = operation
-        self._hand_over(operation, link, message, 0)
+        if place.group:
+            work = work_of(operation, None)
+            link.groups.put(operation.row.id, place.group, work, operation.model)
+        self._hand_over(operation, link, message, 0, place.group)
 
     def _hand_over(
-        self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, epoch: int
+        self,
+        operation: PendingOperation,
+        link: WorkerLink,
+        message: pb.Plan,
+        epoch: int,
+        group: int,
     ) -> None:
         row = operation.row
         spec = operation.spec or b""
@@ -231,5 +305,6 @@ class Dispatcher:
                 spec=spec,
                 artifact_id=row.artifact_id or "",
                 model_ref=operation.model if epoch == 0 else "",
+                group=group,
             )
         )

@@ -7,8 +7,10 @@ from collections import deque
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.fleet.groups import GroupBook
+from tensafe_server.operations.checks import BACKWARD_FACTOR
 from tensafe_server.operations.comparison import fingerprint_digest
-from tensafe_server.planning.planner import WorkerView
+from tensafe_server.planning.views import WorkerView
 
 _MESSAGE_BYTES = 16 * 2**20
 
@@ -19,8 +21,10 @@ class WorkerLink:
     Attributes:
         digest: of its fingerprint; workers of one digest give the same results.
         runs: ids of the runs whose state it holds.
+        group_cost: most cost that it gains by executing together; 0: it takes no groups.
+        groups: what it has, in the order in which it executes it.
         outstanding: ids of operations that the worker has and that have not ended, in the order in
-            which it executes them.
+            which they were sent.
         draining: it takes no new work.
         departing: it has said goodbye.
         ended_by: why the coordinator ended the stream; None if it was the worker.
@@ -38,6 +42,8 @@ class WorkerLink:
         self.credits = register.credits
         self.fingerprint = dict(register.fingerprint)
         self.digest = fingerprint_digest(self.fingerprint)
+        self.group_cost = BACKWARD_FACTOR * register.group_tokens
+        self.groups = GroupBook()
         self.outstanding: dict[str, None] = {}
         self.runs: set[str] = set()
         self.draining = False
@@ -50,10 +56,27 @@ class WorkerLink:
         self._outbox: deque[pb.ConnectResponse] = deque()
         self._wake = asyncio.Event()
 
-    def view(self) -> WorkerView:
-        """What the planner sees."""
+    def view(self, company: frozenset[str] = frozenset()) -> WorkerView:
+        """What the planner sees. `company`: models of which runs may soon go on."""
         free = 0 if self.draining else self.credits - len(self.outstanding)
-        return WorkerView(self.id, self.models, max(0, free), len(self.runs))
+        groups = self.groups
+        return WorkerView(
+            self.id,
+            self.models,
+            max(0, free),
+            len(self.runs),
+            self.group_cost,
+            groups.waiting(),
+            groups.plans,
+            groups.next,
+            self.idle,
+            company,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether it takes groups and has none to do."""
+        return self.group_cost > 0 and not self.groups.first()
 
     def heard(self) -> None:
         """Notes a sign of life."""

@@ -159,6 +159,7 @@ class Reception:
             if operation is not None:
                 operation.row.state = RUNNING
                 operation.notify_started()
+                link.groups.started(started.operation_id)
         for refused in report.refused:
             await self._refused(link, refused)
         endings: list[Ending] = []
@@ -168,6 +169,7 @@ class Reception:
                 if not self._verifications.take(link, done):
                     self._replays.take(link, done)
                 continue
+            link.groups.ended(done.operation_id)
             operation = self._current(link, done.operation_id, done.epoch)
             if operation is None or not turns.take(operation, done.cancelled):
                 log.info(
@@ -175,6 +177,9 @@ class Reception:
                 )
                 continue
             endings.append(self._ending(link, operation, done))
+        if report.done and link.group_cost:
+            # Its next plan goes out while these outcomes are written.
+            self._dispatcher.kick()
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
@@ -201,7 +206,8 @@ class Reception:
         if done.cancelled:
             return withdrawn(operation, operation.withdrawn)
         ending = Ending(operation, executed=True, compute_ms=done.compute_ms)
-        operation.row.fingerprint = link.digest
+        # Nothing gives the same bits again without the company that it had.
+        operation.row.fingerprint = None if done.company else link.digest
         if done.HasField("result"):
             ending.result = done.result
             ending.step_metrics = done.step_metrics
@@ -247,10 +253,14 @@ class Reception:
         running = [operation for operation in held if operation.row.state == RUNNING]
         for operation in running:
             operation.lost_while_running.add(self._assignment(operation, link))
-        if not running and held:
-            held[0].lost_at_head.add(self._assignment(held[0], link))
+        head = link.groups.first()
+        suspects = running or [op for op in held if op.row.id in head] or held[:1]
+        if not running:
+            for operation in suspects:
+                operation.lost_at_head.add(self._assignment(operation, link))
         endings = []
-        for operation in running or held[:1]:
+        for operation in suspects:
+            operation.work = None
             deaths = len(operation.lost_while_running)
             losses = deaths + len(operation.lost_at_head)
             if deaths > _MOST_DEATHS or losses > _MOST_SUSPICIONS:
@@ -267,6 +277,7 @@ class Reception:
             for operation in (*run.in_flight, *run.queue):  # it was cut off, not lost
                 operation.lost_while_running.discard(str(held.epoch))
                 operation.lost_at_head.discard(str(held.epoch))
+                operation.work = None
         if run is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return

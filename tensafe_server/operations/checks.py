@@ -35,6 +35,10 @@ _MAX_METADATA_DEPTH = 16
 _LARGEST_SEQ = 2**53 - 1
 
 
+BACKWARD_FACTOR = 3.0
+"""Cost of a token in a forward_backward, in forwarded tokens."""
+
+
 class _Paths:
     """Where the parts of a batch stand in a spec: the names in errors."""
 
@@ -90,7 +94,7 @@ def check_content(spec: training.OperationSpec, model: Model) -> float:
     if kind == "forward":
         return _check_batch(spec.forward, "forward", model)
     if kind == "forward_backward":
-        return 3.0 * _check_batch(spec.forward_backward, "forward_backward", model)
+        return BACKWARD_FACTOR * _check_batch(spec.forward_backward, "forward_backward", model)
     if kind == "sample":
         return _check_sample(spec.sample, model)
     if kind == "save_state":

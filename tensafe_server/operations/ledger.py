@@ -5,6 +5,7 @@ It holds state and keeps its rules; it neither reads nor writes the store.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -140,11 +141,13 @@ class Ledger:
     def admit(self, operations: Iterable[PendingOperation]) -> None:
         """Puts stored operations into their order."""
         touched: dict[str, RunState] = {}
+        now_s = time.monotonic()
         for operation in operations:
             row = operation.row
             self._keep_or_drop(operation)
             if row.deadline_ns is not None and not operation.void:
                 self.on_deadline(operation)
+            operation.ready_s = now_s
             if row.seq is None:
                 if operation.void:
                     self._forget(operation)
@@ -173,6 +176,7 @@ class Ledger:
         row = operation.row
         if row.run_id is not None and row.seq is not None:
             run = self.runs[row.run_id]
+            run.active_s = time.monotonic()
             if operation.worker_id is None:
                 operation.void = True
             else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import ErrorDetail
+from tensafe_server.planning.views import Work
 from tensafe_server.store.base import OperationRow, RunRow
 
 QUEUED = ops.OPERATION_STATE_QUEUED
@@ -41,6 +42,8 @@ class PendingOperation:
         lost_while_running: the assignments under which a worker was lost while it ran this.
         lost_at_head: those under which one was lost that had this next, and may have begun it.
         withdrawn: it was cancelled, or its deadline passed, while a worker had it.
+        work: what the planner is told of it; None if that is to be found out.
+        ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
     """
 
     row: OperationRow
@@ -55,6 +58,8 @@ class PendingOperation:
     fetching: bool = False
     ahead: bool = False
     deadline_timer: asyncio.TimerHandle | None = None
+    work: Work | None = None
+    ready_s: float = 0.0
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -104,6 +109,8 @@ class RunState:
         replay_mismatches: replayed operations whose results were not those in the log.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
+        active_s: when its last operation ended, on the monotonic clock; 0 if that was before the
+            coordinator.
     """
 
     row: RunRow
@@ -130,6 +137,7 @@ class RunState:
     gap_timer: asyncio.TimerHandle | None = None
     gap_seq: int = 0
     window_queue_ms: float = 0.0
+    active_s: float = 0.0
 
     @property
     def id(self) -> str:

@@ -1,8 +1,11 @@
-"""Fair planning between tenants.
+"""Fair planning between tenants: (queues, workers, clock) -> assignments, and when to plan again.
 
 Start-time fair queueing (Goyal, Vin and Cheng 1996) over tenants: each has a virtual time that
 grows by the cost of what it was given; the tenant furthest behind goes next. A tenant that was idle
 starts at the clock, so that it cannot save time up. Within a tenant its runs take turns.
+
+What is small finds company on the way (`groups.py`): a tenant whose turn comes later may add to a
+group that another one has opened. One that meanwhile could not be served keeps its place.
 """
 
 from __future__ import annotations
@@ -12,32 +15,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, slots=True)
-class QueueView:
-    """The waiting operations of one run, or one operation without a place in a run.
-
-    Attributes:
-        key: the run's or the operation's id.
-        costs: cost of each waiting operation, the next one first.
-        worker_id: the worker that holds the run's state; None if any that runs the model will do.
-    """
-
-    key: str
-    tenant_id: str
-    model: str
-    costs: Sequence[float]
-    worker_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A worker: the models it runs, how many more operations it takes, how many runs it holds."""
-
-    id: str
-    models: frozenset[str]
-    credits: int
-    runs: int
+from tensafe_server.planning.groups import Formation, Spot
+from tensafe_server.planning.views import Assignment, QueueView, WorkerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,77 +28,151 @@ class FairShares:
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
-    """The next operation of a queue goes to a worker."""
+class Plan:
+    """What goes where now.
 
-    worker_id: str
-    key: str
+    Attributes:
+        assignments: in the order in which operations are given away; a worker executes them in
+            the order of their groups.
+        shares: the tenants' shares after them.
+        wake_at_s: when to plan again even if nothing happens: an operation waits for company until
+            then. None if none does.
+    """
+
+    assignments: Sequence[Assignment]
+    shares: FairShares
+    wake_at_s: float | None = None
 
 
 def plan(
-    queues: Iterable[QueueView], workers: Iterable[WorkerView], shares: FairShares
-) -> tuple[list[Assignment], FairShares]:
-    """Decides which operations go where now, in the order in which workers shall execute them.
+    queues: Iterable[QueueView],
+    workers: Iterable[WorkerView],
+    shares: FairShares,
+    now_s: float = 0.0,
+    company_wait_s: float = 0.0,
+) -> Plan:
+    """Decides which operations go where now.
 
-    Returns:
-        The assignments, and the shares after them. A queue's operations are assigned in order, to
-        one worker; nothing is assigned beyond a worker's credits.
+    A queue's operations are assigned in order, to one worker, each to a later group than the one
+    before; nothing is assigned beyond a worker's credits.
+
+    Args:
+        now_s: the clock of `QueueView.since_s`.
+        company_wait_s: how long an operation may wait for company if the worker would else be
+            idle; 0 turns it off.
     """
-    free = {worker.id: worker.credits for worker in workers}
-    placement = _Placement(list(workers))
+    queues, workers = list(queues), list(workers)
+    assignments, after, fleet = _assign(queues, workers, shares)
+    deadlines: dict[str, float] = {}
+    if company_wait_s > 0:
+        since = {queue.key: queue.since_s for queue in queues}
+        for formation in fleet:
+            if formation.opening is not None and formation.awaits_company:
+                due = min(since[key] for key in formation.opening.heads) + company_wait_s
+                if due > now_s:
+                    deadlines[formation.worker.id] = due
+    if not deadlines:
+        return Plan(assignments, after)
+    held = {each.key for each in assignments if each.worker_id in deadlines}
+    assignments, after, _ = _assign(
+        [queue for queue in queues if queue.key not in held],
+        [worker for worker in workers if worker.id not in deadlines],
+        shares,
+    )
+    return Plan(assignments, after, min(deadlines.values()))
+
+
+def _assign(
+    queues: Sequence[QueueView], workers: Sequence[WorkerView], shares: FairShares
+) -> tuple[list[Assignment], FairShares, Sequence[Formation]]:
+    fleet = {worker.id: Formation(worker) for worker in workers}
     waiting: dict[str, deque[_Turn]] = {}
     for queue in queues:
-        if queue.costs:
+        if queue.works:
             waiting.setdefault(queue.tenant_id, deque()).append(_Turn(queue))
-    times = {tenant: max(shares.times.get(tenant, 0.0), shares.clock) for tenant in waiting}
+    # How far others may have gone ahead of a tenant that could not be served.
+    lag = 2 * max((worker.group_cost for worker in workers), default=0.0)
+    times = {
+        tenant: max(shares.times.get(tenant, shares.clock), shares.clock - lag)
+        for tenant in waiting
+    }
     heap = [(time, tenant) for tenant, time in times.items()]
     heapq.heapify(heap)
     clock = shares.clock
+    unserved: set[str] = set()
     assignments: list[Assignment] = []
     while heap:
         time, tenant = heapq.heappop(heap)
         turns = waiting[tenant]
         while turns:
             turn = turns.popleft()
-            worker = turn.worker_id or placement.choose(turn.queue.model, free)
-            if worker is not None and free.get(worker, 0) > 0:
+            found = turn.find(fleet)
+            if found is not None:
                 break
+            unserved.add(tenant)
         else:
             continue
-        turn.worker_id = worker
-        free[worker] -= 1
-        assignments.append(Assignment(worker, turn.queue.key))
+        formation, spot = found
+        assignments.append(turn.take(formation, spot))
         clock = max(clock, time)
-        times[tenant] = time + turn.queue.costs[turn.taken]
-        turn.taken += 1
-        if turn.taken < len(turn.queue.costs):
+        times[tenant] = time + turn.cost
+        if turn.go_on():
             turns.append(turn)
         if turns:
             heapq.heappush(heap, (times[tenant], tenant))
-    ahead = {tenant: time for tenant, time in {**shares.times, **times}.items() if time > clock}
-    return assignments, FairShares(ahead, clock)
+    kept = {
+        tenant: time
+        for tenant, time in {**shares.times, **times}.items()
+        if time > clock or tenant in unserved
+    }
+    return assignments, FairShares(kept, clock), list(fleet.values())
 
 
 class _Turn:
     """A queue on its way through one planning."""
 
     def __init__(self, queue: QueueView) -> None:
-        self.queue = queue
-        self.taken = 0
-        self.worker_id = queue.worker_id
+        self._queue = queue
+        self._taken = 0
+        self._worker_id = queue.worker_id
+        self._last_group = queue.last_group
 
+    @property
+    def cost(self) -> float:
+        """Of the operation that is next."""
+        return self._queue.works[self._taken].cost
 
-class _Placement:
-    """Chooses workers for queues that are bound to none: fewest runs, then most credits."""
-
-    def __init__(self, workers: list[WorkerView]) -> None:
-        self._workers = workers
-        self._placed = {worker.id: worker.runs for worker in workers}
-
-    def choose(self, model: str, free: Mapping[str, int]) -> str | None:
-        able = [w.id for w in self._workers if model in w.models and free[w.id] > 0]
+    def find(self, fleet: Mapping[str, Formation]) -> tuple[Formation, Spot] | None:
+        """A place for the next operation. A queue that is bound to no worker goes to the one with
+        the fewest runs, then the most credits."""
+        queue, work = self._queue, self._queue.works[self._taken]
+        if self._worker_id is not None:
+            formation = fleet.get(self._worker_id)
+            if formation is None:
+                return None
+            spot = formation.spot(work, queue.model, self._last_group)
+            return None if spot is None else (formation, spot)
+        able = [
+            (formation, spot)
+            for formation in fleet.values()
+            if queue.model in formation.worker.models
+            and (spot := formation.spot(work, queue.model, 0)) is not None
+        ]
         if not able:
             return None
-        best = min(able, key=lambda worker: (self._placed[worker], -free[worker], worker))
-        self._placed[best] += 1
-        return best
+        return min(able, key=lambda each: (each[0].runs, -each[0].credits, each[0].worker.id))
+
+    def take(self, formation: Formation, spot: Spot) -> Assignment:
+        """Gives the next operation away."""
+        queue, work = self._queue, self._queue.works[self._taken]
+        if self._worker_id is None:
+            self._worker_id = formation.worker.id
+            formation.runs += 1
+        formation.take(spot, work, queue.model, queue.key, head=self._taken == 0)
+        self._last_group = spot.number
+        return Assignment(formation.worker.id, queue.key, spot.number)
+
+    def go_on(self) -> bool:
+        """Turns to the operation after it; False if there is none."""
+        self._taken += 1
+        return self._taken < len(self._queue.works)

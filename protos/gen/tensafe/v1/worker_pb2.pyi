@@ -161,6 +161,7 @@ class Register(_message.Message):
     CREDITS_FIELD_NUMBER: _builtins.int
     HELD_RUNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    GROUP_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for people and logs."""
     backend: _builtins.str
@@ -169,6 +170,11 @@ class Register(_message.Message):
     """`cpu`, `cuda:0`, …."""
     credits: _builtins.int
     """Most operations that may be with the worker at a time."""
+    group_tokens: _builtins.int
+    """Most tokens that it gains by executing together, for different runs'
+    operations of one group: with more of them together it is no faster than one
+    by one. 0: it gains nothing, and gets no groups.
+    """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models it runs, published before."""
@@ -191,10 +197,11 @@ class Register(_message.Message):
         credits: _builtins.int = ...,
         held_runs: _abc.Iterable[Global___HeldRun] | None = ...,
         fingerprint: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        group_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "held_runs", b"held_runs", "models", b"models", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "group_tokens", b"group_tokens", "held_runs", b"held_runs", "models", b"models", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -241,18 +248,24 @@ class OperationDone(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     REPLAY_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    COMPANY_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
     """The assignment of its run: a stale one is ignored."""
     compute_ms: _builtins.float
-    """Time on the worker, ms."""
+    """Time on the worker, ms; of a group's time, its share."""
     cancelled: _builtins.bool
     """A cancel came in time: it never ran. The outcome is unset."""
     replay: _builtins.bool
     """It was replayed: the outcome is only compared with the one in the log."""
     run_id: _builtins.str
     """PlannedOperation.run_id, if that was set."""
+    company: _builtins.int
+    """Operations of other runs that it was computed together with, if the last bits
+    of its result may depend on them: a replay, which computes it alone, agrees
+    within a tolerance only.
+    """
     @_builtins.property
     def result(self) -> _operations_pb2.OperationResult:
         """Its result."""
@@ -277,10 +290,11 @@ class OperationDone(_message.Message):
         cancelled: _builtins.bool = ...,
         replay: _builtins.bool = ...,
         run_id: _builtins.str = ...,
+        company: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "replay", b"replay", "result", b"result", "run_id", b"run_id", "step_metrics", b"step_metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "company", b"company", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "replay", b"replay", "result", b"result", "run_id", b"run_id", "step_metrics", b"step_metrics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -619,7 +633,9 @@ Global___RunAssignment: _TypeAlias = RunAssignment  # noqa: Y015
 
 @_typing.final
 class PlannedOperation(_message.Message):
-    """An operation to execute."""
+    """An operation to execute. Operations are executed in the order of their groups,
+    and within a group in the order in which they came.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -631,6 +647,7 @@ class PlannedOperation(_message.Message):
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     MODEL_REF_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
@@ -651,6 +668,12 @@ class PlannedOperation(_message.Message):
     """The model of an operation without run."""
     run_id: _builtins.str
     """Apply it to this run instead of the spec's: a check of that run's log."""
+    group: _builtins.int
+    """Number of its group, from 1 within a stream. What of a group is there when
+    the worker comes to it is executed together as far as it can be: gradients, or
+    updates, of different runs on one model. An operation that comes later than
+    that is executed next. 0: it is executed next, by itself.
+    """
     def __init__(
         self,
         *,
@@ -662,10 +685,11 @@ class PlannedOperation(_message.Message):
         artifact_id: _builtins.str = ...,
         model_ref: _builtins.str = ...,
         run_id: _builtins.str = ...,
+        group: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "epoch", b"epoch", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "void", b"void"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "epoch", b"epoch", "group", b"group", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -673,7 +697,7 @@ Global___PlannedOperation: _TypeAlias = PlannedOperation  # noqa: Y015
 
 @_typing.final
 class Plan(_message.Message):
-    """Work, to be done in order."""
+    """Work. A later plan may add to a group that waits at the worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -681,7 +705,7 @@ class Plan(_message.Message):
     OPERATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunAssignment]:
-        """Runs to take on before the operations."""
+        """Runs to take on before any operation that waits."""
 
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedOperation]:

@@ -1,0 +1,115 @@
+"""Groups of several runs' operations at one worker, while a plan is made.
+
+A worker executes its groups in order; the operations of a group are of one kind, of one model and
+of different runs. An operation joins the first group behind its run's last one that has room, or
+opens a new one at the end. A worker has at most two plans: the one that it executes and the one
+after it, a plan being one group of gradients (or one operation that goes alone) with the updates
+around it. What comes meanwhile waits here, where it finds company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tensafe_server.planning.views import Kind, Work, WorkerView
+
+_MOST_PLANS = 2
+
+
+@dataclass(slots=True)
+class _Group:
+    number: int
+    kind: Kind | None
+    model: str
+    cost: float
+
+
+@dataclass(slots=True)
+class Spot:
+    """A place for an operation at a worker: a group, or the worker's next one."""
+
+    number: int
+    group: _Group | None = None
+
+
+_UNGROUPED = Spot(0)
+
+
+@dataclass(slots=True)
+class Opening:
+    """The first group that this plan opens at a worker.
+
+    Attributes:
+        heads: keys of the queues whose next operation is in it.
+        others: whether a queue's next operation went elsewhere: the worker has other work.
+    """
+
+    group: _Group
+    heads: list[str] = field(default_factory=list)
+    others: bool = False
+
+
+class Formation:
+    """One worker's groups and credits."""
+
+    def __init__(self, worker: WorkerView) -> None:
+        self.worker = worker
+        self.credits = worker.credits
+        self.runs = worker.runs
+        self.opening: Opening | None = None
+        self._plans = worker.plans
+        self._next = worker.next_group
+        self._groups = [_Group(g.number, g.kind, g.model, g.cost) for g in worker.groups]
+
+    def spot(self, work: Work, model: str, after: int) -> Spot | None:
+        """Where an operation of a run whose last one is in group `after` may go now."""
+        if self.credits <= 0:
+            return None
+        if not self.worker.group_cost:
+            return _UNGROUPED
+        if work.kind is not None:
+            for group in self._groups:
+                if (
+                    group.number > after
+                    and group.kind is work.kind
+                    and group.model == model
+                    and group.cost + work.cost <= self.worker.group_cost
+                ):
+                    return Spot(group.number, group)
+        if work.kind is Kind.UPDATE or self._plans < _MOST_PLANS:
+            return Spot(self._next)
+        return None
+
+    def take(self, spot: Spot, work: Work, model: str, key: str, *, head: bool) -> None:
+        """Puts an operation there. `head`: it is its queue's next one."""
+        self.credits -= 1
+        if spot.number == 0:
+            return
+        if spot.group is None:
+            spot.group = _Group(spot.number, work.kind, model, work.cost)
+            self._groups.append(spot.group)
+            self._next += 1
+            self._plans += work.kind is not Kind.UPDATE
+            if self.opening is None:
+                self.opening = Opening(spot.group)
+        else:
+            spot.group.cost += work.cost
+        if head and self.opening is not None:
+            if spot.group is self.opening.group:
+                self.opening.heads.append(key)
+            else:
+                self.opening.others = True
+
+    @property
+    def awaits_company(self) -> bool:
+        """Whether all that the worker would begin now is one small group of gradients that other
+        runs may soon join."""
+        opening, worker = self.opening, self.worker
+        return (
+            worker.idle
+            and opening is not None
+            and not opening.others
+            and opening.group.kind is Kind.GRADIENT
+            and opening.group.model in worker.company
+            and 2 * opening.group.cost <= worker.group_cost
+        )

@@ -1,0 +1,105 @@
+"""What the planner sees of queues and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """Kinds of operations that a worker may execute together for different runs.
+
+    An update costs next to nothing beside a gradient: as many as there are may wait at a worker.
+    """
+
+    GRADIENT = "forward_backward"
+    UPDATE = "optim_step"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A waiting operation.
+
+    Attributes:
+        cost: in forwarded tokens.
+        kind: None if it must be executed alone.
+    """
+
+    cost: float
+    kind: Kind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """The waiting operations of one run, or one operation without a place in a run.
+
+    Attributes:
+        key: the run's or the operation's id.
+        works: the waiting operations, the next one first.
+        worker_id: the worker that holds the run's state; None if any that runs the model will do.
+        last_group: the group at that worker that holds the run's operation before these; 0 if it
+            has none there.
+        since_s: when the next operation came, on the planner's clock.
+    """
+
+    key: str
+    tenant_id: str
+    model: str
+    works: Sequence[Work]
+    worker_id: str | None = None
+    last_group: int = 0
+    since_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """A group that waits at a worker: what comes in time is executed with it.
+
+    Attributes:
+        number: its place in the worker's order.
+        cost: of its operations together.
+    """
+
+    number: int
+    kind: Kind | None
+    model: str
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker.
+
+    Attributes:
+        models: the models that it runs.
+        credits: how many more operations it takes.
+        runs: how many runs it holds.
+        group_cost: most cost of one group; 0 if it executes operations one by one, as they come.
+        groups: the groups that it has not begun yet, in their order.
+        plans: how many groups it has, begun or not, that are more than updates.
+        next_group: the number of its next group.
+        idle: it has nothing to do.
+        company: models of which it holds runs that were active a moment ago, have nothing queued,
+            and may be grouped with others.
+    """
+
+    id: str
+    models: frozenset[str]
+    credits: int
+    runs: int
+    group_cost: float = 0.0
+    groups: Sequence[GroupView] = ()
+    plans: int = 0
+    next_group: int = 1
+    idle: bool = False
+    company: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The next operation of a queue goes to a worker, into a group of it (0: none)."""
+
+    worker_id: str
+    key: str
+    group: int = 0
