@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_server.planning.planner import FairShares, plan
@@ -42,6 +42,7 @@ def fleets(draw: st.DrawFn) -> tuple[list[QueueView], list[WorkerView]]:
     return queues, workers
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_plans_keep_to_credits_models_and_homes(fleet: tuple[list[QueueView], list[WorkerView]]):
     queues, workers = fleet
@@ -64,6 +65,7 @@ def test_plans_keep_to_credits_models_and_homes(fleet: tuple[list[QueueView], li
             assert assignment.worker_id == queue.worker_id
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_no_credit_stays_unused_while_work_could_use_it(
     fleet: tuple[list[QueueView], list[WorkerView]],
@@ -81,6 +83,7 @@ def test_no_credit_stays_unused_while_work_could_use_it(
         assert all(used[w.id] == w.credits for w in able)
 
 
+@settings(deadline=None)
 @given(st.floats(1, 50), st.floats(1, 50), st.integers(20, 60))
 def test_tenants_get_equal_cost_not_equal_counts(cost_a: float, cost_b: float, rounds: int):
     queues = [

@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_server.fleet.groups import GroupBook
@@ -85,6 +85,7 @@ def members(decided: Plan, queues: list[QueueView]) -> dict[tuple[str, int], lis
     return found
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_groups_are_compatible_and_within_their_limit(fleet):
     queues, workers = fleet
@@ -109,6 +110,7 @@ def test_groups_are_compatible_and_within_their_limit(fleet):
             assert cost <= worker.group_cost + 1e-9
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_a_runs_operations_go_to_ever_later_groups(fleet):
     queues, workers = fleet
@@ -121,6 +123,7 @@ def test_a_runs_operations_go_to_ever_later_groups(fleet):
             last[each.key] = each.group
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_no_more_than_credits_and_two_plans_are_with_a_worker(fleet):
     queues, workers = fleet
@@ -138,6 +141,7 @@ def test_no_more_than_credits_and_two_plans_are_with_a_worker(fleet):
             assert worker.plans + len(opened) <= 2
 
 
+@settings(deadline=None)
 @given(fleets())
 def test_what_could_go_goes_unless_it_waits_for_company(fleet):
     queues, workers = fleet
@@ -182,6 +186,7 @@ def test_what_could_go_goes_unless_it_waits_for_company(fleet):
                 assert cost + work.cost > worker.group_cost
 
 
+@settings(deadline=None)
 @given(fleets(), st.floats(0, 3 * WAIT_S))
 def test_waiting_for_company_is_bounded_and_only_for_idle_workers(fleet, now_s: float):
     queues, workers = fleet
@@ -322,6 +327,7 @@ def loads(draw: st.DrawFn) -> list[QueueView]:
     return queues
 
 
+@settings(deadline=None)
 @given(loads())
 def test_tenants_share_by_cost_and_runs_keep_their_order(queues: list[QueueView]):
     simulation = Simulation({queue.key: queue for queue in queues})
@@ -339,6 +345,7 @@ def test_tenants_share_by_cost_and_runs_keep_their_order(queues: list[QueueView]
         assert abs(served["a"] - served["b"]) <= most, (served, largest)
 
 
+@settings(deadline=None)
 @given(loads())
 def test_everything_is_executed(queues: list[QueueView]):
     queues = [QueueView(q.key, q.tenant_id, q.model, q.works[:7], "w") for q in queues]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.workers.planned import assignment, operation, plan
 
@@ -59,6 +59,7 @@ def test_a_new_stream_numbers_anew_behind_what_the_old_one_sent():
     assert taken(agenda) == [["a@7"], ["b@1"], ["b@7"]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.lists(st.integers(0, 5), min_size=1, max_size=4)), max_size=30)
 )
