@@ -9,7 +9,7 @@ from parity.tiny_runs import tiny_llama
 from workers.engine.base_model import BaseModel, freeze
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Neighbouring test processes must not fight for cores."""
     threads = torch.get_num_threads()

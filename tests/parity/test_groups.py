@@ -51,7 +51,7 @@ def check_against_alone(members: list[Member], token_budget: int) -> None:
         note(f"run {run}: {outcome}")
         assert isinstance(outcome, LossOutcome)
         own = alone.forward_backward(run, seq, request)
-        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=5e-5)
         size = float(np.abs(request.batch.weights * own.logprobs).sum())
         divisor = together._runs[run].window.denominator
         if request.reduction is Reduction.SUM:
@@ -67,7 +67,7 @@ def check_against_alone(members: list[Member], token_budget: int) -> None:
         ):
             # A tensor that its neighbours dwarf has only their rounding.
             note(f"{name}: {part.norm()} of {theirs.norm()}")
-            assert (part - reference).norm() <= 2e-5 * (part.norm() + 1e-2 * theirs.norm())
+            assert (part - reference).norm() <= 5e-5 * (part.norm() + 1e-2 * theirs.norm())
         assert metric(outcome, "tokens") == sum(members[int(run)].lengths)
         assert metric(outcome, "scored_tokens") == np.count_nonzero(request.batch.weights)
 
