@@ -76,6 +76,18 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     help="Most tokens to execute together for several runs; 0: one run at a time.  "
     "[default: what gains on the device; 0 for mock]",
 )
+@click.option(
+    "--pass-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens that go through a model at once; a larger batch is cut. Deterministic runs "
+    "have a fixed number.  [default: measured at the start]",
+)
+@click.option(
+    "--run-memory-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Most memory of runs' adapters and optimizers; beyond it the runs idle longest wait on "
+    "disk.  [default: a third of what is free at the start]",
+)
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
     "--operation-limit-s",
@@ -112,6 +124,8 @@ def worker(
     threads: int | None,
     share: int,
     group_tokens: int | None,
+    pass_tokens: int | None,
+    run_memory_mib: float | None,
     name: str | None,
     operation_limit_s: float,
     token_limit_ms: float,
@@ -138,6 +152,10 @@ def worker(
         raise click.UsageError(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
+    if backend == "mock" and (pass_tokens or run_memory_mib):
+        raise click.UsageError(
+            "the mock backend computes nothing; leave out --pass-tokens and --run-memory-mib"
+        )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
     address, authorities = _coordinator(connect, ca)
@@ -160,7 +178,7 @@ def worker(
     try:
         if follow_stdin:
             threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
-        loaded = _backend(backend, models, device, dtype, chosen)
+        loaded = _backend(backend, models, device, dtype, chosen, pass_tokens, run_memory_mib)
         if group_tokens is not None:
             loaded.group_tokens = group_tokens
         link = Link(options, loaded)
@@ -186,7 +204,15 @@ def _coordinator(connect: str, ca: Path | None) -> tuple[Address, bytes | None]:
         raise click.UsageError(str(error)) from error
 
 
-def _backend(kind: str, models: tuple[str, ...], device: str, dtype: str, threads: int) -> Backend:
+def _backend(
+    kind: str,
+    models: tuple[str, ...],
+    device: str,
+    dtype: str,
+    threads: int,
+    pass_tokens: int | None,
+    run_memory_mib: float | None,
+) -> Backend:
     if kind == "mock":
         from workers.mock import MockBackend
 
@@ -194,7 +220,14 @@ def _backend(kind: str, models: tuple[str, ...], device: str, dtype: str, thread
     from workers.engine.loading import ModelLoadError, load_backend
 
     try:
-        return load_backend(models, device=device, dtype=dtype, threads=threads)
+        return load_backend(
+            models,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            token_budget=pass_tokens,
+            run_bytes=None if run_memory_mib is None else int(run_memory_mib * 2**20),
+        )
     except ModelLoadError as error:
         # Never a mock in place of a model that does not load.
         raise click.ClickException(str(error)) from error

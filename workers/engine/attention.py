@@ -20,9 +20,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "tensafe"
 
-_DENSE_LENGTH = 768
+_DENSE_LENGTH = 576
 """Longest document whose whole [T, T] is held; beyond it the flash kernel's memory is worth it."""
-_LEAST_FILL = 0.7
+_LEAST_FILL = 0.85
 _SMALL_BUCKET = 2**15
 
 

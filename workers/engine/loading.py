@@ -24,7 +24,13 @@ _NAMED_KEYS = 5
 
 
 def load_backend(
-    references: Sequence[str], *, device: str, dtype: str, threads: int
+    references: Sequence[str],
+    *,
+    device: str,
+    dtype: str,
+    threads: int,
+    token_budget: int | None = None,
+    run_bytes: int | None = None,
 ) -> TorchBackend:
     """Loads every model onto one device.
 
@@ -33,6 +39,7 @@ def load_backend(
         device: `auto`, `cpu` or `cuda:N`.
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
+        token_budget, run_bytes: as `TorchBackend` takes them.
 
     Raises:
         ModelLoadError: a model or the device is not to be had; never a substitute.
@@ -46,7 +53,8 @@ def load_backend(
         raise ModelLoadError(
             f"two models have the same name among {names}; tell them apart with --model NAME=REF"
         )
-    return TorchBackend([load_model(source, place, kind) for source in sources])
+    loaded = [load_model(source, place, kind) for source in sources]
+    return TorchBackend(loaded, token_budget, run_bytes)
 
 
 def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseModel:
