@@ -205,8 +205,7 @@ class Dispatcher:
         """Gives a run that no worker holds to one; its first operation follows."""
         run.worker_id = link.id
         link.runs.add(run.id)
-        run.epoch += 1
-        self._store.set_run_epoch(run.id, run.epoch)
+        self._store.set_run_epoch(run.id, run.begin_epoch())
         if not self._restorer.needed(run):
             message.runs.append(pb.RunAssignment(run_id=run.id, epoch=run.epoch, config=run.config))
             self._take_next(run, link, message, place)

@@ -99,6 +99,8 @@ class RunState:
         by_seq: unfinished operations, to answer retries.
         worker_id: the worker that holds the run's state; None if none does.
         epoch: number of the newest assignment to a worker.
+        epochs_unwritten: assignments that a coordinator which was killed may have made without
+            writing their epochs down; the next one lies beyond them.
         executed_seq: the last seq that a worker has executed and reported.
         gap_timer, gap_seq: the clock that runs while a seq is missing, and that seq.
         pruned_seq: the specs of operations up to here are gone from the log.
@@ -134,6 +136,7 @@ class RunState:
     pruning: asyncio.Lock = field(default_factory=asyncio.Lock)
     pinned: int = 0
     replay_mismatches: int = 0
+    epochs_unwritten: int = 0
     gap_timer: asyncio.TimerHandle | None = None
     gap_seq: int = 0
     window_queue_ms: float = 0.0
@@ -155,6 +158,12 @@ class RunState:
     def deleted(self) -> bool:
         return self.status == training.RUN_STATUS_DELETED
 
+    def begin_epoch(self) -> int:
+        """The epoch of a new assignment, which no worker was ever given."""
+        self.epoch += 1 + self.epochs_unwritten
+        self.epochs_unwritten = 0
+        return self.epoch
+
     @asynccontextmanager
     async def past_kept(self) -> AsyncIterator[None]:
         """Nothing of the run's past is pruned meanwhile."""
@@ -166,7 +175,7 @@ class RunState:
             self.pinned -= 1
 
 
-def run_state(row: RunRow) -> RunState:
+def run_state(row: RunRow, *, epochs_unwritten: int = 0) -> RunState:
     """A run as the store has it, with nothing queued."""
     return RunState(
         row=row,
@@ -178,6 +187,7 @@ def run_state(row: RunRow) -> RunState:
         status=row.status,
         pruned_seq=row.pruned_seq,
         replay_mismatches=row.replay_mismatches,
+        epochs_unwritten=epochs_unwritten,
     )
 
 

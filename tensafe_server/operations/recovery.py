@@ -13,12 +13,15 @@ from tensafe_server.operations.model import PendingOperation, RunState, run_stat
 from tensafe_server.store.base import OperationRow, RunProgress, Store
 
 _PAGE = 1024
+_EPOCHS_UNWRITTEN = 1024
+"""An epoch is on disk one group commit after its assignment is sent, and a killed coordinator may
+have sent this many in that time at the very most."""
 
 
 async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledger: Ledger) -> int:
     """Fills the ledger from the store; returns the number of unfinished operations."""
     for row in await store.runs():
-        ledger.runs[row.id] = run_state(row)
+        ledger.runs[row.id] = run_state(row, epochs_unwritten=_EPOCHS_UNWRITTEN)
     for run_id, seq in (await store.newest_snapshots()).items():
         ledger.runs[run_id].snapshot_seq = seq
     unfinished = await store.unfinished()
