@@ -30,7 +30,7 @@ def worker_ids(service: LocalService) -> list[int]:
 
 
 def train(service: LocalService, client: ServiceClient, *, kill: bool) -> tuple[list[float], str]:
-    run = client.create_training_client({"model_ref": "tiny", "seed": 1})
+    run = client.create_training_client({"model_ref": "tiny", "seed": 1, "deterministic": True})
     losses = []
     for number in range(STEPS):
         passed = run.forward_backward(BATCH)
@@ -54,6 +54,6 @@ def test_a_run_goes_on_to_the_same_bits_after_its_worker_was_killed(
     ):
         undisturbed = train(service, client, kill=False)
         disturbed = train(service, client, kill=True)
-        assert "ended with status -9; starting it again" in service.log
+        assert "starting it again" in service.log
     assert disturbed == undisturbed
     assert len(set(undisturbed[0])) == STEPS

@@ -15,6 +15,7 @@ from local_service import LocalService
 from tensafe.v1 import (
     admin_pb2,
     artifacts_pb2,
+    artifacts_pb2_grpc,
     metrics_pb2,
     models_pb2,
     operations_pb2,
@@ -55,12 +56,16 @@ NAMED = {
     "ArtifactsService/GetArtifact": "ARTIFACT_NOT_FOUND",
     "ArtifactsService/DownloadArtifact": "ARTIFACT_NOT_FOUND",
     "ArtifactsService/ListArtifacts": "RUN_NOT_FOUND",
+    "ArtifactsService/DeleteArtifact": "ARTIFACT_NOT_FOUND",
+    "ArtifactsService/UploadFile": "UPLOAD_NOT_FOUND",
+    "ArtifactsService/FinishUpload": "UPLOAD_NOT_FOUND",
 }
 # Methods of tenants that name nothing of a tenant's; another test each shows their scope.
 UNNAMED = {
     "TrainingService/CreateRun",
     "TrainingService/ListRuns",
     "TrainingService/SubmitBatch",
+    "ArtifactsService/BeginUpload",
     "ModelsService/ListModels",
     "ModelsService/GetModel",
     "ModelsService/GetTokenizer",
@@ -115,7 +120,9 @@ def request_for(name: str, ids: dict[str, str]) -> Any:
         request.operation.run_id = ids["run_id"]
         request.operation.seq = 9
         request.operation.optim_step.SetInParent()
-    for field in ("run_id", "operation_id", "artifact_id"):
+    if short(name) == "ArtifactsService/UploadFile":
+        request.start.upload_id, request.start.name = ids["upload_id"], "adapter_config.json"
+    for field in ("run_id", "operation_id", "artifact_id", "upload_id"):
         if field in method.input_type.fields_by_name:
             setattr(request, field, ids[field])
     if "request_id" in method.input_type.fields_by_name:
@@ -134,7 +141,23 @@ def owned(service: LocalService) -> Iterator[dict[str, str]]:
             "run_id": tc.run_id,
             "operation_id": str(future.operation_id),
             "artifact_id": saved.artifact_id,
+            "upload_id": begin_upload(service),
         }
+
+
+def begin_upload(service: LocalService) -> str:
+    """An upload of the first tenant, of which nothing has arrived yet."""
+    files = [
+        artifacts_pb2.ArtifactFile(name=name, size_bytes=2, sha256="0" * 64)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    request = artifacts_pb2.BeginUploadRequest(
+        request_id=uuid.uuid4().hex, model_ref="any", files=files
+    )
+    with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+        stub = artifacts_pb2_grpc.ArtifactsServiceStub(channel)
+        metadata = [("authorization", f"Bearer {service.api_key}")]
+        return stub.BeginUpload(request, metadata=metadata, timeout=30).upload_id
 
 
 @pytest.fixture(scope="module")
