@@ -65,8 +65,8 @@ class _TargetLogprobs(torch.autograd.Function):
             logprobs_S[part] = below_top + powers_CV.amax(1).log_()
             if grad_SD is not None:
                 # d logprob / d logits = onehot − softmax; its negative here
+                powers_CV.scatter_(1, targets, powers_CV.gather(1, targets) - 1)
                 logits_CV.copy_(powers_CV)
-                logits_CV.scatter_add_(1, targets, -torch.ones_like(targets, dtype=logits.dtype))
                 torch.mm(logits_CV, weight_VD, out=grad_SD[part])
         if grad_SD is not None:
             ctx.save_for_backward(grad_SD)
