@@ -15,7 +15,7 @@ from tensafe.v1 import artifacts_pb2, models_pb2
 from tensafe_client.api import Api
 from tensafe_client.backoff import Backoff, retryable
 from tensafe_client.checks import check_path, check_string
-from tensafe_client.errors import ChecksumMismatchError, ServerError, from_rpc_error
+from tensafe_client.errors import ChecksumMismatchError, ConfigError, ServerError, from_rpc_error
 from tensafe_client.infos import ArtifactFile
 from tensafe_client.session import Session
 
@@ -38,15 +38,23 @@ class Downloads:
 
         Raises:
             ChecksumMismatchError: if what came is not what was saved; the part is deleted.
+            ConfigError: if the directory cannot be made or written.
         """
         place = check_path("directory", directory)
         info = await self._api.artifact(artifact_id)
-        await asyncio.to_thread(place.mkdir, parents=True, exist_ok=True)
-        for file in info.files:
-            check_name(file.name)
-            target = place / file.name
-            if await asyncio.to_thread(_digest_of, target) != file.sha256:
-                await self._file(info.id, file, target)
+        try:
+            await asyncio.to_thread(place.mkdir, parents=True, exist_ok=True)
+            for file in info.files:
+                check_name(file.name)
+                target = place / file.name
+                if await asyncio.to_thread(_digest_of, target) != file.sha256:
+                    await self._file(info.id, file, target)
+        except OSError as error:
+            raise ConfigError(
+                f"directory {str(place)!r} cannot be written: {error.strerror or error}",
+                remedy="choose a directory that you may write, with room for the artifact; what "
+                "has arrived is kept there, and the same call goes on with it",
+            ) from error
         return place
 
     async def tokenizer(self, model_ref: str) -> dict[str, bytes]:

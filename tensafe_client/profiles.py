@@ -97,7 +97,7 @@ def save_profile(
         The file written.
 
     Raises:
-        ConfigError: for a bad name, or a file that cannot be read.
+        ConfigError: for a bad name, or a file that cannot be read or written.
     """
     check_string("target", target)
     if api_key is not None:
@@ -117,7 +117,14 @@ def save_profile(
             lines.append(f"api_key = {_quote(profile.api_key)}")
         if profile.ca is not None:
             lines.append(f"ca = {_quote(profile.ca)}")
-    _write_private(path, "\n".join(lines) + "\n")
+    try:
+        _write_private(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"the profiles' file {path} cannot be written: {error.strerror or error}",
+            remedy="set TENSAFE_CONFIG to a file that you may write; `tensafe up` takes "
+            "--no-profile",
+        ) from error
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from tensafe.wire.status import TenSafeFault
+from tensafe_client.errors import ConfigError
 from tensafe_server.app import AddressInUseError, DataDirectoryError, Settings
 from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
@@ -101,6 +102,8 @@ def up(
     """
     if backend == "mock" and models:
         raise click.UsageError("the mock backend takes any model name; leave --model out")
+    if backend == "mock" and (device not in ("auto", "cpu") or dtype != "auto"):
+        raise click.UsageError("the mock backend computes nothing; leave --device and --dtype out")
     if local_listen is not None and settings.certificate is None:
         raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
     settings = replace(settings, local_listen=local_listen or _LOCAL_LISTEN)
@@ -110,7 +113,7 @@ def up(
     if group_tokens is not None:
         arguments = [[*one, "--group-tokens", str(group_tokens)] for one in arguments]
     local = LocalSettings(settings, arguments, None if no_profile else profile)
-    _run(serve_locally(local, _announce))
+    _run(serve_locally(local, _announce, _tell_secret))
 
 
 @click.command()
@@ -176,5 +179,6 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         SchemaTooNewError,
         StoreDamagedError,
         TenSafeFault,
+        ConfigError,
     ) as error:
         raise click.ClickException(str(error)) from error

@@ -44,25 +44,31 @@ async def serve(
 ) -> None:
     """Runs a coordinator alone until SIGTERM or SIGINT.
 
-    `tell_secret` is called with a new admin key if the store has no admin or worker key yet.
+    `tell_secret` is called with a new admin key if the store has none.
     """
     coordinator = await Coordinator.start(settings)
     try:
-        if not coordinator.identity.keys(None):
-            _, secret = await coordinator.identity.create_key(
-                admin.KEY_KIND_ADMIN, None, "first admin key"
-            )
-            tell_secret(secret)
+        await _first_admin_key(coordinator.identity, tell_secret)
         announce(coordinator.address)
         await _until_stopped(coordinator.failed)
     finally:
         await coordinator.stop()
 
 
-async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]) -> None:
+async def _first_admin_key(identity: Identity, tell_secret: Callable[[str], None]) -> None:
+    usable = (key for key in identity.keys(None) if key.revoked_ns is None)
+    if not any(key.kind == admin.KEY_KIND_ADMIN for key in usable):
+        _, secret = await identity.create_key(admin.KEY_KIND_ADMIN, None, "first admin key")
+        tell_secret(secret)
+
+
+async def serve_locally(
+    settings: LocalSettings, announce: Callable[[str], None], tell_secret: Callable[[str], None]
+) -> None:
     """Runs a coordinator with its workers until SIGTERM or SIGINT.
 
-    `announce` is called with the address once every worker serves.
+    `announce` is called with the address once every worker serves; `tell_secret` with a new admin
+    key if no profile is written and the store has none.
 
     Raises:
         WorkerStartError: if a worker ends before it has served.
@@ -85,6 +91,8 @@ async def serve_locally(settings: LocalSettings, announce: Callable[[str], None]
             await _write_profiles(
                 coordinator.identity, _profile_address(coordinator), settings.profile
             )
+        else:
+            await _first_admin_key(coordinator.identity, tell_secret)
         announce(coordinator.address)
         await _until_stopped(launcher.failed, coordinator.failed)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +27,17 @@ def _checked_address(context: click.Context, option: click.Parameter, value: str
     return value
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 def _checked_loopback(
     context: click.Context, option: click.Parameter, value: str | None
 ) -> str | None:
-    if value is not None and not _checked_address(context, option, value).startswith("127."):
+    if value is not None and not _is_loopback(_checked_address(context, option, value)):
         raise click.BadParameter(f"{value!r} is not on loopback, and it serves in plain text")
     return value
 

@@ -36,7 +36,7 @@ def read_examples(data: str, eval_data: Path | None) -> Examples:
         return Examples(
             [pair.example() for pair in train], held_out or [pair.example() for pair in test]
         )
-    if not Path(data).is_file():
+    if not Path(data).exists() or Path(data).is_dir():
         raise click.BadParameter(
             f"no file {data!r}, and the only built-in data is {STDLIB_DOCSTRINGS!r}",
             param_hint="DATA",

@@ -92,7 +92,7 @@ def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
     rows, width = ids.shape
     mask = batch.get("attention_mask")
     if width < 2:
-        raise BatchError("every row needs at least two tokens: one to read, one to predict")
+        raise BatchError("input_ids needs two tokens in each row: one to read, one to predict")
     if mask is None:
         keep = None
     else:

@@ -55,7 +55,7 @@ class Datum:
         if len(ids) != len(marks):
             raise BatchError(f"labels has {len(marks)} entries for {len(ids)} input_ids")
         if len(ids) < 2:
-            raise BatchError("a sequence needs at least two tokens: one to read, one to predict")
+            raise BatchError("input_ids needs two tokens: one to read, one to predict")
         scored = marks[1:] != IGNORE_INDEX
         return cls(ids[:-1], np.where(scored, marks[1:], ids[1:]), scored.astype(np.float32))
 

@@ -80,6 +80,8 @@ class LocalLauncher:
                 *spec.arguments,
                 "--follow-stdin",
                 stdin=asyncio.subprocess.PIPE,
+                # A terminal's Ctrl-C goes to the whole group: workers hear of it from us alone.
+                start_new_session=True,
                 env={**os.environ, "TENSAFE_WORKER_KEY": spec.key},
             )
             self._processes[spec.name] = process

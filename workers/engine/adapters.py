@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine.dropout import kept_share
 from workers.engine.randomness import cpu_generator
 from workers.operations import LoraSettings
 
@@ -64,7 +65,7 @@ class Adapter:
     def scale(self, *, training: bool) -> float:
         """What B·A is multiplied by; under dropout, what was kept stands for all."""
         scale = self.settings.alpha / self.settings.rank
-        return scale / (1 - self.settings.dropout) if training else scale
+        return scale / kept_share(self.settings.dropout) if training else scale
 
     def gradient(self) -> Tensor:
         """[P]: where backward passes add; zero when first asked for, until it is released."""

@@ -64,8 +64,16 @@ def module_key(name: str) -> int:
 
 
 def last_dropped(p: float) -> int:
-    """Draws of 15 bits up to this one drop: with probability p, rounded to steps of 2⁻¹⁵."""
-    return round(p * _DRAWS) - 1
+    """Draws of 15 bits up to this one drop: with probability p, rounded to steps of 2⁻¹⁵.
+
+    A p above 0 drops at least one draw of them, and one below 1 keeps at least one.
+    """
+    return min(max(round(p * _DRAWS), 1), _DRAWS - 1) - 1 if p > 0 else -1
+
+
+def kept_share(p: float) -> float:
+    """The probability with which an input really stays, of which the scale is the reciprocal."""
+    return 1 - (last_dropped(p) + 1) / _DRAWS
 
 
 def keep_bits(tokens: Tensor, features: int, last: Tensor) -> Tensor:

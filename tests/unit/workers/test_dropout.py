@@ -8,6 +8,7 @@ import torch
 from workers.engine.dropout import (
     PassDropout,
     keep_bits,
+    kept_share,
     last_dropped,
     masked,
     module_key,
@@ -25,7 +26,7 @@ def drop(rows: list[int], length: int, *, seed=1, operation=1, module="a", featu
     keys = token_keys(seed, operation, index, places)
     last = torch.full((len(keys), 1), last_dropped(p), dtype=torch.int16)
     bits = PassDropout(keys, last).mask(module_key(module), features)
-    kept = masked(torch.ones(len(keys), features), bits) / (1 - p)
+    kept = masked(torch.ones(len(keys), features), bits) / kept_share(p)
     return kept.view(len(rows), length, features)
 
 
@@ -47,7 +48,7 @@ def test_share_scale_and_independence(p):
     outputs = drop([0, 1, 2, 3], 256, features=256, p=p)
     kept = (outputs != 0).float()
     assert kept.mean().item() == pytest.approx(1 - p, abs=0.005)
-    assert outputs[outputs != 0].unique().item() == pytest.approx(1 / (1 - p))
+    assert outputs[outputs != 0].unique().item() == pytest.approx(1 / kept_share(p))
     flat = kept.reshape(-1, 256) - (1 - p)
     variance = p * (1 - p)
     neighbours = [
@@ -61,9 +62,14 @@ def test_share_scale_and_independence(p):
     assert (columns - (1 - p)).abs().max() < 5 * (variance / 1024) ** 0.5
 
 
-@pytest.mark.parametrize("p", [1 - 1e-12, 1 - 2**-53])
-def test_p_just_below_one_drops_everything(p):
-    assert not drop([0, 1], 64, p=p).any()
+@pytest.mark.parametrize("p", [1 - 1e-12, 1 - 2**-53, 1e-12, 5e-324])
+def test_the_least_share_is_one_draw_and_the_scale_knows_it(p):
+    share = kept_share(p)
+    assert share == (2**-15 if p > 0.5 else 1 - 2**-15)
+    outputs = drop(list(range(16)), 256, features=512, p=p)
+    assert outputs.mean().item() == pytest.approx(1, abs=0.3)
+    assert 0 < (outputs != 0).float().mean().item() < 1
+    assert kept_share(0.0) == 1
 
 
 def test_the_largest_p_that_keeps_anything_still_keeps_its_share():
