@@ -76,17 +76,17 @@ def test_it_learns_a_sentence(backend):
     inputs, targets = tokens[:-1].astype(np.int32), tokens[1:].astype(np.int32)
     request = LossRequest(Batch(np.asarray([0, len(inputs)]), inputs, targets))
     settings = RunSettings(
-        NAME, lora=LoraSettings(), optimizer=OptimizerSettings(learning_rate=2e-3), seed=1
+        NAME, lora=LoraSettings(), optimizer=OptimizerSettings(learning_rate=1e-3), seed=1
     )
     backend.open_run("run", settings, None)
     try:
         first = metric(backend.forward("run", request), "loss")
-        for seq in range(16):
+        for seq in range(40):
             backend.forward_backward("run", seq, request)
             backend.optim_step("run", StepRequest())
         last = metric(backend.forward("run", request), "loss")
         assert first > 2.5
-        assert last < 0.5
+        assert last < 1.0
         prompt = Prompt(tokens=inputs[:4])
         sample = SampleRequest(
             [prompt], SamplingParams(temperature=0, max_tokens=len(targets) - 3), run_id="run"
