@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity.plain_peft import PlainPeft
+from parity.peft_reference import PlainPeft
 from parity.tiny_models import CONTEXT, FAMILIES, Family, Wide
 from parity.tiny_runs import metric, perturb, request_of, rows_of, settings
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from parity.plain_peft import PlainPeft
+from parity.peft_reference import PlainPeft
 from parity.tiny_models import FAMILIES, Family
 from parity.tiny_runs import (
     hf_batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity.plain_peft import PlainPeft
+from parity.peft_reference import PlainPeft
 from parity.tiny_runs import (
     TARGETS,
     hf_batch,

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from parity.plain_peft import PlainPeft
+from parity.peft_reference import PlainPeft
 from parity.tiny_runs import perturb, request_of
 from torch import Tensor
 
