@@ -65,9 +65,13 @@ class Api:
         """Creates a run, and loads an artifact into it if one is named."""
         if from_artifact is None:
             if include_optimizer is not None:
-                raise ConfigError("include_optimizer says how from_artifact is loaded; name one")
+                raise ConfigError.of(
+                    "include_optimizer", "says how from_artifact is loaded; name that, too"
+                )
             if config is None:
-                raise ConfigError("a run needs a config with model_ref, or from_artifact")
+                raise ConfigError.of(
+                    "config", "must name a model_ref, unless from_artifact is given"
+                )
             return await self.create_run(config)
         spec = specs.load_state("", check_string("from_artifact", from_artifact), include_optimizer)
         info, sequence = await self._create_run(await self.config_of(from_artifact, config))
@@ -129,7 +133,7 @@ class Api:
     ) -> VerifyReport:
         """Has a run replayed from its log and compared; begins anew only if the caller does."""
         if on_progress is not None and not callable(on_progress):
-            raise ConfigError(f"on_progress must be a function, got {on_progress!r}")
+            raise ConfigError.of("on_progress", f"must be a function, got {on_progress!r}")
         stubs = await self._session.stubs()
         request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
         call = stubs.training.VerifyRun(request, metadata=self._session.metadata)
@@ -292,7 +296,7 @@ class Api:
         self, method: Any, request: Callable[[int, str], Any], field: str, limit: int | None
     ) -> list[Any]:
         if limit is not None and check_count("limit", limit, bits=63) < 1:
-            raise InvalidArgumentError(f"limit must be 1 or more, got {limit}")
+            raise InvalidArgumentError.of("limit", f"must be 1 or more, got {limit}")
         found: list[Any] = []
         token = ""
         while True:
@@ -339,7 +343,9 @@ class AdminApi:
             "worker": admin_pb2.KEY_KIND_WORKER,
         }
         if check_string("kind", kind) not in kinds:
-            raise InvalidArgumentError(f"no kind of key {kind!r}; use {', '.join(kinds)}")
+            raise InvalidArgumentError.of(
+                "kind", f"must be one of {', '.join(kinds)}, got {kind!r}"
+            )
         stubs = await self._session.stubs()
         request = admin_pb2.CreateKeyRequest(
             request_id=new_request_id(),

@@ -39,7 +39,7 @@ def check_string(field: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         text = f"has half of a surrogate pair at character {error.start}, which UTF-8 cannot hold"
-        raise ConfigError(f"{field} {text}", violations=[(field, text)]) from None
+        raise ConfigError.of(field, text) from None
     return value
 
 
@@ -102,5 +102,4 @@ def check_pair(field: str, value: object) -> tuple[float, float]:
 
 
 def _wrong(field: str, expected: str, value: object) -> ConfigError:
-    text = f"must be {expected}, got {value!r}"
-    return ConfigError(f"{field} {text}", violations=[(field, text)])
+    return ConfigError.of(field, f"must be {expected}, got {value!r}")

@@ -8,7 +8,7 @@ the server fills in its default, and what was given is refused if it has no effe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Self
 
 from tensafe.v1 import training_pb2 as pb
@@ -62,12 +62,13 @@ class _Given:
         """
         if not isinstance(values, Mapping):
             shown = path.rstrip(".") or cls.__name__
-            raise ConfigError(f"{shown} must be a dict or a {cls.__name__}, got {values!r}")
+            raise ConfigError.of(shown, f"must be a dict or a {cls.__name__}, got {values!r}")
         check_fields(cls.__name__, values, cls, path)
-        try:
-            return cls(**values)
-        except TypeError as error:  # a required field is missing
-            raise ConfigError(f"{cls.__name__}: {error}") from error
+        for field_ in fields(cls):  # type: ignore[arg-type]
+            required = field_.default is MISSING and field_.default_factory is MISSING
+            if required and field_.name not in values:
+                raise ConfigError.of(f"{path}{field_.name}", f"is required in a {cls.__name__}")
+        return cls(**values)
 
     def _check(self, name: str, check: Any, **options: Any) -> None:
         value = getattr(self, name)
@@ -79,7 +80,7 @@ class _Given:
         if isinstance(value, Mapping):
             object.__setattr__(self, name, config.from_dict(value, f"{name}."))
         elif value is not None and not isinstance(value, config):
-            raise ConfigError(f"{name} must be a dict or a {config.__name__}, got {value!r}")
+            raise ConfigError.of(name, f"must be a dict or a {config.__name__}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class LoRAConfig(_Given):
         self._check("target_modules", check_strings)
         self._check("bias", check_string)
         if not self.target_modules:
-            raise ConfigError("LoRAConfig.target_modules must name at least one module")
+            raise ConfigError.of("LoRAConfig.target_modules", "must name at least one module")
 
     def to_proto(self) -> pb.LoraConfig:
         """Packs the given fields."""
@@ -266,7 +267,9 @@ class TrainingConfig(_Given):
         self._check("name", check_string)
         self._check("deterministic", check_bool)
         if self.optimizer is None:
-            raise ConfigError("TrainingConfig.optimizer must not be None; leave it out for AdamW")
+            raise ConfigError.of(
+                "TrainingConfig.optimizer", "must not be None; leave it out for AdamW"
+            )
 
     @classmethod
     def of(cls, config: TrainingConfig | Mapping[str, Any]) -> TrainingConfig:
@@ -275,7 +278,7 @@ class TrainingConfig(_Given):
             return config
         if isinstance(config, Mapping):
             return cls.from_dict(config)
-        raise ConfigError(f"config must be a dict or a TrainingConfig, got {config!r}")
+        raise ConfigError.of("config", f"must be a dict or a TrainingConfig, got {config!r}")
 
     def to_proto(self) -> pb.RunConfig:
         """Packs the given fields."""

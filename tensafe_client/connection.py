@@ -50,7 +50,7 @@ class ClientConfig:
             object.__setattr__(self, "ca", check_path("ca", self.ca))
         object.__setattr__(self, "timeout_s", check_number("timeout_s", self.timeout_s))
         if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s must be above 0, got {self.timeout_s}")
+            raise ConfigError.of("timeout_s", f"must be above 0, got {self.timeout_s}")
 
     @classmethod
     def of(cls, config: ClientConfig | Mapping[str, Any] | str | None) -> ClientConfig:
@@ -68,8 +68,9 @@ class ClientConfig:
         if isinstance(config, Mapping):
             check_fields("the client's config", config, cls)
             return cls(**config)
-        raise ConfigError(
-            f"config must be a target string, a dict or a ClientConfig, got {type(config).__name__}"
+        raise ConfigError.of(
+            "config",
+            f"must be a target string, a dict or a ClientConfig, got {type(config).__name__}",
         )
 
 
@@ -104,7 +105,7 @@ def resolve(config: ClientConfig) -> Connection:
     named = config.profile or os.environ.get("TENSAFE_PROFILE")
     if named and named not in file.profiles:
         known = ", ".join(sorted(file.profiles)) or "none"
-        raise ConfigError(f"no profile {named!r} (profiles: {known})")
+        raise ConfigError.of("profile", f"must be one of yours ({known}), got {named!r}")
     profile = file.profiles.get(named or file.default_profile)
     # A profile that the caller names stands above the environment's target.
     target = config.target or (
@@ -113,9 +114,10 @@ def resolve(config: ClientConfig) -> Connection:
         else os.environ.get("TENSAFE_TARGET") or (profile.target if profile else None)
     )
     if not target:
-        raise ConfigError(
-            "no target: pass one (ServiceClient('HOST:PORT')), set TENSAFE_TARGET, or start a "
-            "service here with `tensafe up`, which saves a profile"
+        raise ConfigError.of(
+            "target",
+            "is not known: pass one (ServiceClient('HOST:PORT')), set TENSAFE_TARGET, or start a "
+            "service here with `tensafe up`, which saves a profile",
         )
     address = parse_target(target)
     saved = _same_address(file, named or file.default_profile, address)
@@ -137,14 +139,15 @@ def parse_target(target: str) -> Address:
     try:
         return parse_address(target)
     except ValueError as error:
-        raise ConfigError(f"target {error}") from None
+        raise ConfigError.of("target", str(error)) from None
 
 
 def _authority_file(config: ClientConfig, saved: list[Profile], address: Address) -> Path | None:
     if not address.secure:
         if config.ca is not None:
-            raise ConfigError(
-                f"ca has no effect on {address}, which is plain text",
+            raise ConfigError.of(
+                "ca",
+                f"has no effect on {address}, which is plain text",
                 remedy=f"use TLS by the target grpcs://{address.host_port}, or leave ca out",
             )
         return None
@@ -157,8 +160,11 @@ def _authorities(ca: Path) -> bytes:
     try:
         return read_authorities(ca)
     except ValueError as error:
-        raise ConfigError(
-            str(error), remedy="name the authority's PEM file in ca=, --ca or TENSAFE_CA"
+        raise ConfigError.of(
+            "ca",
+            "must be an authority's PEM file",
+            message=str(error),
+            remedy="name the authority's PEM file in ca=, --ca or TENSAFE_CA",
         ) from error
 
 
@@ -166,8 +172,9 @@ def _checked_key(api_key: str | None) -> str | None:
     """Strips what copying or a file's last line adds; gRPC takes printable ASCII only."""
     key = (api_key or "").strip()
     if key and not _KEY.fullmatch(key):
-        raise ConfigError(
-            "the API key has characters outside printable ASCII (0x21 to 0x7e)",
+        raise ConfigError.of(
+            "api_key",
+            "has characters outside printable ASCII (0x21 to 0x7e)",
             remedy="pass the secret as it was shown, `ts_…`, without quotes or line breaks in it",
         )
     return key or None

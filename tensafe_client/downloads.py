@@ -50,8 +50,9 @@ class Downloads:
                 if await asyncio.to_thread(_digest_of, target) != file.sha256:
                     await self._file(info.id, file, target)
         except OSError as error:
-            raise ConfigError(
-                f"directory {str(place)!r} cannot be written: {error.strerror or error}",
+            raise ConfigError.of(
+                "directory",
+                f"cannot be written: {error.strerror or error} ({place})",
                 remedy="choose a directory that you may write, with room for the artifact; what "
                 "has arrived is kept there, and the same call goes on with it",
             ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import grpc
 from google.rpc import status_pb2
@@ -124,6 +125,11 @@ class ModelNotFoundError(NotFoundError):
 class InvalidArgumentError(TenSafeError, ValueError):
     """An argument breaks a rule; `violations` names the fields."""
 
+    @classmethod
+    def of(cls, field: str, rule: str, *, message: str = "", remedy: str | None = None) -> Self:
+        """Names the argument or field, and the rule that it breaks."""
+        return cls(message or f"{field} {rule}", violations=[(field, rule)], remedy=remedy)
+
 
 class ConfigError(InvalidArgumentError):
     """A configuration has an unknown field, or a value of the wrong type."""
@@ -203,8 +209,6 @@ class ArtifactMismatchError(PreconditionError):
 
 class ArtifactInUseError(PreconditionError):
     """A run's recovery or an unfinished operation still needs the artifact."""
-
-    remedy = "save the run again or delete it; wait for the operation"
 
 
 class NoChatTemplateError(PreconditionError):

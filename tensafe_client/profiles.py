@@ -105,7 +105,7 @@ def save_profile(
     check_bool("make_default", make_default)
     authority = None if ca is None else str(check_path("ca", ca).expanduser().resolve())
     if not _NAME.fullmatch(check_string("name", name)):
-        raise ConfigError(f"profile name {name!r} may only have letters, digits, '-' and '_'")
+        raise ConfigError.of("name", f"may only have letters, digits, '-' and '_', got {name!r}")
     path = config_path()
     old = read_profiles(path)
     profiles = {**old.profiles, name: Profile(target, api_key, authority)}

@@ -44,13 +44,15 @@ class Schedule:
         if self.total_steps is not None:
             check_count("total_steps", self.total_steps)
         if check_string("kind", self.kind) not in ("constant", "linear", "cosine"):
-            raise ConfigError(f"no kind of schedule {self.kind!r}; use constant, linear or cosine")
+            raise ConfigError.of("kind", f"must be constant, linear or cosine, got {self.kind!r}")
         if self.kind == "constant":
-            if self.total_steps is not None or self.final_learning_rate:
-                raise ConfigError("a constant schedule has no total_steps and final_learning_rate")
+            for name in ("total_steps", "final_learning_rate"):
+                if getattr(self, name):
+                    raise ConfigError.of(name, "has no meaning in a constant schedule")
         elif self.total_steps is None or self.total_steps <= self.warmup_steps:
-            raise ConfigError(
-                f"total_steps ({self.total_steps}) must be above warmup_steps ({self.warmup_steps})"
+            raise ConfigError.of(
+                "total_steps",
+                f"must be above warmup_steps ({self.warmup_steps}), got {self.total_steps}",
             )
 
     def __call__(self, step: int) -> float:
@@ -60,7 +62,7 @@ class Schedule:
             ConfigError: if it is no integer, or below 1.
         """
         if check_count("step", step, bits=64) < 1:
-            raise ConfigError(f"step must be 1 or more (updates are counted from 1), got {step}")
+            raise ConfigError.of("step", f"must be 1 or more (updates count from 1), got {step}")
         if step <= self.warmup_steps:
             return self.learning_rate * step / self.warmup_steps
         if self.total_steps is None:

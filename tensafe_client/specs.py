@@ -28,8 +28,8 @@ _REDUCTIONS = {
 def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
     """Packs the loss; a reduction that is None stays unset."""
     if reduction is not None and check_string("reduction", reduction) not in _REDUCTIONS:
-        raise InvalidArgumentError(
-            f"no reduction {reduction!r}; use {' or '.join(map(repr, _REDUCTIONS))}"
+        raise InvalidArgumentError.of(
+            "reduction", f"must be {' or '.join(map(repr, _REDUCTIONS))}, got {reduction!r}"
         )
     return pb.LossConfig(
         name=check_string("loss_fn", loss_fn),
@@ -47,9 +47,9 @@ def set_deadline(spec: pb.OperationSpec, deadline_s: float | None) -> None:
         return
     seconds = check_number("deadline_s", deadline_s)
     if not 0 < seconds <= _LONGEST_DEADLINE_S:
-        raise InvalidArgumentError(
-            f"deadline_s must be above 0 and at most {_LONGEST_DEADLINE_S:,} (30 days), "
-            f"got {deadline_s}"
+        raise InvalidArgumentError.of(
+            "deadline_s",
+            f"must be above 0 and at most {_LONGEST_DEADLINE_S:,} (30 days), got {deadline_s}",
         )
     spec.time_to_live.FromNanoseconds(max(1, round(seconds * 1e9)))
 
@@ -146,7 +146,7 @@ def sample(
 def run_weights(step: int | None, artifact: str | None) -> pb.SampleWeights:
     """Names the weights to sample a run from: current, as saved after a step, or an artifact's."""
     if step is not None and artifact is not None:
-        raise InvalidArgumentError("pass step= or artifact=, not both")
+        raise InvalidArgumentError.of("artifact", "and step name the weights: pass one, not both")
     if step is not None:
         version = pb.PinnedVersion(step=check_count("step", step, bits=53))
         return pb.SampleWeights(version=version)
@@ -158,7 +158,9 @@ def run_weights(step: int | None, artifact: str | None) -> pb.SampleWeights:
 def other_weights(base_model: str | None, artifact: str | None) -> pb.SampleWeights:
     """Names weights that belong to no run: a registered model's or an artifact's."""
     if (base_model is None) == (artifact is None):
-        raise InvalidArgumentError("pass either base_model= or artifact=")
+        raise InvalidArgumentError.of(
+            "base_model", "and artifact name the weights: pass one of them, and not both"
+        )
     if base_model is not None:
         return pb.SampleWeights(base_model=check_string("base_model", base_model))
     return pb.SampleWeights(artifact_id=check_string("artifact", cast(str, artifact)))
@@ -169,7 +171,7 @@ def _prompts(prompts: Any) -> list[pb.Prompt]:
     if isinstance(prompts, str) or not _is_list(prompts):
         return [_prompt(0, prompts)]
     if len(prompts) == 0:
-        raise InvalidArgumentError("prompts is empty: pass at least one prompt")
+        raise InvalidArgumentError.of("prompts", "is empty: pass at least one prompt")
     first = prompts[0]
     if isinstance(first, Mapping) or not (isinstance(first, str) or _is_list(first)):
         return [_prompt(0, prompts)]  # one conversation, or one list of token ids
@@ -186,16 +188,17 @@ def _prompt(index: int, prompt: Any) -> pb.Prompt:
             return pb.Prompt(tokens=encode(token_array(f"prompts[{index}]", prompt)))
         except BatchError as error:
             raise InvalidArgumentError(error.message, violations=error.violations) from None
-    raise InvalidArgumentError(
-        f"prompts[{index}] must be text, a list of token ids or a list of chat messages, got "
-        f"{type(prompt).__name__}"
+    raise InvalidArgumentError.of(
+        f"prompts[{index}]",
+        "must be text, a list of token ids or a list of chat messages, got "
+        f"{type(prompt).__name__}",
     )
 
 
 def _message(index: int, item: Any) -> pb.ChatMessage:
     if not isinstance(item, Mapping) or set(item) != {"role", "content"}:
-        raise InvalidArgumentError(
-            f"every message of prompts[{index}] must be a dict of role and content, got {item!r}"
+        raise InvalidArgumentError.of(
+            f"prompts[{index}]", f"must have messages with role and content only, got {item!r}"
         )
     return pb.ChatMessage(
         role=check_string("role", item["role"]), content=check_string("content", item["content"])
@@ -206,7 +209,7 @@ def _stop(stop: Any) -> pb.Stop:
     items = [stop] if isinstance(stop, str | int) else stop
     message = pb.Stop()
     if not isinstance(items, Sequence):
-        raise InvalidArgumentError(f"stop must be texts or token ids, got {stop!r}")
+        raise InvalidArgumentError.of("stop", f"must be texts or token ids, got {stop!r}")
     for item in items:
         if isinstance(item, str):
             message.strings.append(check_string("stop", item))
@@ -232,9 +235,10 @@ def time_to_live(ttl_s: float) -> Duration:
     """
     seconds = check_number("ttl_s", ttl_s)
     if not 1 <= seconds <= _LONGEST_TTL_S:
-        raise InvalidArgumentError(
-            f"ttl_s must be from 1 to {_LONGEST_TTL_S:.0f} seconds, got {ttl_s!r}; None keeps the "
-            "artifact until it is deleted"
+        raise InvalidArgumentError.of(
+            "ttl_s",
+            f"must be from 1 to {_LONGEST_TTL_S:.0f} seconds, got {ttl_s!r}",
+            remedy="None keeps the artifact until it is deleted",
         )
     duration = Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
@@ -243,7 +247,7 @@ def time_to_live(ttl_s: float) -> Duration:
 
 def json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
     if not isinstance(metadata, Mapping):
-        raise InvalidArgumentError(f"metadata must be a dict, got {type(metadata).__name__}")
+        raise InvalidArgumentError.of("metadata", f"must be a dict, got {type(metadata).__name__}")
     struct = struct_pb2.Struct()
     struct.update(_plain_json("metadata", metadata, 0))
     return struct
@@ -252,9 +256,9 @@ def json_object(metadata: Mapping[str, Any]) -> struct_pb2.Struct:
 def _plain_json(path: str, value: Any, depth: int) -> Any:
     """Copies a JSON value into dicts and lists; `depth` counts the values around it."""
     if depth > _MAX_METADATA_DEPTH:
-        raise InvalidArgumentError(
-            f"metadata is nested more than {_MAX_METADATA_DEPTH} levels deep",
-            violations=[("metadata", f"must be nested at most {_MAX_METADATA_DEPTH} levels deep")],
+        raise InvalidArgumentError.of(
+            "metadata",
+            f"must be nested at most {_MAX_METADATA_DEPTH} levels deep",
             remedy="flatten it, or keep the deep part as a string: json.dumps(part)",
         )
     if value is None or isinstance(value, bool):
@@ -270,15 +274,16 @@ def _plain_json(path: str, value: Any, depth: int) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_plain_json(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
-    raise ConfigError(f"{path} is a {type(value).__name__}, which is no JSON value")
+    raise ConfigError.of(path, f"is a {type(value).__name__}, which is no JSON value")
 
 
 def _json_number(path: str, value: float) -> float:
     # A Struct holds binary64 numbers: no NaN, and no integer that would be rounded.
     exact = abs(value) <= 2**53 if isinstance(value, int) else math.isfinite(value)
     if not exact:
-        raise ConfigError(
-            f"{path} is {value!r}, which JSON numbers cannot hold exactly",
+        raise ConfigError.of(
+            path,
+            f"is {value!r}, which JSON numbers cannot hold exactly",
             remedy="store it as a string",
         )
     return value

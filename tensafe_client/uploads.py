@@ -151,7 +151,8 @@ def _described(path: Path) -> artifacts_pb2.ArtifactFile:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return artifacts_pb2.ArtifactFile(name=path.name, size_bytes=file.tell(), sha256=digest)
     except OSError as error:
-        raise InvalidArgumentError(
-            f"cannot read {path}: {error.strerror}; an adapter is a folder with "
-            f"{' and '.join(FILES)}, as `peft`'s save_pretrained writes it"
+        raise InvalidArgumentError.of(
+            "directory",
+            f"has no {path.name} that can be read ({error.strerror}: {path})",
+            remedy=f"name a folder with {' and '.join(FILES)}, as `peft`'s save_pretrained writes",
         ) from error

@@ -50,10 +50,11 @@ def list_(as_json: bool) -> None:
     )
 
 
-@examples("tensafe profiles use staging")
+@examples("tensafe profiles use staging", "tensafe profiles use staging --json")
 @profiles.command()
 @click.argument("name")
-def use(name: str) -> None:
+@json_option
+def use(name: str, as_json: bool) -> None:
     """Make NAME the profile that commands take when none is named."""
     file = read_profiles()
     profile = file.profiles.get(name)
@@ -61,4 +62,7 @@ def use(name: str) -> None:
         known = ", ".join(sorted(file.profiles)) or "none"
         raise click.BadParameter(f"no profile {name!r} (profiles: {known})", param_hint="NAME")
     save_profile(name, profile.target, profile.api_key, make_default=True)
+    if as_json:
+        print_json({"name": name, "target": profile.target, "default": True})
+        return
     click.echo(f"Commands now use {name} ({profile.target}).")

@@ -54,20 +54,22 @@ def encode_batch(batch: Any) -> EncodedBatch:
         return _encode_mapping(batch)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return _encode_datums(batch)
-    raise BatchError(
-        "a batch is a mapping with input_ids and labels, as a Hugging Face data loader yields, or "
-        f"a list of Datum; got {type(batch).__name__}"
+    raise BatchError.of(
+        "batch",
+        "must be a mapping with input_ids and labels, as a Hugging Face data loader yields, or "
+        f"a list of Datum; got {type(batch).__name__}",
     )
 
 
 def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
     if not datums:
-        raise BatchError("the batch is empty: it needs at least one Datum")
+        raise BatchError.of("batch", "is empty: it needs at least one Datum")
     for row, datum in enumerate(datums):
         if not isinstance(datum, Datum):
-            raise BatchError(
-                f"item {row} of the batch is a {type(datum).__name__}, not a Datum; collate dicts "
-                "into one mapping of padded arrays, or make a Datum of each"
+            raise BatchError.of(
+                f"batch[{row}]",
+                f"is a {type(datum).__name__}, not a Datum",
+                remedy="collate dicts into one mapping of padded arrays, or make a Datum of each",
             )
     offsets = np.zeros(len(datums) + 1, np.int64)
     np.cumsum([len(datum) for datum in datums], out=offsets[1:])
@@ -92,7 +94,9 @@ def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
     rows, width = ids.shape
     mask = batch.get("attention_mask")
     if width < 2:
-        raise BatchError("input_ids needs two tokens in each row: one to read, one to predict")
+        raise BatchError.of(
+            "input_ids", "needs two tokens in each row: one to read, one to predict"
+        )
     if mask is None:
         keep = None
     else:
@@ -134,7 +138,7 @@ def _matrix(field: str, values: Any) -> Array:
     """Converts to int64 [B, T], naming the row that does not fit."""
     if not hasattr(values, "shape"):
         values = _stack_rows(field, values)
-    array = to_numpy(values)
+    array = to_numpy(field, values)
     if array.ndim != 2:
         raise BatchError(
             f"{field} must have two dimensions, rows and tokens, got shape {list(array.shape)}",
@@ -166,7 +170,7 @@ def _stack_rows(field: str, values: Any) -> Any:
                 "and mark the padding in attention_mask, or pass a list of Datum",
                 violations=[(f"{field}[{row}]", "ragged")],
             )
-    return [to_numpy(row) if hasattr(row, "detach") else row for row in values]
+    return [to_numpy(field, row) if hasattr(row, "detach") else row for row in values]
 
 
 def _same_shape(field: str, array: Array, ids: Array) -> None:

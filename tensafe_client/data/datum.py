@@ -35,7 +35,7 @@ class Datum:
         self.target_tokens = token_array("target_tokens", target_tokens)
         size = len(self.tokens)
         if size == 0:
-            raise BatchError("a Datum needs at least one token")
+            raise BatchError.of("tokens", "is empty: a Datum needs at least one token")
         if len(self.target_tokens) != size:
             raise BatchError(
                 f"target_tokens has {len(self.target_tokens)} entries for {size} tokens",
@@ -53,9 +53,9 @@ class Datum:
         """
         ids, marks = number_array("input_ids", input_ids), number_array("labels", labels)
         if len(ids) != len(marks):
-            raise BatchError(f"labels has {len(marks)} entries for {len(ids)} input_ids")
+            raise BatchError.of("labels", f"has {len(marks)} entries for {len(ids)} input_ids")
         if len(ids) < 2:
-            raise BatchError("input_ids needs two tokens: one to read, one to predict")
+            raise BatchError.of("input_ids", "needs two tokens: one to read, one to predict")
         scored = marks[1:] != IGNORE_INDEX
         return cls(ids[:-1], np.where(scored, marks[1:], ids[1:]), scored.astype(np.float32))
 
@@ -72,7 +72,7 @@ def number_array(field: str, values: Any) -> Array:
     Raises:
         BatchError: if it is not one-dimensional, or not of integers.
     """
-    array = to_numpy(values)
+    array = to_numpy(field, values)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -104,7 +104,7 @@ def check_tokens(field: str, ids: Array) -> None:
         )
 
 
-def to_numpy(values: Any) -> Array:
+def to_numpy(field: str, values: Any) -> Array:
     """Converts a list, NumPy array or torch tensor (without importing torch)."""
     if isinstance(values, np.ndarray):
         return values
@@ -113,11 +113,11 @@ def to_numpy(values: Any) -> Array:
     try:
         return np.asarray(values)
     except (ValueError, OverflowError) as error:  # ragged, or beyond int64
-        raise BatchError(f"not an array of integers: {error}") from error
+        raise BatchError.of(field, f"is not an array of numbers: {error}") from error
 
 
 def _weights(values: Any, size: int) -> Array:
-    array = to_numpy(values)
+    array = to_numpy("weights", values)
     if array.shape != (size,) or array.dtype.kind not in "iuf":
         raise BatchError(
             f"weights must be {size} numbers, one for each token, got shape {list(array.shape)}",

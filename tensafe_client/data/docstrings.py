@@ -103,7 +103,9 @@ def split_by_module(
     """
     share_held_out = check_number("held_out", held_out)
     if not isinstance(pairs, Sequence) or not all(isinstance(one, DocstringPair) for one in pairs):
-        raise ConfigError("pairs must be a list of DocstringPair, as docstring_pairs gives it")
+        raise ConfigError.of(
+            "pairs", "must be a list of DocstringPair, as docstring_pairs gives it"
+        )
     train: list[DocstringPair] = []
     test: list[DocstringPair] = []
     for pair in pairs:

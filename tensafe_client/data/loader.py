@@ -42,16 +42,17 @@ class DataLoader(Generic[T]):
         start: int = 0,
     ) -> None:
         if not isinstance(items, Sequence):
-            raise ConfigError(
-                f"items must be a list or another sequence, got {type(items).__name__}"
+            raise ConfigError.of(
+                "items", f"must be a list or another sequence, got {type(items).__name__}"
             )
         batch_size = check_count("batch_size", batch_size)
         epochs = None if epochs is None else check_count("epochs", epochs)
         start = check_count("start", start, bits=63)
         seed = None if seed is None else check_count("seed", seed, bits=64)
         check_bool("drop_last", drop_last)
-        if batch_size == 0 or epochs == 0:
-            raise ConfigError("batch_size and epochs must be 1 or more")
+        for name, count in (("batch_size", batch_size), ("epochs", epochs)):
+            if count == 0:
+                raise ConfigError.of(name, "must be 1 or more")
         self._items = items
         self._batch_size = batch_size
         self._epochs = epochs
@@ -60,7 +61,7 @@ class DataLoader(Generic[T]):
         whole, rest = divmod(len(items), batch_size)
         self.batches_per_epoch = whole + (1 if rest and not drop_last else 0)
         if self.batches_per_epoch == 0:
-            raise ConfigError(f"{len(items)} items make no batch of {batch_size}")
+            raise ConfigError.of("items", f"make no batch of {batch_size}: there are {len(items)}")
 
     def __len__(self) -> int:
         """Batches in all; raises TypeError for an endless loader."""

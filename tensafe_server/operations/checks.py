@@ -17,7 +17,7 @@ from tensafe.v1 import training_pb2 as training
 from tensafe.v1.models_pb2 import Model
 from tensafe.v1.types_pb2 import NamedTensor, Tensor
 from tensafe.wire.status import TenSafeFault
-from tensafe.wire.tensors import Array, TensorError, decode
+from tensafe.wire.tensors import Array, TensorError, decode, place_in_batch
 from tensafe_server.operations.validation import refused
 
 KINDS = {
@@ -143,8 +143,8 @@ def _check_batch(
         tokens = _tokens(batch.input_tokens, total)
     except TensorError as error:
         raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
-    _check_vocabulary(tokens, field, model)
-    _check_loss(operation, batch, path, total, model)
+    _check_vocabulary(tokens, field, model, offsets)
+    _check_loss(operation, batch, path, offsets, model)
     return float(total)
 
 
@@ -152,9 +152,10 @@ def _check_loss(
     operation: training.Forward | training.ForwardBackward,
     batch: training.Batch,
     path: _Paths,
-    total: int,
+    offsets: Array,
     model: Model,
 ) -> None:
+    total: int = offsets.item(-1)
     name = operation.loss.name or "cross_entropy"
     known = _LOSS_INPUTS.get(name)
     if known is None:
@@ -181,7 +182,7 @@ def _check_loss(
             f"{name} needs the loss input 'target_tokens'",
             field=path.inputs,
         )
-    _check_vocabulary(targets, path.targets, model)
+    _check_vocabulary(targets, path.targets, model, offsets)
     weights = given.get("weights")
     if weights is not None:
         _check_weights(weights, operation.loss.reduction, path.weights)
@@ -289,16 +290,26 @@ def _per_token(item: NamedTensor, dtype: np.dtype[Any], field: str, total: int) 
     return values
 
 
-def _check_vocabulary(tokens: Array, field: str, model: Model) -> None:
+def _check_vocabulary(
+    tokens: Array, field: str, model: Model, offsets: Array | None = None
+) -> None:
+    """Names the first bad token by its place, in its datum where `offsets` tell the datums."""
     if not model.vocabulary_size:
         return
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary_size:
         bad = int(np.flatnonzero((tokens < 0) | (tokens >= model.vocabulary_size))[0])
+        where = f"position {bad}"
+        facts: dict[str, Any] = {"position": bad}
+        if offsets is not None:
+            datum, position = place_in_batch(offsets, bad)
+            where = f"position {position} of datum {datum}"
+            facts = {"datum": datum, "position": position}
         raise TenSafeFault(
             "TOKEN_OUT_OF_RANGE",
-            f"token {int(tokens[bad])} at position {bad} is outside the vocabulary of "
-            f"{model.name}, 0 to {model.vocabulary_size - 1}; was another tokenizer used?",
+            f"token {int(tokens[bad])} at {where} is outside the vocabulary of {model.name}, 0 to "
+            f"{model.vocabulary_size - 1}; was another tokenizer used?",
             field=field,
-            position=bad,
+            token_id=int(tokens[bad]),
             vocabulary_size=model.vocabulary_size,
+            **facts,
         )

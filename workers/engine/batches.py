@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tensafe.wire.status import TenSafeFault
+from tensafe.wire.tensors import place_in_batch
 from workers.operations import Float32, Int32, Int64, LossRequest, Reduction
 
 
@@ -51,12 +53,13 @@ def check_batch(request: LossRequest, vocabulary_size: int, context_length: int)
                 f"batch.{name}",
                 f"it has {len(array)} elements and input_tokens has {count}; give one per token",
             )
-    check_tokens(batch.input_tokens, vocabulary_size, "batch.input_tokens")
+    check_tokens(batch.input_tokens, vocabulary_size, "batch.input_tokens", batch.offsets)
     if not np.isfinite(weights).all():
         raise _invalid("batch.weights", "a weight is NaN or infinite; use finite weights")
     scored = weights != 0
     # What is not scored may hold any filler, such as −100.
-    check_tokens(batch.target_tokens[scored], vocabulary_size, "batch.target_tokens")
+    targets = np.where(scored, batch.target_tokens, 0)
+    check_tokens(targets, vocabulary_size, "batch.target_tokens", batch.offsets)
     lengths = np.diff(batch.offsets)
     longest = int(lengths.max())
     if longest > context_length:
@@ -81,22 +84,34 @@ def check_batch(request: LossRequest, vocabulary_size: int, context_length: int)
     )
 
 
-def check_tokens(tokens: Int32, vocabulary_size: int, field: str) -> None:
+def check_tokens(
+    tokens: Int32, vocabulary_size: int, field: str, offsets: Int64 | None = None
+) -> None:
     """Refuses ids that the embedding has no row for.
 
+    Args:
+        offsets: int64 [B + 1] if the tokens are those of B datums.
+
     Raises:
-        TenSafeFault: TOKEN_OUT_OF_RANGE, naming the first such id and its place.
+        TenSafeFault: TOKEN_OUT_OF_RANGE, naming the first such id, its datum and its place there.
     """
     outside = (tokens < 0) | (tokens >= vocabulary_size)
     if outside.any():
         place = int(outside.argmax())
+        where = f"position {place}"
+        facts: dict[str, Any] = {"position": place}
+        if offsets is not None:
+            datum, position = place_in_batch(offsets, place)
+            where = f"position {position} of datum {datum}"
+            facts = {"datum": datum, "position": position}
         raise TenSafeFault(
             "TOKEN_OUT_OF_RANGE",
-            f"{field} has token id {tokens[place]} at {place}; the model's ids are 0 to "
+            f"{field} has token id {tokens[place]} at {where}; the model's ids are 0 to "
             f"{vocabulary_size - 1}; use this model's tokenizer",
             field=field,
             token_id=int(tokens[place]),
             vocabulary_size=vocabulary_size,
+            **facts,
         )
 
 

@@ -247,8 +247,9 @@ def refuses(clients: Clients, target: Target, parameter: inspect.Parameter, valu
     }
     if target.name in OF_OTHER_WEIGHTS and parameter.name != "artifact":
         given = {"base_model": "m", **given}
-    with pytest.raises(InvalidArgumentError, match=parameter.name):
+    with pytest.raises(InvalidArgumentError, match=parameter.name) as caught:
         _finish(target.find(clients)(**given))
+    assert caught.value.violations, f"no field is named beside the text: {caught.value}"
 
 
 def _finish(result: Any) -> None:

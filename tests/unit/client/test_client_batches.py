@@ -145,7 +145,7 @@ OK = [[1, 2, 3], [4, 5, 6]]
         ({"input_ids": OK, "labels": OK, "attention_mask": [[1, 1, 1]]}, ["attention_mask"]),
         ({"input_ids": OK, "labels": OK, "position_ids": OK}, ["position_ids"]),
         ([], ["empty"]),
-        ([{"input_ids": [1, 2]}], ["item 0"]),
+        ([{"input_ids": [1, 2]}], ["batch[0]"]),
         ("text", ["str"]),
         (3, ["int"]),
     ],

@@ -74,6 +74,13 @@ def test_a_bad_batch_is_refused_by_field(spec: pb.OperationSpec, reason: str, fi
     assert raised.value.detail.metadata["field"].endswith(field)
 
 
+def test_a_token_out_of_range_is_named_by_its_datum():
+    with pytest.raises(TenSafeFault, match="position 1 of datum 2") as raised:
+        check_content(forward_backward([1, 2, 3, 4, 100, 6], [0, 1, 3, 6]), MODEL)
+    facts = raised.value.detail.metadata
+    assert (facts["datum"], facts["position"], facts["token_id"]) == ("2", "1", "100")
+
+
 def test_the_sum_reduction_takes_negative_weights():
     spec = forward_backward([1, 2], [0, 2], weights=[1, -1], reduction=pb.LOSS_REDUCTION_SUM)
     assert check_content(spec, MODEL) == 6.0

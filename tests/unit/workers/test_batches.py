@@ -71,6 +71,17 @@ def test_a_row_beyond_the_context():
     assert "datum 1" in str(caught.value)
 
 
+@pytest.mark.parametrize("field", ["input_tokens", "target_tokens"])
+def test_a_token_out_of_range_is_named_by_its_datum(field):
+    batch = request([2, 4, 3], [1, 0, 1, 1, 0, 1, 1, 1, 1])
+    tokens = np.asarray([0, 1, 2, 3, 4, 50, 6, 7, 8], np.int32)
+    setattr(batch.batch, field, tokens)
+    with pytest.raises(TenSafeFault) as caught:
+        check_batch(batch, VOCABULARY, CONTEXT)
+    facts = caught.value.detail.metadata
+    assert (facts["datum"], facts["position"], facts["token_id"]) == ("1", "3", "50")
+
+
 def test_unscored_targets_may_hold_filler_and_no_weights_score_all():
     batch = request([3], [0, 1, 1])
     batch.batch.target_tokens = np.asarray([-100, 1, 2], np.int32)

@@ -38,6 +38,12 @@ def encode(array: Array) -> types.Tensor:
     return types.Tensor(dtype=_NAMES[dtype], shape=array.shape, data=data)  # type: ignore[arg-type]
 
 
+def place_in_batch(offsets: Array, row: int) -> tuple[int, int]:
+    """The datum that a row of an offset-ragged tensor belongs to, and the row's place in it."""
+    datum = int(np.searchsorted(offsets, row, side="right")) - 1
+    return datum, row - int(offsets[datum])
+
+
 def decode(tensor: types.Tensor) -> Array:
     """Unpacks a tensor without copying; the array is read-only.
 
