@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness.command_line import run_json, run_tensafe, start_tensafe
-from local_service import LocalService, LocalServiceError, local_service
+from local_service import LocalService
 from plain_peft import PlainPeft
 
 from tensafe_client import Datum, ServiceClient
@@ -313,27 +313,6 @@ def test_an_operator_makes_a_tenant_whose_key_works_until_revoked(
     ]
     run_json(tiny_service, "admin", "keys", "revoke", key_id)
     run_tensafe(tiny_service, *with_key, "runs", "list", expect=4)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_up_ends_with_0_on_a_signal(tmp_path: Path, number: signal.Signals):
-    with local_service(directory=tmp_path) as service:
-        run_tensafe(service, "runs", "list")
-        service.process.send_signal(number)
-        assert service.process.wait(30) == 0
-        assert service.process.stdout is not None
-        assert service.process.stdout.read() == "", "it prints one line only"
-
-
-def test_up_says_that_the_port_is_taken(service: LocalService, tmp_path: Path):
-    taken = service.target.removeprefix("grpc://")
-    with pytest.raises(LocalServiceError, match=re.escape(f"cannot listen on {taken}")):
-        _start_on(taken, tmp_path)
-
-
-def _start_on(listen: str, directory: Path) -> None:
-    with local_service(directory=directory, options=["--listen", listen]):
-        pass
 
 
 def test_run_ids_and_artifact_ids_are_shown(tiny_service: LocalService, data: Path):
