@@ -23,8 +23,9 @@ class TenSafeError(Exception):
 
     Attributes:
         message: what happened and to what.
-        reason: name of an `ErrorReason` without prefix; empty if no server gave one.
-        code: gRPC code name (`NOT_FOUND`); empty for an error of this side.
+        reason: name of an `ErrorReason` without prefix. What this side refuses has the reason and
+            the code that the server would give; other errors of this side have none.
+        code: gRPC code name (`NOT_FOUND`).
         metadata: variables of the message by name (`run_id`, `field`, …).
         violations: (field, description) of each broken rule.
         remedy: what to do; empty where the message says it already.
@@ -32,6 +33,8 @@ class TenSafeError(Exception):
     """
 
     remedy: str = ""
+    _reason: str = ""
+    _code: str = ""
 
     def __init__(
         self,
@@ -46,8 +49,8 @@ class TenSafeError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.reason = reason
-        self.code = code
+        self.reason = reason or self._reason
+        self.code = code or self._code
         self.metadata: dict[str, str] = dict(metadata or {})
         self.violations: tuple[tuple[str, str], ...] = tuple(violations)
         self.retry_delay_s = retry_delay_s
@@ -125,6 +128,9 @@ class ModelNotFoundError(NotFoundError):
 class InvalidArgumentError(TenSafeError, ValueError):
     """An argument breaks a rule; `violations` names the fields."""
 
+    _reason = "INVALID_ARGUMENT"
+    _code = "INVALID_ARGUMENT"
+
     @classmethod
     def of(cls, field: str, rule: str, *, message: str = "", remedy: str | None = None) -> Self:
         """Names the argument or field, and the rule that it breaks."""
@@ -137,6 +143,8 @@ class ConfigError(InvalidArgumentError):
 
 class BatchError(InvalidArgumentError):
     """A batch is ragged, empty or malformed, or nothing in it is scored."""
+
+    _reason = "INVALID_BATCH"
 
 
 class UnsupportedOptionError(InvalidArgumentError):
@@ -261,6 +269,18 @@ class DeadlineExceededError(TenSafeError, TimeoutError):
 
 class OperationTimeoutError(TenSafeError, TimeoutError):
     """A wait ended before the operation did; the operation goes on."""
+
+
+class MissingExtraError(TenSafeError, ImportError):
+    """Something needs an extra of the distribution that is not installed."""
+
+    @classmethod
+    def of(cls, what: str, extra: str) -> Self:
+        """Names what needs it."""
+        return cls(
+            f"{what} needs the extra tensafe[{extra}], which is not installed",
+            remedy=f"pip install 'tensafe[{extra}]'",
+        )
 
 
 class RequestTimeoutError(TenSafeError, TimeoutError):

@@ -255,12 +255,14 @@ class Coordinator:
             store = await SqliteStore.open(path)
         except sqlite3.Error as error:
             raise DataDirectoryError(f"cannot open the store {path}: {_explain(error)}") from error
+        coordinator = cls(settings, store)
+        coordinator._lock = lock
         try:
-            coordinator = cls(settings, store)
-            coordinator._lock = lock
             await coordinator._load()
             await coordinator._listen()
         except BaseException:
+            coordinator._artifacts.stop()
+            coordinator._uploads.stop()
             await store.close()
             raise
         return coordinator
@@ -314,7 +316,7 @@ class Coordinator:
         """Ends, within `grace_s` seconds (unset: the settings'): watchers, waiters and workers are
         told to come back, and everything accepted is on disk."""
         await self.drain()
-        self._hub.close()
+        self._hub.close(draining())
         self._reader.drain()
         self._artifacts.stop()
         self._uploads.stop()

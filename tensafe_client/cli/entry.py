@@ -13,15 +13,19 @@ import sys
 from types import FrameType
 
 SERVING = frozenset({"up", "server", "worker"})
-_WITH_VALUE = frozenset({"--target", "--api-key", "--profile"})
+_WITH_VALUE = frozenset({"--target", "--api-key", "--profile", "--ca"})
+_INTERRUPTED = 130
 
 
 def main(prog_name: str | None = None) -> None:
     """Runs the command line."""
     if _command(sys.argv[1:]) in SERVING:
         signal.signal(signal.SIGTERM, _end)
-    from tensafe_client.cli.main import main as run
-
+    try:
+        from tensafe_client.cli.main import main as run
+    except KeyboardInterrupt:
+        # A traceback through the midst of an import would tell nobody anything.
+        os._exit(_INTERRUPTED)
     run(prog_name=prog_name)
 
 

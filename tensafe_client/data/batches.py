@@ -3,7 +3,8 @@
 A Hugging Face batch has labels aligned with its inputs. The service never shifts, so it is done
 here: row b of `input_ids` [T] becomes inputs `ids[:-1]`, targets `labels[1:]` and weights
 `labels[1:] != -100`, after the padding that `attention_mask` marks has been dropped. That is the
-loss of `transformers`, but for one thing: a token that follows padding on its left is not scored.
+loss of `transformers` where padding has the label −100, as its collators give it. Padding is never
+scored here, whatever its label, and neither is a token that follows padding on its left.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
     _same_shape("labels", labels, ids)
     check_tokens("input_ids", ids)
     scored = labels != IGNORE_INDEX
-    check_tokens("labels", labels[scored])
+    check_tokens("labels", np.where(scored, labels, 0))
     rows, width = ids.shape
     mask = batch.get("attention_mask")
     if width < 2:

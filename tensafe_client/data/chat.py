@@ -15,7 +15,12 @@ import numpy as np
 from tensafe.wire.tensors import Array
 from tensafe_client.data.datum import Datum
 from tensafe_client.data.jsonl import Example, check_characters
-from tensafe_client.errors import BatchError, ConfigError, NoChatTemplateError
+from tensafe_client.errors import (
+    BatchError,
+    ConfigError,
+    MissingExtraError,
+    NoChatTemplateError,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -30,7 +35,7 @@ class ChatTokenizer:
             `tokenizer.json`, `tokenizer_config.json` and maybe `chat_template.jinja`.
 
     Raises:
-        ImportError: if the extra `tensafe[data]` is not installed.
+        MissingExtraError: if the extra `tensafe[data]` is not installed.
         ConfigError: if a file is missing or broken.
     """
 
@@ -38,9 +43,7 @@ class ChatTokenizer:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ImportError(
-                "client-side tokenising needs the extra: pip install 'tensafe[data]'"
-            ) from error
+            raise MissingExtraError.of("tokenising on the client's side", "data") from error
         if "tokenizer.json" not in files:
             raise ConfigError("the model has no tokenizer.json: send token ids (Datum) instead")
         self._tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -205,7 +208,7 @@ def _compile(source: str) -> Template:
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise ImportError("chat templates need the extra: pip install 'tensafe[data]'") from error
+        raise MissingExtraError.of("applying a chat template", "data") from error
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

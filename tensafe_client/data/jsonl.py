@@ -21,6 +21,9 @@ from tensafe_client.errors import BatchError
 
 Message = dict[str, str]
 
+# Columns that chat templates render. Other ones, such as ids and sources, are passed over.
+_CHANGES_THE_PROMPT = frozenset({"tools", "functions", "documents", "chat_template_kwargs"})
+
 
 @dataclass(frozen=True)
 class Example:
@@ -65,6 +68,9 @@ def parse_example(record: Mapping[str, Any]) -> Example:
     Raises:
         BatchError: if it is none of the forms, or mixes them.
     """
+    for name in _CHANGES_THE_PROMPT & record.keys():
+        if record[name]:
+            raise BatchError(f"`{name}` is not supported; put it into the messages as text")
     keys = {"messages", "prompt", "completion", "text"} & record.keys()
     if keys == {"messages"}:
         return Example(messages=_messages("messages", record["messages"], learned=True))

@@ -54,6 +54,7 @@ class Subscription:
         self.size = 0
         self.behind = False
         self.closed = False
+        self.fault: TenSafeFault | None = None
         self.wake = asyncio.Event()
 
     def offer(self, event: Event, limit_bytes: int) -> None:
@@ -87,6 +88,7 @@ class EventHub:
         self._next = 1
         self._published = 0
         self._subscriptions: dict[str, set[Subscription]] = {}
+        self._closed: TenSafeFault | None = None
 
     async def load(self) -> None:
         self._published = await self._store.last_cursor()
@@ -111,10 +113,13 @@ class EventHub:
         count = sum(len(group) for group in self._subscriptions.values())
         return min(most_bytes, max(_LEAST_BYTES, _ALL_BYTES // max(1, count)))
 
-    def close(self) -> None:
-        """Ends all streams; watchers resume elsewhere or later from their cursors."""
+    def close(self, fault: TenSafeFault) -> None:
+        """Fails all streams, now and from now on, once they have told what happened: an end without
+        an error would say that nothing more will ever come."""
+        self._closed = fault
         for group in self._subscriptions.values():
             for subscription in group:
+                subscription.fault = fault
                 subscription.closed = True
                 subscription.wake.set()
 
@@ -135,8 +140,11 @@ class EventHub:
         that was newest when it began.
 
         Raises:
-            TenSafeFault: CURSOR_OUT_OF_RANGE for a cursor from the future.
+            TenSafeFault: CURSOR_OUT_OF_RANGE for a cursor from the future, or what the hub was
+                closed with.
         """
+        if self._closed is not None:
+            raise self._closed
         if cursor is not None and cursor > self._published:
             raise TenSafeFault(
                 "CURSOR_OUT_OF_RANGE",
@@ -182,6 +190,8 @@ class EventHub:
                     yield events, subscription.cursor
             if subscription.behind:
                 continue
+            if subscription.fault is not None:
+                raise subscription.fault
             if subscription.closed:
                 return
             subscription.wake.clear()

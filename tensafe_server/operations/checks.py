@@ -62,6 +62,11 @@ def is_numbered(spec: training.OperationSpec) -> bool:
     return spec.sample.weights.WhichOneof("source") in (None, "current")
 
 
+def has_place(spec: training.OperationSpec) -> bool:
+    """Whether it names a place in a run's order, be it otherwise right or wrong."""
+    return spec.HasField("run_id") and spec.HasField("seq") and 1 <= spec.seq <= _LARGEST_SEQ
+
+
 def check_identity(spec: training.OperationSpec) -> None:
     """Checks run_id, seq and request_id against the kind of operation.
 

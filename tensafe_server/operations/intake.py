@@ -15,6 +15,7 @@ from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.operations_pb2 import OPERATION_KIND_UNSPECIFIED as UNKNOWN_KIND
 from tensafe.wire.channel import MAX_MESSAGE_BYTES
 from tensafe.wire.status import TenSafeFault, to_status
 from tensafe_server.blobs.payloads import Payloads
@@ -47,6 +48,7 @@ class _Candidate:
     digest: bytes
     artifact: Artifact | None = None
     seen: bool = False
+    by_request: bool = False
     fault: TenSafeFault | None = None
     full: TenSafeFault | None = None
     payload: tuple[bytes | None, str | None] = (None, None)
@@ -118,7 +120,9 @@ class Intake:
     async def _prepare(self, tenant_id: str, spec: training.OperationSpec) -> _Candidate:
         data = spec.SerializeToString(deterministic=True)
         candidate = _Candidate(spec, data, hashlib.blake2b(data, digest_size=16).digest())
+        candidate.by_request = spec.HasField("request_id") and not checks.has_place(spec)
         try:
+            checks.check_identity(spec)
             _check_spec(spec, len(data))
         except TenSafeFault as fault:
             candidate.fault = fault
@@ -132,7 +136,7 @@ class Intake:
                 candidate.artifact = await self._store.artifact_at(
                     run.id, spec.sample.weights.version.step
                 )
-        if spec.HasField("request_id"):
+        if candidate.by_request:
             row = await self._store.operation_by_request(tenant_id, spec.request_id)
             candidate.seen = row is not None
         try:
@@ -153,9 +157,11 @@ class Intake:
             _SeenBeforeError: the store has to be asked.
         """
         spec = candidate.spec
-        if candidate.fault is not None and not spec.WhichOneof("operation"):
-            raise candidate.fault
-        checks.check_identity(spec)
+        if candidate.fault is not None and not checks.has_place(spec):
+            # Without a place in an order it is on record by its request id, if that is right.
+            checks.check_identity(spec)
+            if not spec.WhichOneof("operation"):
+                raise candidate.fault
         run = self._ledger.run(tenant_id, spec.run_id) if spec.HasField("run_id") else None
         if self._known(tenant_id, run, candidate, outcome):
             return None
@@ -179,9 +185,9 @@ class Intake:
             tenant_id=tenant_id,
             run_id=spec.run_id if run is not None else None,
             seq=spec.seq if spec.HasField("seq") else None,
-            request_id=spec.request_id if spec.HasField("request_id") else None,
+            request_id=spec.request_id if candidate.by_request else None,
             session_id=session_id,
-            kind=checks.KINDS[spec.WhichOneof("operation") or ""],
+            kind=checks.KINDS.get(spec.WhichOneof("operation") or "", UNKNOWN_KIND),
             state=QUEUED,
             executed=False,
             spec_hash=candidate.digest,
@@ -255,7 +261,7 @@ class Intake:
         self, tenant_id: str, run: RunState | None, candidate: _Candidate, outcome: Outcome
     ) -> bool:
         spec = candidate.spec
-        if spec.HasField("request_id"):
+        if candidate.by_request:
             pending = self._ledger.by_request(tenant_id, spec.request_id)
             if pending is None and candidate.seen:
                 raise _SeenBeforeError
@@ -267,7 +273,7 @@ class Intake:
         if pending is None:
             return False
         if pending.row.spec_hash != candidate.digest:
-            raise _conflict(spec)
+            raise _conflict(candidate)
         raise _SeenBeforeError
 
     async def _answer_repeated(
@@ -275,7 +281,7 @@ class Intake:
     ) -> None:
         await self._store.flushed()
         spec = candidate.spec
-        if spec.HasField("request_id"):
+        if candidate.by_request:
             row = await self._store.operation_by_request(tenant_id, spec.request_id)
         else:
             row = await self._store.operation_by_seq(spec.run_id, spec.seq)
@@ -288,7 +294,7 @@ class Intake:
             )
             outcome.error = to_status(fault.detail)
         elif row.spec_hash != candidate.digest:
-            outcome.error = to_status(_conflict(spec).detail)
+            outcome.error = to_status(_conflict(candidate).detail)
         else:
             outcome.operation_id = row.id
             outcome.repeated = True
@@ -331,8 +337,9 @@ def _artifact_read(spec: training.OperationSpec) -> str:
     return spec.sample.weights.artifact_id
 
 
-def _conflict(spec: training.OperationSpec) -> TenSafeFault:
-    if spec.HasField("request_id"):
+def _conflict(candidate: _Candidate) -> TenSafeFault:
+    spec = candidate.spec
+    if candidate.by_request:
         return TenSafeFault(
             "REQUEST_ID_CONFLICT",
             f"request id {spec.request_id!r} was used for another operation; draw a new one",

@@ -169,15 +169,15 @@ BAD_OPERATIONS = {
     far_target: Expected(
         "OUT_OF_RANGE", "TOKEN_OUT_OF_RANGE", r"target_tokens", r"tokenizer|below"
     ),
-    all_ignored: Expected("|INVALID_ARGUMENT", "|NOTHING_SCORED", r"labels|weights", r"."),
-    all_weights_zero: Expected("|INVALID_ARGUMENT", "|NOTHING_SCORED", r"weights", r"."),
-    ragged: Expected("|INVALID_ARGUMENT", "|INVALID_BATCH", r"input_ids|labels", r"."),
-    empty: Expected("|INVALID_ARGUMENT", "|INVALID_BATCH", r"batch", r"."),
+    all_ignored: Expected("INVALID_ARGUMENT", "NOTHING_SCORED", r"labels|weights", r"."),
+    all_weights_zero: Expected("INVALID_ARGUMENT", "NOTHING_SCORED", r"weights", r"."),
+    ragged: Expected("INVALID_ARGUMENT", "INVALID_BATCH", r"input_ids|labels", r"."),
+    empty: Expected("INVALID_ARGUMENT", "INVALID_BATCH", r"batch", r"."),
     beyond_context: Expected(
         "OUT_OF_RANGE", "CONTEXT_EXCEEDED", str(CONTEXT_LENGTH), r"truncate|shorten|split"
     ),
     beyond_message_limit: Expected(
-        "|INVALID_ARGUMENT", "|MESSAGE_TOO_LARGE", str(MAX_MESSAGE_BYTES), r"split|smaller"
+        "INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", str(MAX_MESSAGE_BYTES), r"split|smaller"
     ),
     nan_learning_rate: Expected(
         "INVALID_ARGUMENT", "INVALID_ARGUMENT", r"learning_rate", r"finite"
@@ -389,10 +389,7 @@ def test_another_tenants_run_does_not_change_by_a_bit(new_tenant: NewTenant):
 
 
 def check(error: TenSafeError, expected: Expected) -> None:
-    """Checks code, reason, and that the text names the field and a remedy.
-
-    A `|` before code and reason means that the SDK may refuse it itself, and then gives neither.
-    """
+    """Checks code, reason, and that the text names the field and a remedy."""
     assert re.fullmatch(expected.code, error.code), repr(error)
     assert re.fullmatch(expected.reason, error.reason), repr(error)
     text = f"{error} {dict(error.metadata)} {error.violations}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import threading
 import time
@@ -112,6 +113,33 @@ def test_a_coordinator_under_load_loses_nothing_and_repeats_nothing(tmp_path: Pa
             assert [(f.result(60).loss, s.result(60).step) for f, s in pairs] == expected
             assert sorted(resolved) == list(range(1, 601))
             assert [item.step for item in tc.metrics()] == list(range(1, 301))
+        assert cluster.stop() == [0, 0]
+
+
+def test_metrics_are_followed_through_a_restart(tmp_path: Path):
+    with Cluster(tmp_path) as cluster:
+        cluster.start()
+        cluster.add_worker("--backend", "mock")
+        cluster.workers[0].wait_ready()
+        with ServiceClient(cluster.target, api_key=cluster.new_tenant("tenant")) as client:
+            tc = client.create_training_client({"model_ref": "any", "seed": 1})
+            seen: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+            def follow() -> None:
+                for item in tc.metrics(follow=True):
+                    seen.put(item.step)
+
+            follower = threading.Thread(target=follow)
+            follower.start()
+            pipeline(tc, 3)
+            assert [seen.get(timeout=60) for _ in range(3)] == [1, 2, 3]
+            assert cluster.coordinator.stop() == 0
+            cluster.coordinator.start()
+            pipeline(tc, 3)
+            assert [seen.get(timeout=60) for _ in range(3)] == [4, 5, 6]
+            tc.delete()
+            follower.join(60)
+            assert not follower.is_alive(), "a run that is deleted ends its streams"
         assert cluster.stop() == [0, 0]
 
 

@@ -125,6 +125,34 @@ def test_a_loop_that_passes_over_a_bad_batch_never_steps_on_half_a_gradient(clie
     assert closing[3].result(30).step == 1
 
 
+@pytest.mark.parametrize(
+    ("broken", "poisons"),
+    [
+        (pb.OperationSpec(), True),  # it may have been meant for a gradient
+        (pb.OperationSpec(optim_step=pb.OptimStep(), request_id="r" * 20), False),
+        (pb.OperationSpec(sample=pb.Sample(weights=pb.SampleWeights(base_model="any"))), False),
+    ],
+    ids=["no operation", "a request id beside the seq", "a seq where there is no order"],
+)
+def test_whatever_has_a_place_is_recorded_there(
+    raw: RawClient, client: ServiceClient, broken: pb.OperationSpec, poisons: bool
+):
+    """Else what follows would wait for it."""
+    run = new_run(raw)
+    broken = pb.OperationSpec.FromString(broken.SerializeToString())
+    broken.run_id, broken.seq = run, 1
+    [refused] = submit(raw, broken)
+    assert refused.HasField("error")
+    operation = client.operation(refused.operation_id)
+    assert (operation.state, operation.seq) == ("failed", 1)
+    [again] = submit(raw, broken)
+    assert (again.operation_id, again.error) == (refused.operation_id, refused.error)
+    outcomes = submit(raw, passing(run, 2), stepping(run, 3), passing(run, 4), stepping(run, 5))
+    closing = client.future(outcomes[1].operation_id).exception(30)
+    assert isinstance(closing, WindowPoisonedError) == poisons
+    assert client.future(outcomes[3].operation_id).result(30).step == 2 - poisons
+
+
 def test_operations_wait_for_an_earlier_seq(raw: RawClient, client: ServiceClient):
     run = new_run(raw)
     [step] = submit(raw, stepping(run, 2))

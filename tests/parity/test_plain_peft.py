@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from parity.peft_reference import PlainPeft
@@ -50,6 +51,20 @@ def test_loss_logprobs_and_every_gradient(base, budget):
         torch.testing.assert_close(gradient, theirs[name], atol=1e-6, rtol=1e-4)
     norm = torch.cat([g.flatten() for g in theirs.values()]).norm().item()
     assert metric(outcome, "grad_norm") == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [1e-25, 1e18])
+def test_the_gradients_norm_does_not_depend_on_the_size_of_weights(base, weight):
+    """Of a float32 gradient the squares would be 0, or infinite."""
+    norms = []
+    for scale in (1.0, weight):
+        backend = TorchBackend([base])
+        backend.open_run("run", settings(), None)
+        perturb(backend, "run")
+        request = request_of(rows_of(3, [5, 9]))
+        request.batch.weights = np.full(len(request.batch.input_tokens), scale, np.float32)
+        norms.append(metric(backend.forward_backward("run", 1, request), "grad_norm"))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -167,9 +167,16 @@ def _attempt(
         for share, loss in zip(work.shares, computed[1].double(), strict=True):
             losses[share.call].append(loss)
     sums = torch.stack([torch.stack(parts).sum() for parts in losses])
-    norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros_like(sums)
+    # In float64: with large weights the squares of a float32 gradient are infinite, with small
+    # ones 0.
+    wide = torch.float64
+    norms = (
+        torch.stack([torch.linalg.vector_norm(part, dtype=wide) for part in gradients])
+        if gradients
+        else torch.zeros_like(sums)
+    )
     # One transfer from the device for all numbers, and one for all log-probabilities.
-    loss_sums, grad_norms = torch.stack([sums, norms.double()]).tolist()
+    loss_sums, grad_norms = torch.stack([sums, norms]).tolist()
     flat = torch.cat(logprobs).cpu().numpy()
     gathered = _gather([call.batch for call in calls], passes, flat)
     return [Computed(*each) for each in zip(loss_sums, grad_norms, gathered, strict=True)]

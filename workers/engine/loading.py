@@ -88,7 +88,7 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnsupportedModelError) as error:
         raise ModelLoadError(
-            f"cannot load model {source.name}: {error}. {source.remedy}"
+            f"cannot load model {source.name}: {_reason(error)}. {source.remedy}"
         ) from error
     model.product = choose_product(model)
     log.info(
@@ -100,6 +100,13 @@ def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseMode
         type(model.product).__name__,
     )
     return model
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        # `transformers` would say to turn it on.
+        return "it is defined by Python code of its own, and TenSafe runs no code of a model"
+    return str(error)
 
 
 def _check_complete(source: ModelSource, loaded: Mapping[str, Any]) -> None:

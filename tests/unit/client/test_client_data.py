@@ -63,6 +63,10 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         ({"text": "\ud800"}, "surrogate"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "messages[0].content"),
         (r'{"text": "\ud83d\ude00 \ud83d"}', "at character 2"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "tools": [{}]},
+            "`tools` is not supported",
+        ),
         pytest.param("[" * 100_000, "nested too deeply", id="nested"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,19 @@ def test_a_name_can_be_given_and_must_be_unique(directory):
     assert [card.name for card in backend.models()] == ["mine"]
     with pytest.raises(ModelLoadError, match="same name"):
         load_backend([str(directory)] * 2, device="cpu", dtype="float32", threads=1)
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_advice_to_run_it(directory):
+    config = json.loads((directory / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "own.py").write_text("raise SystemExit('executed')")
+    with pytest.raises(ModelLoadError, match="TenSafe runs no code of a model") as caught:
+        load_backend([str(directory)], device="cpu", dtype="float32", threads=1)
+    assert "trust_remote_code" not in str(caught.value)
 
 
 def test_pickled_weights_are_not_loaded(directory):

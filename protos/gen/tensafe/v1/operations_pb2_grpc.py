@@ -102,7 +102,8 @@ class OperationsServiceServicer:
         """Pushes each operation of the scope as it finishes, and per-step metrics on
         request: first what finished after the cursor, then what finishes from now
         on, without gap or repetition, until the caller ends it. Errors:
-        OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+        OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+        call again with the last cursor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,7 +51,8 @@ class OperationsServiceStub:
     """Pushes each operation of the scope as it finishes, and per-step metrics on
     request: first what finished after the cursor, then what finishes from now
     on, without gap or repetition, until the caller ends it. Errors:
-    OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+    OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+    call again with the last cursor.
     """
 
 @_typing.type_check_only
@@ -77,7 +78,8 @@ class OperationsServiceAsyncStub(OperationsServiceStub):
     """Pushes each operation of the scope as it finishes, and per-step metrics on
     request: first what finished after the cursor, then what finishes from now
     on, without gap or repetition, until the caller ends it. Errors:
-    OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+    OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+    call again with the last cursor.
     """
 
 class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -130,7 +132,8 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Pushes each operation of the scope as it finishes, and per-step metrics on
         request: first what finished after the cursor, then what finishes from now
         on, without gap or repetition, until the caller ends it. Errors:
-        OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+        OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+        call again with the last cursor.
         """
 
 def add_OperationsServiceServicer_to_server(servicer: OperationsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
