@@ -43,9 +43,9 @@ class TrainerState:
         Raises:
             ConfigError: if it is none of RLVR's, or of another configuration.
         """
-        saved = metadata.get(KEY)
-        if not isinstance(saved, Mapping):
+        if not is_checkpoint(metadata):
             raise ConfigError.of("resume", "names an artifact that no RLVR training has saved")
+        saved = metadata[KEY]
         now = _plain(config)
         for name, value in saved["config"].items():
             if name not in _MAY_CHANGE and now.get(name) != value:
@@ -72,6 +72,11 @@ class TrainerState:
                 "config": _plain(config),
             }
         }
+
+
+def is_checkpoint(metadata: Mapping[str, Any]) -> bool:
+    """Whether an artifact's metadata is that of a checkpoint."""
+    return isinstance(metadata.get(KEY), Mapping)
 
 
 def _plain(config: RLVRConfig) -> dict[str, Any]:
