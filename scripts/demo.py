@@ -20,8 +20,8 @@ from pathlib import Path
 from local_service import LocalService, local_service
 
 from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
-from tensafe_client.cli.progress import PaceMeter, Step, describe
-from tensafe_client.cli.sft_loop import mean_loss
+from tensafe_client.cli.train.progress import PaceMeter, Step, describe
+from tensafe_client.cli.train.sft_loop import mean_loss
 from tensafe_client.data import DataLoader, DocstringPair, docstring_pairs, split_by_module
 from tensafe_client.data.chat import ChatTokenizer
 from tensafe_client.results import ForwardBackwardResult, OptimStepResult

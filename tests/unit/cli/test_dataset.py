@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tensafe_client import BatchError, ContextExceededError, NoChatTemplateError
-from tensafe_client.cli.dataset import encode_examples
+from tensafe_client.cli.train.dataset import encode_examples
 from tensafe_client.data import Datum, Example
 from tensafe_client.data.chat import ChatTokenizer
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tensafe_client.cli.progress import (
+from tensafe_client.cli.train.progress import (
     JsonProgress,
     LiveProgress,
     Pace,

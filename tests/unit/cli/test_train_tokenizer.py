@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from tensafe_client import ConfigError, ServiceClient
-from tensafe_client.cli.train import _tokenizer
+from tensafe_client.cli.train.run_options import tokenizer_of
 
 
 class Bare:
@@ -19,6 +19,6 @@ class Bare:
 
 def test_the_remedy_is_one_of_the_command_line():
     with pytest.raises(ConfigError, match="'some-model' has no tokenizer") as caught:
-        _tokenizer(cast(ServiceClient, Bare()), "some-model")
+        tokenizer_of(cast(ServiceClient, Bare()), "some-model")
     assert "tensafe up --backend torch --model" in str(caught.value)
     assert "Datum" not in str(caught.value)

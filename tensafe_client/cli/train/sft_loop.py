@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
-from tensafe_client.cli.progress import Progress, Step
+from tensafe_client.cli.train.progress import Progress, Step
 from tensafe_client.data import Datum
 from tensafe_client.futures import OperationFuture
 from tensafe_client.results import ForwardBackwardResult, ForwardResult, OptimStepResult
@@ -130,23 +127,3 @@ def mean_loss(results: Sequence[ForwardResult]) -> tuple[float, int]:
     scored = [round(result.metrics["scored_tokens"]) for result in results]
     total = sum(result.loss * n for result, n in zip(results, scored, strict=True))
     return total / sum(scored), sum(scored)
-
-
-@contextmanager
-def stopping_on_signals(notice: Callable[[str], None]) -> Iterator[threading.Event]:
-    """Yields an event that the first Ctrl-C or SIGTERM sets; a second one ends the process."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        notice("Stopping: waiting for the steps in flight, then saving. Ctrl-C again gives up.")
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,8 +1,7 @@
-"""`tensafe train`: fine-tuning from the command line."""
+"""`tensafe train sft`: supervised fine-tuning from the command line."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,40 +10,30 @@ from typing import Any
 
 import click
 
-from tensafe_client import ServiceClient, schedules
+from tensafe_client import schedules
 from tensafe_client.cli.connecting import connect
-from tensafe_client.cli.dataset import STDLIB_DOCSTRINGS, encode_examples, read_examples
 from tensafe_client.cli.failures import INTERRUPTED
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option
-from tensafe_client.cli.progress import choose_progress
-from tensafe_client.cli.sft_loop import SftLoop, stopping_on_signals
+from tensafe_client.cli.train.dataset import STDLIB_DOCSTRINGS, encode_examples, read_examples
+from tensafe_client.cli.train.progress import choose_progress
+from tensafe_client.cli.train.run_options import (
+    NewRun,
+    resume_command,
+    run_options,
+    tokenizer_of,
+)
+from tensafe_client.cli.train.sft_loop import SftLoop
+from tensafe_client.cli.train.stopping import stopping_on_signals
 from tensafe_client.data import DataLoader, Datum
-from tensafe_client.data.chat import ChatTokenizer
-from tensafe_client.errors import ConfigError, TenSafeError
+from tensafe_client.errors import TenSafeError
 from tensafe_client.schedules import Schedule
 from tensafe_client.training import TrainingClient
 
-_FIXED_BY_THE_RUN = (
-    "model",
-    "batch_size",
-    "rank",
-    "alpha",
-    "dropout",
-    "seed",
-    "name",
-    "deterministic",
-)
-_TOP = ("batch_size", "seed", "name", "deterministic")
 _REPEATED_ON_RESUME = (
     *("steps", "learning_rate", "schedule", "warmup", "max_tokens"),
     *("eval_data", "eval_every", "eval_examples", "save_every"),
 )
-
-
-@click.group()
-def train() -> None:
-    """Fine-tune a model."""
 
 
 @examples(
@@ -53,9 +42,9 @@ def train() -> None:
     "tensafe train sft stdlib-docstrings --model smollm2-135m --steps 40 --eval-every 10",
     "tensafe train sft data.jsonl --resume RUN --steps 400",
 )
-@train.command()
+@click.command()
 @click.argument("data")
-@click.option("--model", metavar="MODEL", help="Base model (`tensafe models list`).")
+@run_options
 @click.option(
     "--steps",
     type=click.IntRange(min=1),
@@ -63,25 +52,7 @@ def train() -> None:
     show_default=True,
     help="Applied updates of the run at the end; a resumed run's earlier ones count.",
 )
-@click.option(
-    "--lr", "learning_rate", type=click.FloatRange(min=0), help="Learning rate. [default: 1e-4]"
-)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step. [default: 8]")
-@click.option("--rank", type=click.IntRange(min=1), help="LoRA rank. [default: 16]")
-@click.option("--alpha", type=float, help="LoRA alpha. [default: 32]")
-@click.option("--dropout", type=float, help="LoRA dropout. [default: 0.05]")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    help="Fixes initialisation, dropout, sampling and the data's order. [default: drawn]",
-)
-@click.option("--name", help="Name of the run, for people.")
-@click.option(
-    "--deterministic",
-    is_flag=True,
-    default=None,
-    help="Equal runs give equal bits, whoever else shares the worker; slower when others do.",
-)
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "linear", "cosine"]),
@@ -119,7 +90,6 @@ def train() -> None:
 @click.option(
     "--save-every", type=click.IntRange(min=1), help="Save after every N steps too. [default: end]"
 )
-@click.option("--resume", metavar="RUN", help="Go on with this run.")
 @json_option
 @click.pass_context
 def sft(
@@ -153,8 +123,9 @@ def sft(
     Ctrl-C waits for the steps in flight, saves, and says how to resume. A resumed run goes on with
     its own weights, optimizer and place in the data.
     """
-    given = {"model": model, "batch_size": batch_size, **options}
-    _check(resume, given, eval_data, eval_every, data)
+    new_run = NewRun(model, learning_rate, {"batch_size": batch_size, **options})
+    new_run.check(resume)
+    _check(data, eval_data, eval_every)
     shape = _schedule(schedule, steps, warmup)
     found = read_examples(data, eval_data)
     client = connect(ctx)
@@ -166,10 +137,10 @@ def sft(
         )
     # The whole data is encoded before a run is created: no bad line is met in the middle of one.
     model_ref = model if attached is None else attached.config.model_ref
-    assert model_ref is not None, "_check asks for one"
+    assert model_ref is not None, "NewRun.check asks for one"
     encode = partial(
         encode_examples,
-        _tokenizer(client, model_ref),
+        tokenizer_of(client, model_ref),
         max_tokens=max_tokens,
         context_length=client.model(model_ref).context_length,
     )
@@ -177,10 +148,10 @@ def sft(
     held_out = encode(
         found.held_out[:eval_examples] if eval_every else (), source=str(eval_data or data)
     )
-    run = _create(client, given, learning_rate) if attached is None else attached
+    run = new_run.create(client) if attached is None else attached
     rate = run.config.optimizer.learning_rate if learning_rate is None else learning_rate
     progress = choose_progress(as_json)
-    again = _resume_command(ctx, run.run_id)
+    again = resume_command(ctx, [str(data)], run.run_id, _REPEATED_ON_RESUME)
     try:
         with stopping_on_signals(progress.on_notice) as stop:
             artifact_id = SftLoop(
@@ -206,48 +177,11 @@ def sft(
     )
 
 
-def _check(
-    resume: str | None,
-    given: dict[str, Any],
-    eval_data: Path | None,
-    eval_every: int | None,
-    data: str,
-) -> None:
-    if resume:
-        fixed = [name for name in _FIXED_BY_THE_RUN if given[name] is not None]
-        if fixed:
-            flags = ", ".join("--" + name.replace("_", "-") for name in fixed)
-            raise click.UsageError(f"{flags} cannot change in a run that is resumed; leave it out")
-    elif given["model"] is None:
-        raise click.UsageError("name the base model: --model MODEL (`tensafe models list`)")
+def _check(data: str, eval_data: Path | None, eval_every: int | None) -> None:
     if eval_data is not None and eval_every is None:
         raise click.UsageError("--eval-data needs --eval-every")
     if eval_every is not None and eval_data is None and data != STDLIB_DOCSTRINGS:
         raise click.UsageError("--eval-every needs --eval-data")
-
-
-def _tokenizer(client: ServiceClient, model_ref: str) -> ChatTokenizer:
-    files = client.tokenizer_files(model_ref)
-    if "tokenizer.json" not in files:
-        raise ConfigError(
-            f"model {model_ref!r} has no tokenizer, and `tensafe train sft` needs one to read text",
-            remedy="choose a model that has one, or start the service with one: "
-            "`tensafe up --backend torch --model smollm2-135m`",
-        )
-    return ChatTokenizer(files)
-
-
-def _create(
-    client: ServiceClient, given: dict[str, Any], learning_rate: float | None
-) -> TrainingClient:
-    lora = {name: given[name] for name in ("rank", "alpha", "dropout") if given[name] is not None}
-    top = {name: given[name] for name in _TOP if given[name] is not None}
-    config: dict[str, Any] = {"model_ref": given["model"], **top}
-    if lora:
-        config["lora_config"] = lora
-    if learning_rate is not None:
-        config["optimizer"] = {"learning_rate": learning_rate}
-    return client.create_training_client(config)
 
 
 def _loader(datums: Sequence[Datum], run: TrainingClient) -> DataLoader[Datum]:
@@ -276,17 +210,3 @@ def _schedule(kind: str, steps: int, warmup: int) -> Schedule:
 
 def _cut(datums: Sequence[Datum], size: int) -> list[Sequence[Datum]]:
     return [datums[i : i + size] for i in range(0, len(datums), size)]
-
-
-def _resume_command(ctx: click.Context, run_id: str) -> str:
-    """The command line that goes on with the run: what the run does not remember is repeated."""
-    words = ["tensafe"]
-    for name in ("target", "profile"):  # not the key: it does not belong on a screen
-        if value := ctx.find_root().params.get(name):
-            words += [f"--{name}", value]
-    words += ["train", "sft", str(ctx.params["data"]), "--resume", run_id]
-    for parameter in ctx.command.params:
-        value = ctx.params.get(parameter.name or "")
-        if parameter.name in _REPEATED_ON_RESUME and value not in (None, parameter.default):
-            words += [parameter.opts[0], str(value)]
-    return shlex.join(words)

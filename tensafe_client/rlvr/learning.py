@@ -1,0 +1,138 @@
+"""One iteration's updates: rollouts with rewards become datums with advantages."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tensafe_client.data import Datum
+from tensafe_client.futures import OperationFuture
+from tensafe_client.results import ForwardBackwardResult, OptimStepResult
+from tensafe_client.rlvr.advantages import MovingAverage, advantages, is_equal, token_weights
+from tensafe_client.rlvr.config import RLVRConfig
+from tensafe_client.rlvr.rollouts import Rollout
+from tensafe_client.training import TrainingClient
+
+_TOKENS_PER_CALL = 262_144
+"""A call's batch stays well below the size of a request: it has 20 bytes for each token."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What is left of a batch.
+
+    Attributes:
+        groups: rollouts with rewards, by problem.
+        equal: problems left out since all their rewards are equal.
+    """
+
+    groups: list[list[Rollout]]
+    equal: int
+
+
+def select(rollouts: Sequence[Rollout], config: RLVRConfig) -> Selected:
+    """Leaves out rollouts without reward, and problems that compare nothing."""
+    by_problem: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.failure is None:
+            by_problem.setdefault(rollout.group, []).append(rollout)
+    groups = list(by_problem.values())
+    if not config.filter_equal_groups:
+        return Selected(groups, 0)
+    kept = [group for group in groups if not is_equal(_rewards(group))]
+    return Selected(kept, len(groups) - len(kept))
+
+
+@dataclass(frozen=True)
+class Item:
+    """A rollout and its advantage."""
+
+    rollout: Rollout
+    advantage: float
+
+
+def judge(
+    groups: Sequence[Sequence[Rollout]], config: RLVRConfig, average: MovingAverage
+) -> list[Item]:
+    """Gives every rollout its advantage, and leaves out those that are not to be learned from."""
+    rules = config.rules
+    found = advantages(
+        [_rewards(group) for group in groups],
+        config.baseline or rules.baseline,
+        config.scale or rules.scale,
+        average,
+    )
+    items = [
+        Item(rollout, float(advantage))
+        for group, values in zip(groups, found, strict=True)
+        for rollout, advantage in zip(group, values, strict=True)
+    ]
+    return [item for item in items if not (config.mask_truncated and item.rollout.truncated)]
+
+
+@dataclass
+class Updates:
+    """Updates that were submitted."""
+
+    passes: list[OperationFuture[ForwardBackwardResult]] = field(default_factory=list)
+    steps: list[OperationFuture[OptimStepResult]] = field(default_factory=list)
+
+
+def submit(run: TrainingClient, items: Sequence[Item], config: RLVRConfig, seed: int) -> Updates:
+    """Submits all updates of an iteration, without waiting."""
+    updates = Updates()
+    draw = random.Random(seed)  # noqa: S311 - an order, not a secret
+    for _ in range(config.inner_epochs):
+        order = list(items)
+        draw.shuffle(order)
+        for part in range(config.minibatches):
+            batch = order[part :: config.minibatches]
+            if batch:
+                _update(run, batch, config, updates)
+    return updates
+
+
+def _update(
+    run: TrainingClient, items: Sequence[Item], config: RLVRConfig, updates: Updates
+) -> None:
+    weights = token_weights(
+        [item.rollout.length for item in items],
+        config.aggregate,
+        config.max_tokens * config.max_turns,
+    )
+    datums = [
+        item.rollout.datum(item.advantage, weight)
+        for item, weight in zip(items, weights, strict=True)
+    ]
+    options: dict[str, object] = {**config.loss_options()}
+    if config.reference is not None:
+        options["reference"] = config.reference
+    for part in _calls(datums):
+        updates.passes.append(
+            run.forward_backward(
+                part, loss_fn=config.rules.loss, loss_config=options, reduction="sum"
+            )
+        )
+    updates.steps.append(
+        run.optim_step(learning_rate=config.learning_rate, grad_clip_norm=config.grad_clip_norm)
+    )
+
+
+def _calls(datums: Sequence[Datum]) -> list[list[Datum]]:
+    """Cuts a batch into calls that fit a request: their gradients add up."""
+    calls: list[list[Datum]] = []
+    tokens = 0
+    for datum in datums:
+        if not calls or tokens + len(datum) > _TOKENS_PER_CALL:
+            calls.append([])
+            tokens = 0
+        calls[-1].append(datum)
+        tokens += len(datum)
+    return calls
+
+
+def _rewards(group: Sequence[Rollout]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.asarray([rollout.reward for rollout in group], np.float64)

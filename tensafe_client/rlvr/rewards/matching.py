@@ -1,0 +1,164 @@
+"""Built-in rewards: each a small value that judges one completion, 0 to 1 unless it says else."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from tensafe_client.errors import ConfigError
+from tensafe_client.rlvr.rewards.registry import register_reward
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def expected(meta: Mapping[str, Any]) -> str:
+    """The problem's `answer`.
+
+    Raises:
+        KeyError: if it has none; the reward cannot judge then.
+    """
+    if "answer" not in meta:
+        raise KeyError("the problem's meta has no 'answer', which this reward compares with")
+    return str(meta["answer"])
+
+
+@register_reward("exact_match")
+@dataclass(frozen=True)
+class ExactMatch:
+    """1 if the completion is the answer, white space around it aside."""
+
+    ignore_case: bool = False
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        given, answer = completion.strip(), expected(meta).strip()
+        if self.ignore_case:
+            given, answer = given.casefold(), answer.casefold()
+        return float(given == answer)
+
+
+@register_reward("numeric_match")
+@dataclass(frozen=True)
+class NumericMatch:
+    """1 if the completion's last number is the answer within `tolerance`, else `any_number` if it
+    has a number at all."""
+
+    tolerance: float = 0.0
+    any_number: float = 0.0
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        found = _NUMBER.findall(completion)
+        if not found:
+            return 0.0
+        # As decimals: 0.1 + 0.2 and 0.3 differ as floats.
+        given = Decimal(found[-1].replace(",", ""))
+        answer = Decimal(expected(meta).strip().replace(",", ""))
+        near = abs(given - answer) <= Decimal(str(self.tolerance))
+        return 1.0 if near else self.any_number
+
+
+@register_reward("regex")
+@dataclass(frozen=True)
+class RegexMatch:
+    """1 if the pattern is found in the completion; with `group`, if that group is the answer."""
+
+    pattern: str
+    group: int | str | None = None
+    _compiled: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            compiled = re.compile(self.pattern, re.DOTALL)
+        except re.error as error:
+            raise ConfigError.of("pattern", f"is no regular expression: {error}") from error
+        object.__setattr__(self, "_compiled", compiled)
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        found = self._compiled.search(completion)
+        if found is None or self.group is None:
+            return float(found is not None)
+        return float((found[self.group] or "").strip() == expected(meta).strip())
+
+
+@register_reward("json_schema")
+@dataclass(frozen=True)
+class JsonSchema:
+    """1 if the completion is JSON that the schema takes, else `parses` if it is JSON at all."""
+
+    schema: Mapping[str, Any]
+    parses: float = 0.0
+
+    def __post_init__(self) -> None:
+        from jsonschema.validators import validator_for
+
+        try:
+            validator_for(self.schema).check_schema(self.schema)
+        except Exception as error:
+            raise ConfigError.of("schema", f"is no JSON schema: {error}") from error
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        from jsonschema.validators import validator_for
+
+        try:
+            value = json.loads(completion)
+        except ValueError:
+            return 0.0
+        valid = validator_for(self.schema)(self.schema).is_valid(value)
+        return 1.0 if valid else self.parses
+
+
+@register_reward("length")
+@dataclass(frozen=True)
+class Length:
+    """1 up to `target` characters, and falling to 0 over the next `scale` ones."""
+
+    target: int
+    scale: int = 100
+
+    def __post_init__(self) -> None:
+        if self.target < 0 or self.scale < 1:
+            raise ConfigError.of("scale", "must be 1 or more, and target 0 or more")
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        return min(1.0, max(0.0, 1 - (len(completion) - self.target) / self.scale))
+
+
+@register_reward("keywords")
+@dataclass(frozen=True)
+class Keywords:
+    """The share of the keywords that stand in the completion as words."""
+
+    keywords: Sequence[str]
+    ignore_case: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keywords, str) or not self.keywords:
+            raise ConfigError.of("keywords", "must be a list of at least one word")
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        flags = re.IGNORECASE if self.ignore_case else 0
+        found = [
+            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", completion, flags) is not None
+            for word in self.keywords
+        ]
+        return math.fsum(found) / len(found)
+
+
+@register_reward("math_verify")
+@dataclass(frozen=True)
+class MathVerify:
+    """1 if the completion's last formula equals the answer, as `math-verify` judges it."""
+
+    def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
+        try:
+            from math_verify import parse, verify
+        except ImportError as error:
+            raise ImportError("math_verify needs the extra: pip install 'tensafe[rlvr]'") from error
+        # Its own limits of time work by signals, in main threads only; ours kill the process.
+        gold = parse(expected(meta), parsing_timeout=None)
+        given = parse(completion, parsing_timeout=None)
+        return float(verify(gold, given, timeout_seconds=None))

@@ -1,0 +1,57 @@
+"""A process that scores: it reads an environment, then problems with completions, until the end."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from typing import Any
+
+from tensafe_client.rlvr.rewards.weighted import total
+from tensafe_client.rlvr.scoring.pipes import PipeClosedError, Pipes, packed
+from tensafe_client.rlvr.scoring.pool import Failure
+
+
+def main() -> None:
+    """Answers on what was standard output; whatever prints goes to standard error instead."""
+    pipes = Pipes(os.dup(0), os.dup(1))
+    os.dup2(2, 1)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 - it stays for the process's life
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(pipes, requests), daemon=True).start()
+    environment = requests.get()
+    pipes.send(packed(environment if isinstance(environment, Failure) else None))
+    while True:
+        request = requests.get()
+        pipes.send(_answer(environment, request))
+
+
+def _read(pipes: Pipes, requests: queue.SimpleQueue[Any]) -> None:
+    """Ends the process with its parent, even while a reward hangs."""
+    while True:
+        try:
+            requests.put(pipes.receive())
+        except PipeClosedError:
+            os._exit(0)
+        except BaseException as error:
+            requests.put(_failure(error))
+
+
+def _answer(environment: Any, request: Any) -> bytes:
+    try:
+        if isinstance(request, Failure):
+            return packed(request)
+        reply = environment.reply(*request)
+        total(reply.reward)
+        return packed(reply)
+    except Exception as error:
+        return packed(_failure(error))
+
+
+def _failure(error: BaseException) -> Failure:
+    return Failure("error", f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

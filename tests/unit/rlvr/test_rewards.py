@@ -1,0 +1,120 @@
+"""What each built-in reward gives, and what the registry refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensafe_client import ConfigError
+from tensafe_client.rlvr import rewards
+from tensafe_client.rlvr.rewards.weighted import total
+
+ANSWER_7 = {"answer": "7"}
+TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "completion", "meta", "expected"),
+    [
+        ("exact_match", {}, " 7\n", ANSWER_7, 1.0),
+        ("exact_match", {}, "07", ANSWER_7, 0.0),
+        ("exact_match", {}, "Paris", {"answer": "paris"}, 0.0),
+        ("exact_match", {"ignore_case": True}, "Paris", {"answer": "paris"}, 1.0),
+        ("numeric_match", {}, "3 + 4 = 7.0", ANSWER_7, 1.0),
+        ("numeric_match", {}, "it is 1,007", {"answer": "1007"}, 1.0),
+        ("numeric_match", {}, "-7", ANSWER_7, 0.0),
+        ("numeric_match", {}, "7e0", ANSWER_7, 1.0),
+        ("numeric_match", {"any_number": 0.2}, "8", ANSWER_7, 0.2),
+        ("numeric_match", {"any_number": 0.2}, "eight", ANSWER_7, 0.0),
+        ("numeric_match", {}, "0.3", {"answer": "0.30"}, 1.0),
+        ("numeric_match", {"tolerance": 0.1}, "7.1", ANSWER_7, 1.0),
+        ("numeric_match", {"tolerance": 0.1}, "7.11", ANSWER_7, 0.0),
+        ("regex", {"pattern": r"<answer>.*</answer>"}, "a <answer>\n7</answer>", {}, 1.0),
+        (
+            "regex",
+            {"pattern": r"<answer>(.*?)</answer>", "group": 1},
+            "<answer>7</answer>",
+            ANSWER_7,
+            1.0,
+        ),
+        (
+            "regex",
+            {"pattern": r"<answer>(.*?)</answer>", "group": 1},
+            "<answer>8</answer>",
+            ANSWER_7,
+            0.0,
+        ),
+        ("regex", {"pattern": "x"}, "y", {}, 0.0),
+        ("json_schema", {"schema": {"required": ["a"]}}, '{"a": 1}', {}, 1.0),
+        ("json_schema", {"schema": {"required": ["a"]}, "parses": 0.1}, '{"b": 1}', {}, 0.1),
+        ("json_schema", {"schema": {"required": ["a"]}, "parses": 0.1}, "{a", {}, 0.0),
+        ("length", {"target": 3, "scale": 10}, "abc", {}, 1.0),
+        ("length", {"target": 3, "scale": 10}, "a" * 8, {}, 0.5),
+        ("length", {"target": 3, "scale": 10}, "a" * 99, {}, 0.0),
+        ("keywords", {"keywords": ["red", "blue"]}, "Red, not bluer", {}, 0.5),
+        ("keywords", {"keywords": ["red"], "ignore_case": False}, "Red", {}, 0.0),
+        ("math_verify", {}, r"so $\frac{14}{2}$", ANSWER_7, 1.0),
+        ("math_verify", {}, r"so $\frac{13}{2}$", ANSWER_7, 0.0),
+    ],
+)
+def test_known_answers(name, options, completion, meta, expected):
+    assert rewards.reward(name, **options)("prompt", completion, meta) == pytest.approx(expected)
+
+
+def test_a_weighted_sum_reports_its_parts():
+    reward = rewards.reward(
+        "weighted_sum",
+        parts={"exact_match": {"weight": 0.8}, "length": {"weight": -0.5, "target": 0, "scale": 2}},
+    )
+    assert reward("p", "7", ANSWER_7) == {
+        "exact_match": 1.0,
+        "length": 0.5,
+        "reward": pytest.approx(0.55),
+    }
+
+
+def test_every_reward_is_in_the_table():
+    assert set(rewards.rewards()) >= {
+        *("exact_match", "json_schema", "keywords", "length", "math_verify"),
+        *("numeric_match", "regex", "weighted_sum"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("no_such", {}, "exact_match"),
+        ("exact_match", {"case": True}, "case"),
+        ("regex", {"pattern": "("}, "pattern"),
+        ("json_schema", {"schema": {"type": 5}}, "schema"),
+        ("keywords", {"keywords": "red"}, "keywords"),
+        ("length", {"target": 1, "scale": 0}, "scale"),
+        ("weighted_sum", {"parts": {}}, "parts"),
+        ("weighted_sum", {"parts": {"exact_match": {"weight": float("nan")}}}, "finite"),
+    ],
+)
+def test_wrong_options_are_named(name, options, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        rewards.reward(name, **options)
+    assert caught.value.violations
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ConfigError, match="exact_match"):
+        rewards.register_reward("exact_match")(rewards.ExactMatch)
+
+
+def test_a_reward_without_an_answer_to_compare_says_so():
+    with pytest.raises(KeyError, match="answer"):
+        rewards.ExactMatch()("p", "7", {})
+
+
+def test_only_finite_numbers_are_rewards():
+    assert total(np.float32(0.5)) == 0.5
+    assert total({"reward": 1, "parts": 3}) == 1.0
+    for bad in (None, "1", True, {}, {"reward": None}):
+        with pytest.raises(TypeError):
+            total(bad)  # type: ignore[arg-type]
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            total(bad)

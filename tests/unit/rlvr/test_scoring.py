@@ -1,0 +1,142 @@
+"""Rewards in processes: what they give, and what becomes of those that fail, hang or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tensafe_client import ConfigError
+from tensafe_client.rlvr import Problem, PromptSet, Reply, rewards
+from tensafe_client.rlvr.scoring import Failure, ScoringPool
+
+
+@dataclass
+class Misbehaving:
+    """Does what the completion says."""
+
+    def problem(self, index: int) -> Problem:
+        return Problem(str(index))
+
+    def reply(self, problem: Problem, completions: Sequence[str]) -> Reply:
+        said = completions[-1]
+        if said == "raise":
+            raise RuntimeError("no idea")
+        if said == "hang":
+            threading.Event().wait()
+        if said == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if said == "print":
+            print("this is not an answer")
+        if said == "nan":
+            return Reply(float("nan"))
+        if said == "pid":
+            return Reply(float(os.getpid()))
+        return Reply({"reward": len(said), "turns": len(completions)}, then="go on")
+
+
+def test_replies_come_as_the_environment_gives_them():
+    with ScoringPool(Misbehaving(), processes=2) as pool:
+        waiting = [pool.submit(Problem("p"), ["a", "b" * n]) for n in range(20)]
+        for n, future in enumerate(waiting):
+            assert future.result() == Reply({"reward": n, "turns": 2}, then="go on")
+        assert pool.submit(Problem("p"), ["print"]).result() == Reply(
+            {"reward": 5, "turns": 1}, then="go on"
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "message"),
+    [
+        ("raise", "error", "RuntimeError: no idea"),
+        ("nan", "error", "ValueError: a reward must be finite, got nan"),
+        ("hang", "timeout", "no reward within 2 s"),
+        ("die", "crash", "the process that computed it ended"),
+    ],
+)
+def test_a_reward_that_fails_is_told_and_the_next_one_comes(said, kind, message):
+    with ScoringPool(Misbehaving(), processes=1, timeout_s=2) as pool:
+        assert pool.submit(Problem("p"), [said]).result() == Failure(kind, message)
+        assert isinstance(pool.submit(Problem("p"), ["fine"]).result(), Reply)
+
+
+def test_functions_of_a_script_and_lambdas_go_too():
+    def reward(prompt, completion, meta):
+        return meta["times"] * len(completion)
+
+    prompts = PromptSet([Problem("p", {"times": 2})], reward)
+    with ScoringPool(prompts, processes=1) as pool:
+        assert pool.submit(prompts.problem(0), ["abc"]).result() == Reply(6)
+
+
+def test_what_cannot_be_pickled_is_refused_at_once():
+    lock = threading.Lock()
+
+    def reward(prompt, completion, meta):
+        with lock:
+            return 1.0
+
+    with pytest.raises(ConfigError, match="environment") as caught:
+        ScoringPool(PromptSet([Problem("p")], reward))
+    assert caught.value.violations
+    with pytest.raises(ConfigError, match="processes"):
+        ScoringPool(PromptSet([Problem("p")], rewards.ExactMatch()), processes=0)
+
+
+def test_closing_ends_what_hangs():
+    pool = ScoringPool(Misbehaving(), processes=1, timeout_s=3600)
+    pid = int(pool.submit(Problem("p"), ["pid"]).result().reward)  # type: ignore[union-attr,arg-type]
+    hanging = pool.submit(Problem("p"), ["hang"])
+    while not hanging.running():
+        os.sched_yield()
+    pool.close()
+    assert isinstance(hanging.result(10), Failure)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Path):
+    """As `multiprocessing` would; and a reward defined in it goes all the same."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from tensafe_client.rlvr import Problem, PromptSet\n"
+        "from tensafe_client.rlvr.scoring import ScoringPool\n"
+        "print('begun')\n"
+        "def reward(prompt, completion, meta):\n"
+        "    return float(len(completion))\n"
+        "with ScoringPool(PromptSet([Problem('p')], reward), processes=2) as pool:\n"
+        "    print(pool.submit(Problem('p'), ['abc']).result().reward)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert ran.stdout == "begun\n3.0\n"
+
+
+def test_processes_end_with_their_parent_even_while_a_reward_hangs(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, threading, time\n"
+        "from tensafe_client.rlvr import Problem, PromptSet\n"
+        "from tensafe_client.rlvr.scoring import ScoringPool\n"
+        "def reward(prompt, completion, meta):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    threading.Event().wait()\n"
+        "pool = ScoringPool(PromptSet([Problem('p')], reward), processes=1, timeout_s=3600)\n"
+        "pool.submit(Problem('p'), ['abc']).result()\n"
+    )
+    with subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None
+        handle = os.pidfd_open(int(parent.stderr.readline()))
+        parent.kill()
+    import select
+
+    assert select.select([handle], [], [], 30)[0], "it outlives its parent"
+    os.close(handle)
