@@ -17,7 +17,7 @@ PATH="$(dirname "$python"):$PATH" "$python" -m grpc_tools.protoc \
   protos/tensafe/v1/*.proto
 "$python" -m grpc_tools.protoc -I protos/third_party --python_out="$out" \
   protos/third_party/buf/validate/validate.proto
-rm -f "$out"/tensafe/v1/{types,errors}_pb2_grpc.py*
+rm -f "$out"/tensafe/v1/{types,errors,losses}_pb2_grpc.py*
 : >"$out/tensafe/v1/__init__.py"
 : >"$out/tensafe/v1/py.typed"
 if [ "$out" != protos/gen ]; then

@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         TenantInfo,
         VerifyReport,
     )
+    from tensafe_client.losses import LossInfo
     from tensafe_client.profiles import Profile, read_profiles, save_profile
     from tensafe_client.results import (
         ForwardBackwardResult,
@@ -133,6 +134,7 @@ __all__ = [
     "KeyInfo",
     "LoRAConfig",
     "LoadStateResult",
+    "LossInfo",
     "MaxStepsReachedError",
     "MessageTooLargeError",
     "MissingExtraError",
@@ -204,6 +206,7 @@ _MODULES = {
     "futures": "OperationFuture",
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
     "RunInfo StorageInfo TenantInfo VerifyReport",
+    "losses": "LossInfo",
     "profiles": "Profile read_profiles save_profile",
     "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult Sample "
     "SampleResult SaveStateResult StepMetrics",

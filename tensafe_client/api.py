@@ -38,6 +38,7 @@ from tensafe_client.infos import (
     TenantInfo,
     VerifyReport,
 )
+from tensafe_client.losses import LossInfo
 from tensafe_client.results import StepMetrics
 from tensafe_client.session import RunSequence, Session, new_request_id
 
@@ -282,6 +283,15 @@ class Api:
         stubs = await self._session.stubs()
         response = await self._session.call(stubs.models.ListModels, models_pb2.ListModelsRequest())
         return [ModelInfo.from_proto(message) for message in response.models]
+
+    async def losses(self, model_ref: str | None) -> list[LossInfo]:
+        """Lists the losses of one model, or of all."""
+        stubs = await self._session.stubs()
+        request = models_pb2.ListLossesRequest(
+            model_ref=None if model_ref is None else check_string("model_ref", model_ref)
+        )
+        response = await self._session.call(stubs.models.ListLosses, request)
+        return [LossInfo.from_proto(message) for message in response.losses]
 
     async def _get_operation(self, operation_id: str) -> operations_pb2.Operation:
         stubs = await self._session.stubs()

@@ -70,14 +70,14 @@ class RunOperations:
         loss_fn: str = "cross_entropy",
         reduction: str | None = None,
         *,
+        loss_config: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
     ) -> OperationFuture[ForwardResult]:
         """Computes a loss and its per-token outputs, without dropout and without any gradient.
 
         Args:
             batch: as for `forward_backward`.
-            loss_fn: name of the loss.
-            reduction: "weighted_mean" or "sum". None: the weighted mean.
+            loss_fn, reduction, loss_config: as for `forward_backward`.
             deadline_s: how long it may wait on the server, seconds: if it has not started by then,
                 it never runs and ends with DeadlineExceededError. None: for ever.
 
@@ -85,7 +85,8 @@ class RunOperations:
             BatchError: if the batch is malformed; nothing is submitted.
         """
         encoded = encode_batch(batch)
-        spec = specs.forward(self.run_id, encoded, specs.loss_config(loss_fn, reduction))
+        loss = specs.loss_config(loss_fn, loss_config, reduction)
+        spec = specs.forward(self.run_id, encoded, loss)
         specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "forward", spec, encoded.offsets)
 
@@ -95,6 +96,7 @@ class RunOperations:
         loss_fn: str = "cross_entropy",
         reduction: str | None = None,
         *,
+        loss_config: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
     ) -> OperationFuture[ForwardBackwardResult]:
         """Computes a loss and adds its gradient to the run's accumulator.
@@ -103,9 +105,11 @@ class RunOperations:
             batch: a mapping as a Hugging Face data loader yields (`input_ids`, `labels`, maybe
                 `attention_mask`, each [B, T] as lists, NumPy or torch; labels aligned with the
                 inputs, −100 ignored, shifted inside), or a list of `Datum`.
-            loss_fn: name of the loss.
-            reduction: "weighted_mean" or "sum"; one accumulation window has one. None: the
-                weighted mean.
+            loss_fn: name of the loss; `client.losses()` lists what each takes.
+            reduction: "token_mean", "sequence_mean" or "sum"; one accumulation window has one.
+                None: the loss's own, for most the token mean.
+            loss_config: the loss's options, such as `{"clip_low": 0.8}`, and `reference` for what
+                it compares with: "base" (the default), or the id of an artifact.
             deadline_s: how long it may wait on the server, seconds: if it has not started by then,
                 it never runs, ends with DeadlineExceededError and poisons its window. None: for
                 ever.
@@ -120,7 +124,7 @@ class RunOperations:
         """
         try:
             encoded = encode_batch(batch)
-            loss = specs.loss_config(loss_fn, reduction)
+            loss = specs.loss_config(loss_fn, loss_config, reduction)
             spec = specs.forward_backward(self.run_id, encoded, loss)
             specs.set_deadline(spec, deadline_s)
             return self._session.submit_numbered(

@@ -21,11 +21,12 @@ class ForwardResult:
     """Result of `forward`.
 
     Attributes:
-        loss: weighted mean over the scored tokens, or their weighted sum under reduction="sum".
+        loss: the mean that the reduction says, or the sum under reduction="sum".
         tokens_processed: tokens that the model read.
-        metrics: every metric of the call by name.
-        outputs: per-token outputs by name, one array for each datum. A handle rebuilt with
-            `client.future` does not know the batch: there each list has one array for all datums.
+        metrics: every metric of the call by name, those that the loss defines among them.
+        outputs: outputs by name, one array for each datum: [T_b], one number for each token, or
+            [1] where the loss defines one for each datum. A handle rebuilt with `client.future`
+            does not know the batch: there each per-token list has one array for all datums.
     """
 
     loss: float
@@ -35,7 +36,8 @@ class ForwardResult:
 
     @property
     def logprobs(self) -> list[Array]:
-        """float32 [T_b] for each datum b: log-probability of each target token, 0 if not scored."""
+        """float32 [T_b] for each datum b: log-probability of each target token, 0 if not scored;
+        [T_b, K] for soft targets."""
         return self.outputs.get("logprobs", [])
 
 

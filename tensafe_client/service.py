@@ -16,6 +16,7 @@ from tensafe_client.connection import ClientConfig, Connection, resolve
 from tensafe_client.downloads import Downloads
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
+from tensafe_client.losses import LossInfo
 from tensafe_client.results import SampleResult
 from tensafe_client.session import Session
 from tensafe_client.training import TrainingClient
@@ -290,6 +291,14 @@ class ServiceClient(ServiceBase):
     def model(self, model_ref: str) -> ModelInfo:
         """Reads a model."""
         return self._io.run(self._api.model(model_ref))
+
+    def losses(self, model_ref: str | None = None) -> list[LossInfo]:
+        """Lists the losses that runs may use, with what each takes and gives.
+
+        Args:
+            model_ref: only those of this model. None: of all.
+        """
+        return self._io.run(self._api.losses(model_ref))
 
     def tokenizer_files(self, model_ref: str) -> dict[str, bytes]:
         """Fetches a model's tokenizer, name → content: what `data.chat.ChatTokenizer` takes."""

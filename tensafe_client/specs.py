@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from google.protobuf import struct_pb2
 from google.protobuf.duration_pb2 import Duration
 
+from tensafe.v1 import losses_pb2
 from tensafe.v1 import training_pb2 as pb
+from tensafe.wire.loss_messages import reduction_number
+from tensafe.wire.losses import Reduction
 from tensafe.wire.tensors import encode
 from tensafe_client.checks import check_bool, check_count, check_number, check_string
 from tensafe_client.data.batches import EncodedBatch
@@ -19,22 +23,53 @@ from tensafe_client.errors import BatchError, ConfigError, InvalidArgumentError
 _MAX_METADATA_DEPTH = 16
 _LONGEST_DEADLINE_S = 30 * 24 * 3600
 _LONGEST_TTL_S = 100 * 365 * 86400.0
-_REDUCTIONS = {
-    "weighted_mean": pb.LOSS_REDUCTION_WEIGHTED_MEAN,
-    "sum": pb.LOSS_REDUCTION_SUM,
-}
+_REDUCTIONS = {str(name): reduction_number(name) for name in Reduction}
+_REFERENCE = "reference"
 
 
-def loss_config(loss_fn: str, reduction: str | None) -> pb.LossConfig:
-    """Packs the loss; a reduction that is None stays unset."""
+def loss_config(
+    loss_fn: str, options: Mapping[str, Any] | None, reduction: str | None
+) -> losses_pb2.LossConfig:
+    """Packs the loss; what is None stays unset.
+
+    Raises:
+        InvalidArgumentError: for an option that is no number, text or truth value.
+    """
     if reduction is not None and check_string("reduction", reduction) not in _REDUCTIONS:
         raise InvalidArgumentError.of(
-            "reduction", f"must be {' or '.join(map(repr, _REDUCTIONS))}, got {reduction!r}"
+            "reduction", f"must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}"
         )
-    return pb.LossConfig(
-        name=check_string("loss_fn", loss_fn),
-        reduction=_REDUCTIONS[reduction] if reduction else pb.LOSS_REDUCTION_UNSPECIFIED,
-    )
+    message = losses_pb2.LossConfig(name=check_string("loss_fn", loss_fn))
+    if reduction is not None:
+        message.reduction = _REDUCTIONS[reduction]
+    if options is None:
+        return message
+    if not isinstance(options, Mapping):
+        raise InvalidArgumentError.of("loss_config", f"must be a dict, got {options!r}")
+    for name, value in options.items():
+        field = f"loss_config.{check_string('loss_config', name)}"
+        if name == _REFERENCE:
+            _set_reference(message.reference, check_string(field, value))
+        elif isinstance(value, bool):
+            message.options.fields[name].bool_value = value
+        elif isinstance(value, str):
+            message.options.fields[name].string_value = check_string(field, value)
+        elif isinstance(value, numbers.Real):
+            message.options.fields[name].number_value = check_number(field, value)
+        else:
+            raise InvalidArgumentError.of(
+                field, f"must be a number, a string or a bool, got {value!r}"
+            )
+    return message
+
+
+def _set_reference(message: losses_pb2.LossReference, value: str) -> None:
+    if value == "base":
+        message.base = True
+    elif value == "none":
+        message.none = True
+    else:
+        message.artifact_id = value
 
 
 def set_deadline(spec: pb.OperationSpec, deadline_s: float | None) -> None:
@@ -54,7 +89,7 @@ def set_deadline(spec: pb.OperationSpec, deadline_s: float | None) -> None:
     spec.time_to_live.FromNanoseconds(max(1, round(seconds * 1e9)))
 
 
-def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
+def forward(run_id: str, batch: EncodedBatch, loss: losses_pb2.LossConfig) -> pb.OperationSpec:
     """Packs a forward pass."""
     spec = pb.OperationSpec(run_id=run_id)
     spec.forward.batch.inline.CopyFrom(batch.message)
@@ -62,7 +97,9 @@ def forward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.Operati
     return spec
 
 
-def forward_backward(run_id: str, batch: EncodedBatch, loss: pb.LossConfig) -> pb.OperationSpec:
+def forward_backward(
+    run_id: str, batch: EncodedBatch, loss: losses_pb2.LossConfig
+) -> pb.OperationSpec:
     """Packs a forward and backward pass."""
     spec = pb.OperationSpec(run_id=run_id)
     spec.forward_backward.batch.inline.CopyFrom(batch.message)

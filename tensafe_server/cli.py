@@ -61,6 +61,13 @@ _LOCAL_LISTEN = "127.0.0.1:50052"
     help="Given to every worker: see `tensafe worker --help`.",
 )
 @click.option(
+    "--loss",
+    "plug_ins",
+    multiple=True,
+    metavar="NAME[=MODULE:FUNCTION]",
+    help="Given to every worker: see `tensafe worker --help`.",
+)
+@click.option(
     "--profile",
     default="local",
     show_default=True,
@@ -82,6 +89,7 @@ def up(
     device: str,
     dtype: str,
     group_tokens: int | None,
+    plug_ins: tuple[str, ...],
     profile: str,
     no_profile: bool,
     operation_limit_s: float | None,
@@ -104,6 +112,8 @@ def up(
         raise click.UsageError("the mock backend takes any model name; leave --model out")
     if backend == "mock" and (device not in ("auto", "cpu") or dtype != "auto"):
         raise click.UsageError("the mock backend computes nothing; leave --device and --dtype out")
+    if backend == "mock" and plug_ins:
+        raise click.UsageError("the mock backend computes nothing; leave --loss out")
     if local_listen is not None and settings.certificate is None:
         raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
     settings = replace(settings, local_listen=local_listen or _LOCAL_LISTEN)
@@ -112,6 +122,8 @@ def up(
         arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
     if group_tokens is not None:
         arguments = [[*one, "--group-tokens", str(group_tokens)] for one in arguments]
+    for plug_in in plug_ins:
+        arguments = [[*one, "--loss", plug_in] for one in arguments]
     local = LocalSettings(settings, arguments, None if no_profile else profile)
     _run(serve_locally(local, _announce, _tell_secret))
 

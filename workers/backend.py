@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from tensafe.wire.losses import LossCard
 from tensafe.wire.status import TenSafeFault
 from workers.operations import (
     LoadOutcome,
@@ -63,6 +64,10 @@ class Backend(ABC):
         """The base models that runs may be opened on."""
 
     @abstractmethod
+    def losses(self) -> Sequence[LossCard]:
+        """What may be minimised on each of them."""
+
+    @abstractmethod
     def fingerprint(self) -> dict[str, str]:
         """What results depend on: versions, instruction set, threads."""
 
@@ -81,7 +86,8 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
-        """Loss and log-probabilities, without dropout; changes nothing."""
+        """Loss and outputs; changes nothing. Without dropout, unless the request asks for the
+        masks of the next `forward_backward`."""
 
     @abstractmethod
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:

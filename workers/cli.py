@@ -88,6 +88,15 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     help="Most memory of runs' adapters and optimizers; beyond it the runs idle longest wait on "
     "disk.  [default: a third of what is free at the start]",
 )
+@click.option(
+    "--loss",
+    "plug_ins",
+    multiple=True,
+    metavar="NAME[=MODULE:FUNCTION]",
+    help="A loss of your own to offer beside the built-in ones: a function that "
+    "workers.losses.loss decorates, or the name of an entry point in the group tensafe.losses. "
+    "Repeat it for several. Workers of one model need the same.",
+)
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
     "--operation-limit-s",
@@ -126,6 +135,7 @@ def worker(
     group_tokens: int | None,
     pass_tokens: int | None,
     run_memory_mib: float | None,
+    plug_ins: tuple[str, ...],
     name: str | None,
     operation_limit_s: float,
     token_limit_ms: float,
@@ -152,9 +162,10 @@ def worker(
         raise click.UsageError(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
-    if backend == "mock" and (pass_tokens or run_memory_mib):
+    if backend == "mock" and (pass_tokens or run_memory_mib or plug_ins):
         raise click.UsageError(
-            "the mock backend computes nothing; leave out --pass-tokens and --run-memory-mib"
+            "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib and "
+            "--loss"
         )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
@@ -178,7 +189,9 @@ def worker(
     try:
         if follow_stdin:
             threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
-        loaded = _backend(backend, models, device, dtype, chosen, pass_tokens, run_memory_mib)
+        loaded = _backend(
+            backend, models, device, dtype, chosen, pass_tokens, run_memory_mib, plug_ins
+        )
         if group_tokens is not None:
             loaded.group_tokens = group_tokens
         link = Link(options, loaded)
@@ -212,11 +225,19 @@ def _backend(
     threads: int,
     pass_tokens: int | None,
     run_memory_mib: float | None,
+    plug_ins: tuple[str, ...],
 ) -> Backend:
     if kind == "mock":
         from workers.mock import MockBackend
 
         return MockBackend()
+    from workers.losses import LossLoadError, load_losses
+
+    try:
+        # Before the models, which take longer.
+        losses = load_losses(plug_ins)
+    except LossLoadError as error:
+        raise click.ClickException(str(error)) from error
     from workers.engine.loading import ModelLoadError, load_backend
 
     try:
@@ -227,6 +248,7 @@ def _backend(
             threads=threads,
             token_budget=pass_tokens,
             run_bytes=None if run_memory_mib is None else int(run_memory_mib * 2**20),
+            losses=losses,
         )
     except ModelLoadError as error:
         # Never a mock in place of a model that does not load.

@@ -15,7 +15,7 @@ from tensafe.wire.status import TenSafeFault, to_status
 from workers import wire
 from workers.artifacts import ArtifactCache, Transfers, artifact_message
 from workers.backend import Backend
-from workers.operations import ArtifactWeights, RunSettings, SampleRequest
+from workers.operations import ArtifactWeights, LossRequest, RunSettings, SampleRequest
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class Execution:
         backend = self._backend
         if kind == "forward_backward":
             try:
-                request = wire.loss_request(spec.forward_backward)
-            except TenSafeFault:
+                request = self._loss_request(spec.forward_backward)
+            except Exception:
                 backend.poison(run_id)
                 raise
             loss = backend.forward_backward(run_id, spec.seq, request)
@@ -97,7 +97,7 @@ class Execution:
             if step.applied:
                 done.step_metrics.extend(wire.step_metrics(step))
         elif kind == "forward":
-            loss = backend.forward(run_id, wire.loss_request(spec.forward))
+            loss = backend.forward(run_id, self._loss_request(spec.forward))
             done.result.CopyFrom(wire.forward_result(loss))
         elif kind == "sample":
             done.result.CopyFrom(self.sample(spec, planned))
@@ -107,6 +107,11 @@ class Execution:
             done.result.CopyFrom(self._load(spec, run_id))
         else:
             raise RuntimeError("the operation has no kind")
+
+    def _loss_request(
+        self, message: training_pb2.Forward | training_pb2.ForwardBackward
+    ) -> LossRequest:
+        return wire.loss_request(message, self._artifacts.directory)
 
     def sample(
         self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation

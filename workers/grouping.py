@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tensafe.v1 import training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault
@@ -46,11 +47,17 @@ class Member:
 
 
 def as_member(planned: worker_pb2.PlannedOperation) -> Member | None:
-    """The operation as a member of its group; None if it is executed by itself."""
+    """The operation as a member of its group; None if it is executed by itself.
+
+    One whose loss compares with an artifact goes by itself, so that those beside it wait for no
+    transfer.
+    """
     if planned.replay or planned.void or not planned.group:
         return None
     spec = training_pb2.OperationSpec.FromString(planned.spec)
     kind = spec.WhichOneof("operation") or ""
+    if spec.forward_backward.loss.reference.artifact_id:
+        return None
     return Member(planned, spec, kind) if kind in _KINDS else None
 
 
@@ -113,10 +120,14 @@ def read_request(backend: Backend, member: Member) -> None:
         member.request = wire.step_request(member.spec.optim_step)
         return
     try:
-        member.request = wire.loss_request(member.spec.forward_backward)
+        member.request = wire.loss_request(member.spec.forward_backward, _no_artifact)
     except TenSafeFault:
         backend.poison(member.spec.run_id)
         raise
+
+
+def _no_artifact(artifact_id: str) -> Path:
+    raise RuntimeError(f"an operation that needs {artifact_id} is in a group")
 
 
 def write_outcome(member: Member, done: worker_pb2.OperationDone) -> None:

@@ -216,7 +216,7 @@ class Link:
         """One stream from Register to its end."""
         for card in self._cards:
             await self._stub.PublishModel(
-                wire.publish_request(card),
+                wire.publish_request(card, self._backend.losses()),
                 metadata=self._metadata,
                 timeout=_CALL_TIMEOUT_S,
             )

@@ -1,7 +1,8 @@
 """The mock backend: the service without a model, for tests, benchmarks and first steps.
 
 Step k's loss is 2.5 − 0.01·k, floored at 0.1; grad_norm lies in [1.500, 1.599]. It keeps the
-accumulation window's rules and counts steps as the torch backend does, and trains nothing.
+accumulation window's rules and counts steps as the torch backend does, and trains nothing. Of the
+losses it has `cross_entropy`, and `linear` for losses that clients compute.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from tensafe.wire.loss_tensors import check_tensors, is_scored
+from tensafe.wire.losses import LossCard, Reduction
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Backend
+from workers.losses import LossRegistry
+from workers.losses.cross_entropy import cross_entropy
+from workers.losses.linear import linear
 from workers.operations import (
     Combine,
     Completion,
@@ -26,8 +32,8 @@ from workers.operations import (
     LossRequest,
     Metric,
     ModelCard,
+    Output,
     Prompt,
-    Reduction,
     RunSettings,
     SampleOutcome,
     SampleRequest,
@@ -39,6 +45,7 @@ from workers.window import Window, loss_metric
 
 STATE_FILE = "state.json"
 _FORMAT = "tensafe-mock-1"
+_LOSSES = LossRegistry([cross_entropy, linear])
 
 
 @dataclass(slots=True)
@@ -85,6 +92,9 @@ class MockBackend(Backend):
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(name="mock", architecture="mock", accepts_any_reference=True)]
 
+    def losses(self) -> Sequence[LossCard]:
+        return _LOSSES.cards()
+
     def fingerprint(self) -> dict[str, str]:
         return {"backend": "mock", "python": platform.python_version()}
 
@@ -107,7 +117,8 @@ class MockBackend(Backend):
         run = self._runs[run_id]
         window = run.window
         try:
-            window.admit(request.reduction)
+            reduction = _reduction(request)
+            window.admit(reduction)
             outcome, loss_sum, scored = _loss(run, request)
         except BaseException:
             window.poison()
@@ -116,7 +127,7 @@ class MockBackend(Backend):
         outcome.metrics.append(Metric("grad_norm", norm, Combine.LAST))
         run.norms.append(norm)
         window.add(
-            request.reduction,
+            reduction,
             loss_sum=loss_sum,
             denominator=scored,
             tokens=len(request.batch.input_tokens),
@@ -205,37 +216,42 @@ def _capture(run: _Run, complete: bool) -> MockCaptured:
     return MockCaptured(run.window.step, json.dumps(state, indent=1) + "\n")
 
 
+def _reduction(request: LossRequest) -> Reduction:
+    """Checks what the request says of its loss, as a backend that computes it would."""
+    card = _LOSSES.find(request.loss).card
+    options = card.resolve_options(request.options, "loss.options")
+    source = None if request.reference is None else request.reference.source
+    card.needs_reference(source, options, request.batch.tensors(), "loss.reference")
+    return card.resolve_reduction(request.reduction, "loss.reduction")
+
+
 def _loss(run: _Run, request: LossRequest) -> tuple[LossOutcome, float, float]:
-    if request.loss != "cross_entropy":
-        raise TenSafeFault(
-            "UNSUPPORTED_OPTION",
-            f"there is no loss {request.loss!r}; use cross_entropy",
-            field="loss.name",
-        )
+    reduction = _reduction(request)
+    card = _LOSSES.find(request.loss).card
     batch = request.batch
+    tensors = batch.tensors()
+    card.check_inputs(list(tensors), "batch")
+    check_tensors(card, tensors, batch.offsets, reduction, lambda name: f"batch.{name}")
     count = len(batch.input_tokens)
-    scored = count if batch.weights is None else int(np.count_nonzero(batch.weights))
-    denominator = float(count)
-    if batch.weights is not None:
-        denominator = float(np.add.reduce(batch.weights, dtype=np.float64))
+    weights = np.ones(count, np.float32) if batch.weights is None else batch.weights
+    scored = int(np.count_nonzero(is_scored(weights)))
+    denominator = 1.0
+    if reduction is Reduction.TOKEN_MEAN:
+        denominator = float(np.add.reduce(weights, axis=None, dtype=np.float64))
+    elif reduction is Reduction.SEQUENCE_MEAN:
+        denominator = float(len(batch.offsets) - 1)
     loss = mock_loss(run.window.step + 1)
-    summed = request.reduction is Reduction.SUM
-    if not scored or (denominator <= 0 and not summed):
-        raise TenSafeFault(
-            "NOTHING_SCORED",
-            "the batch's weights add up to 0; score at least one token",
-            field="batch.weights",
-        )
-    loss_sum = loss * (scored if summed else denominator)
-    metric = loss_metric(request.reduction, loss_sum, denominator)
-    if not summed:
+    loss_sum = loss * (scored if reduction is Reduction.SUM else denominator)
+    metric = loss_metric(reduction, loss_sum, denominator)
+    if reduction is not Reduction.SUM:
         metric.value = loss  # exactly: the page prints it
     metrics = [
         metric,
         Metric("tokens", count, Combine.SUM),
         Metric("scored_tokens", scored, Combine.SUM),
     ]
-    return LossOutcome(metrics, np.zeros(count, np.float32)), loss_sum, denominator
+    outcome = LossOutcome(metrics, {"logprobs": Output(np.zeros(weights.shape, np.float32))})
+    return outcome, loss_sum, denominator
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum, StrEnum
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tensafe.wire.losses import Reduction
+
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]
-
-
-class Reduction(StrEnum):
-    """How the scored tokens' losses become the number that is minimised."""
-
-    WEIGHTED_MEAN = "weighted_mean"
-    SUM = "sum"
 
 
 class Combine(IntEnum):
@@ -84,23 +79,57 @@ class Batch:
     Attributes:
         offsets: int64 [B + 1].
         input_tokens: int32 [N].
-        target_tokens: int32 [N], the token to predict at each position; None if not given.
-        weights: float32 [N], 0 where nothing is scored; None for all 1.
+        target_tokens: int32 [N] or [N, K], the token to predict at each position; None if not
+            given.
+        weights: float32, like the targets, 0 where nothing is scored; None for all 1.
+        inputs: what else the loss takes, by name: [N] or [N, K].
     """
 
     offsets: Int64
     input_tokens: Int32
     target_tokens: Int32 | None = None
     weights: Float32 | None = None
+    inputs: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All that the loss is given, by name."""
+        own = {"target_tokens": self.target_tokens, "weights": self.weights}
+        return {name: array for name, array in own.items() if array is not None} | self.inputs
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactWeights:
+    """Weights of a saved artifact whose files lie in `directory`."""
+
+    artifact_id: str
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a loss compares the run with: `base`, `none` or, with `artifact`, `artifact_id`."""
+
+    source: str
+    artifact: ArtifactWeights | None = None
 
 
 @dataclass(slots=True)
 class LossRequest:
-    """A forward pass, or a forward and a backward pass, over one batch."""
+    """A forward pass, or a forward and a backward pass, over one batch.
+
+    Attributes:
+        reduction: None for the loss's own.
+        options: of the loss; what is left out has its default.
+        reference: None for the base model, where the loss needs one.
+        dropout: whether a forward pass has the masks of the next backward pass.
+    """
 
     batch: Batch
     loss: str = "cross_entropy"
-    reduction: Reduction = Reduction.WEIGHTED_MEAN
+    reduction: Reduction | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    reference: Reference | None = None
+    dropout: bool = False
 
 
 @dataclass(slots=True)
@@ -152,14 +181,6 @@ class SamplingParams:
     num_samples: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ArtifactWeights:
-    """Weights of a saved artifact whose files lie in `directory`."""
-
-    artifact_id: str
-    directory: Path
-
-
 @dataclass(slots=True)
 class SampleRequest:
     """Generates text.
@@ -187,12 +208,30 @@ class Metric:
     weight: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a loss tells: float32 [N] or [N, K], or [B] if it is `per_datum`; 0 where nothing is
+    scored."""
+
+    values: Float32
+    per_datum: bool = False
+
+
 @dataclass(slots=True)
 class LossOutcome:
-    """`logprobs` float32 [N]: of each target token, 0 where the weight is 0."""
+    """What came of a pass.
+
+    Attributes:
+        outputs: by name; `logprobs`, of each target token, is always there.
+    """
 
     metrics: list[Metric]
-    logprobs: Float32
+    outputs: dict[str, Output]
+
+    @property
+    def logprobs(self) -> Float32:
+        """float32 [N] or [N, K]: of each target token, 0 where the weight is 0."""
+        return self.outputs["logprobs"].values
 
 
 @dataclass(slots=True)

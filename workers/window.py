@@ -7,11 +7,16 @@ one exception is MAX_STEPS_REACHED, which changes nothing at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensafe.wire.losses import Reduction
 from tensafe.wire.status import TenSafeFault
-from workers.operations import Combine, Metric, Reduction
+from workers.operations import Combine, Metric
+
+_FORMER = {"weighted_mean": Reduction.TOKEN_MEAN}
+"""A name that saved states may still have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +24,7 @@ class ClosedWindow:
     """Totals of a window at its close.
 
     Attributes:
-        divisor: what the summed gradient is divided by: Σ weights, or 1 under `sum`.
+        defined: metrics that its losses define, each combined over its calls.
     """
 
     reduction: Reduction
@@ -27,10 +32,12 @@ class ClosedWindow:
     denominator: float
     tokens: int
     compute_ms: float
+    defined: list[Metric]
 
     @property
     def divisor(self) -> float:
-        return self.denominator if self.reduction is Reduction.WEIGHTED_MEAN else 1.0
+        """What the summed gradient is divided by."""
+        return divisor(self.reduction, self.denominator)
 
     def metrics(self, grad_norm: float, learning_rate: float, step_ms: float) -> list[Metric]:
         """Metrics of the update, all but queue_ms; `step_ms` is the closing call's own time."""
@@ -43,14 +50,44 @@ class ClosedWindow:
             Metric("tokens", self.tokens, Combine.SUM),
             Metric("tokens_per_second", rate, Combine.LAST),
             Metric("compute_ms", compute_ms, Combine.SUM),
+            *self.defined,
         ]
 
 
+def divisor(reduction: Reduction, denominator: float) -> float:
+    """1 under `sum`."""
+    return 1.0 if reduction is Reduction.SUM else denominator
+
+
 def loss_metric(reduction: Reduction, loss_sum: float, denominator: float) -> Metric:
-    """The reported loss: Σ w·nll / Σ w with weight Σ w, or Σ w·nll under `sum`."""
+    """The reported loss: a mean whose weight is its denominator, or the plain sum."""
     if reduction is Reduction.SUM:
         return Metric("loss", loss_sum, Combine.SUM)
     return Metric("loss", loss_sum / denominator, Combine.MEAN, denominator)
+
+
+def combine(metrics: Iterable[Metric]) -> list[Metric]:
+    """One metric for each name, its values combined as it says; in the order of first sight."""
+    found: dict[str, Metric] = {}
+    for metric in metrics:
+        before = found.get(metric.name)
+        found[metric.name] = metric if before is None else _both(before, metric)
+    return list(found.values())
+
+
+def _both(one: Metric, two: Metric) -> Metric:
+    if one.combine is not two.combine:
+        raise ValueError(f"metric {one.name} combines in two ways, {one.combine!r} and another")
+    weight = one.weight + two.weight
+    if one.combine is Combine.SUM:
+        value = one.value + two.value
+    elif one.combine is Combine.MEAN:
+        value = (one.value * one.weight + two.value * two.weight) / weight
+    elif one.combine is Combine.LAST:
+        return two
+    else:
+        value = (min if one.combine is Combine.MIN else max)(one.value, two.value)
+    return Metric(one.name, value, one.combine, weight)
 
 
 class Window:
@@ -78,6 +115,7 @@ class Window:
         self.denominator = 0.0
         self.tokens = 0
         self.compute_ms = 0.0
+        self.defined: list[Metric] = []
 
     @property
     def is_open(self) -> bool:
@@ -107,14 +145,20 @@ class Window:
         denominator: float,
         tokens: int,
         compute_ms: float,
+        defined: Sequence[Metric] = (),
     ) -> None:
-        """Counts a forward_backward whose gradient was added."""
+        """Counts a forward_backward whose gradient was added.
+
+        Args:
+            defined: metrics that its loss defines.
+        """
         self.reduction = reduction
         self.backwards += 1
         self.loss_sum += loss_sum
         self.denominator += denominator
         self.tokens += tokens
         self.compute_ms += compute_ms
+        self.defined = combine([*self.defined, *defined])
 
     def poison(self) -> None:
         """A forward_backward of this window did not contribute."""
@@ -142,11 +186,12 @@ class Window:
             return None
         poisoned, backwards, reduction = self.poisoned, self.backwards, self.reduction
         closed = ClosedWindow(
-            reduction or Reduction.WEIGHTED_MEAN,
+            reduction or Reduction.TOKEN_MEAN,
             self.loss_sum,
             self.denominator,
             self.tokens,
             self.compute_ms,
+            self.defined,
         )
         self.clear()
         if poisoned:
@@ -180,6 +225,7 @@ class Window:
             "denominator": self.denominator,
             "tokens": self.tokens,
             "compute_ms": self.compute_ms,
+            "defined": [asdict(metric) for metric in self.defined],
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -189,8 +235,12 @@ class Window:
         self.backwards = int(saved["backwards"])
         self.poisoned = bool(saved["poisoned"])
         reduction = saved["reduction"]
-        self.reduction = None if reduction is None else Reduction(reduction)
+        self.reduction = None if reduction is None else Reduction(_FORMER.get(reduction, reduction))
         self.loss_sum = float(saved["loss_sum"])
         self.denominator = float(saved["denominator"])
         self.tokens = int(saved["tokens"])
         self.compute_ms = float(saved["compute_ms"])
+        self.defined = [
+            Metric(**{**metric, "combine": Combine(metric["combine"])})
+            for metric in saved.get("defined", [])
+        ]

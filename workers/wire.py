@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tensafe.v1 import models_pb2, operations_pb2, training_pb2, types_pb2, worker_pb2
+from tensafe.wire.loss_messages import card_message, option_values, reduction_of
+from tensafe.wire.losses import LossCard
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import TensorError, decode, encode
 from workers.operations import (
+    ArtifactWeights,
     Batch,
     ChatMessage,
     Completion,
@@ -20,8 +25,9 @@ from workers.operations import (
     Metric,
     ModelCard,
     OptimizerSettings,
+    Output,
     Prompt,
-    Reduction,
+    Reference,
     RunSettings,
     SampleOutcome,
     SamplingParams,
@@ -98,22 +104,34 @@ def _optimizer(message: training_pb2.OptimizerConfig) -> OptimizerSettings:
 
 def loss_request(
     message: training_pb2.Forward | training_pb2.ForwardBackward,
+    artifact_directory: Callable[[str], Path],
 ) -> LossRequest:
     """Reads a batch and its loss; contents are the backend's to check.
+
+    Args:
+        artifact_directory: where an artifact's files lie, of one that is named as reference.
 
     Raises:
         TenSafeFault: INVALID_BATCH for tensors that are malformed; UNSUPPORTED_OPTION.
     """
     loss = message.loss
-    reduction = (
-        Reduction.SUM
-        if loss.reduction == training_pb2.LOSS_REDUCTION_SUM
-        else Reduction.WEIGHTED_MEAN
-    )
     if message.batch.WhichOneof("source") != "inline":
         raise _unsupported("batch.blob_ref", "this server takes no blobs; send the batch inline")
-    name = loss.name if loss.HasField("name") else "cross_entropy"
-    return LossRequest(_batch(message.batch.inline), name, reduction)
+    reference = None
+    if loss.HasField("reference"):
+        artifact_id = loss.reference.artifact_id
+        reference = Reference(
+            loss.reference.WhichOneof("source") or "base",
+            ArtifactWeights(artifact_id, artifact_directory(artifact_id)) if artifact_id else None,
+        )
+    return LossRequest(
+        _batch(message.batch.inline),
+        loss=_or(loss, "name", "cross_entropy"),
+        reduction=reduction_of(loss.reduction),
+        options=option_values(loss.options),
+        reference=reference,
+        dropout=isinstance(message, training_pb2.Forward) and message.dropout,
+    )
 
 
 def _batch(message: training_pb2.Batch) -> Batch:
@@ -121,24 +139,31 @@ def _batch(message: training_pb2.Batch) -> Batch:
         offsets=_array(message.offsets, _INT64, "batch.offsets"),
         input_tokens=_array(message.input_tokens, _INT32, "batch.input_tokens"),
     )
+    seen: set[str] = set()
     for named in message.loss_inputs:
         name = named.name
         where = "batch." + name
         if named.HasField("offsets") and named.offsets != message.offsets:
             raise _invalid_batch(where, "its offsets differ from the batch's; leave them unset")
-        if name == "target_tokens" and batch.target_tokens is None:
-            batch.target_tokens = _array(named.tensor, _INT32, where)
-        elif name == "weights" and batch.weights is None:
-            batch.weights = _array(named.tensor, _FLOAT32, where)
+        if name in seen:
+            raise _invalid_batch(where, "it is given twice; send it once")
+        seen.add(name)
+        if name == "target_tokens":
+            batch.target_tokens = _array(named.tensor, _INT32, where, wide=True)
+        elif name == "weights":
+            batch.weights = _array(named.tensor, _FLOAT32, where, wide=True)
         else:
-            raise _invalid_batch(
-                where,
-                "cross_entropy takes target_tokens and weights, each once; remove this tensor",
-            )
+            batch.inputs[name] = _input(named.tensor, where)
     return batch
 
 
-def _array(tensor: types_pb2.Tensor, wanted: _Wanted, where: str) -> Any:
+def _input(tensor: types_pb2.Tensor, where: str) -> Any:
+    """A tensor that only the loss knows: of one of the two types that losses take."""
+    whole = tensor.dtype in (types_pb2.DATA_TYPE_INT32, types_pb2.DATA_TYPE_INT64)
+    return _array(tensor, _INT32 if whole else _FLOAT32, where, wide=True)
+
+
+def _array(tensor: types_pb2.Tensor, wanted: _Wanted, where: str, *, wide: bool = False) -> Any:
     dtype, wire_type = wanted
     shape, data = tensor.shape, tensor.data
     if tensor.dtype == wire_type and len(shape) == 1 and shape[0] * dtype.itemsize == len(data):
@@ -148,8 +173,9 @@ def _array(tensor: types_pb2.Tensor, wanted: _Wanted, where: str) -> Any:
         array = decode(tensor)
     except TensorError as error:
         raise _invalid_batch(where, str(error)) from error
-    if array.ndim != 1:
-        raise _invalid_batch(where, f"it has {array.ndim} dimensions; it must have one")
+    if array.ndim not in ((1, 2) if wide else (1,)):
+        allowed = "one, or two" if wide else "one"
+        raise _invalid_batch(where, f"it has {array.ndim} dimensions; it must have {allowed}")
     if array.dtype != dtype:
         # Exact or refused: an int64 token id must not wrap round into the vocabulary.
         if array.dtype.kind != dtype.kind:
@@ -221,13 +247,20 @@ def step_metrics(outcome: StepOutcome) -> list[types_pb2.Metric]:
 
 
 def _outputs(outcome: LossOutcome) -> list[types_pb2.NamedTensor]:
-    logprobs = outcome.logprobs
+    return [_output(name, output) for name, output in outcome.outputs.items()]
+
+
+def _output(name: str, output: Output) -> types_pb2.NamedTensor:
+    values = output.values
     tensor = types_pb2.Tensor(
         dtype=types_pb2.DATA_TYPE_FLOAT32,
-        shape=logprobs.shape,
-        data=logprobs.astype("<f4", copy=False).tobytes(),
+        shape=values.shape,
+        data=values.astype("<f4", copy=False).tobytes(),
     )
-    return [types_pb2.NamedTensor(name="logprobs", tensor=tensor)]
+    message = types_pb2.NamedTensor(name=name, tensor=tensor)
+    if output.per_datum:
+        message.offsets.CopyFrom(encode(np.arange(len(values) + 1, dtype=np.int64)))
+    return message
 
 
 def forward_result(outcome: LossOutcome) -> operations_pb2.OperationResult:
@@ -297,8 +330,8 @@ def load_state_result(artifact_id: str, outcome: LoadOutcome) -> operations_pb2.
     )
 
 
-def publish_request(card: ModelCard) -> worker_pb2.PublishModelRequest:
-    """Packs a model and its tokenizer's files."""
+def publish_request(card: ModelCard, losses: Sequence[LossCard]) -> worker_pb2.PublishModelRequest:
+    """Packs a model, what may be minimised on it, and its tokenizer's files."""
     return worker_pb2.PublishModelRequest(
         model=models_pb2.Model(
             name=card.name,
@@ -315,6 +348,7 @@ def publish_request(card: ModelCard) -> worker_pb2.PublishModelRequest:
             has_chat_template=card.has_chat_template,
             tokenizer_sha256=card.tokenizer_sha256,
             accepts_any_reference=card.accepts_any_reference,
+            losses=[card_message(loss) for loss in losses],
         ),
         tokenizer_files=[
             worker_pb2.ModelFile(name=name, data=data)

@@ -13,6 +13,7 @@ from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
+from tensafe_client.losses import LossInfo
 from tensafe_client.results import SampleResult
 from tensafe_client.service import ServiceBase
 
@@ -131,6 +132,10 @@ class AsyncServiceClient(ServiceBase):
     async def model(self, model_ref: str) -> ModelInfo:
         """Reads a model."""
         return await self._io.bridge(self._api.model(model_ref))
+
+    async def losses(self, model_ref: str | None = None) -> list[LossInfo]:
+        """Lists the losses that runs may use, with what each takes and gives."""
+        return await self._io.bridge(self._api.losses(model_ref))
 
     async def tokenizer_files(self, model_ref: str) -> dict[str, bytes]:
         """Fetches a model's tokenizer, name → content."""

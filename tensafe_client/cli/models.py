@@ -65,3 +65,33 @@ def show(ctx: click.Context, model_ref: str, as_json: bool) -> None:
             ("target modules", modules or "any"),
         ]
     )
+
+
+@examples("tensafe models losses", "tensafe models losses smollm2-135m --json")
+@models.command()
+@click.argument("model_ref", metavar="[MODEL]", required=False)
+@json_option
+@click.pass_context
+def losses(ctx: click.Context, model_ref: str | None, as_json: bool) -> None:
+    """List what may be minimised, on MODEL or on all models, and what each loss takes."""
+    found = connect(ctx).losses(model_ref)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ("LOSS", "INPUTS", "OPTIONS", "REDUCTIONS", "FROM"),
+        [
+            (
+                loss.name,
+                " ".join(f"{i.name}{'' if i.required else '?'}" for i in loss.inputs),
+                " ".join(
+                    f"{option.name}" + ("" if option.default is None else f"={option.default}")
+                    for option in loss.options
+                )
+                or "none",
+                " ".join(loss.reductions),
+                "the operator" if loss.plug_in else "built in",
+            )
+            for loss in found
+        ],
+    )

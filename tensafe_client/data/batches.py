@@ -74,6 +74,7 @@ def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
             )
     offsets = np.zeros(len(datums) + 1, np.int64)
     np.cumsum([len(datum) for datum in datums], out=offsets[1:])
+    _check_alike(datums)
     # What is scored is left to the server here: negative weights, and weights that add up to 0,
     # have a meaning under the `sum` reduction.
     return _pack(
@@ -81,7 +82,37 @@ def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
         np.concatenate([datum.tokens for datum in datums]),
         np.concatenate([datum.target_tokens for datum in datums]),
         np.concatenate([datum.weights for datum in datums]),
+        {
+            name: np.concatenate([datum.inputs[name] for datum in datums])
+            for name in datums[0].inputs
+        },
     )
+
+
+def _check_alike(datums: Sequence[Datum]) -> None:
+    """Raises BatchError naming the first datum whose tensors differ in kind from the first's."""
+    first = datums[0]
+    for row, datum in enumerate(datums):
+        if datum.inputs.keys() != first.inputs.keys():
+            name = min(datum.inputs.keys() ^ first.inputs.keys())
+            other = row if name in first.inputs else 0
+            raise BatchError.of(
+                f"[{other}].{name}",
+                f"is missing, which datum {0 if other else row} has; give every datum of a batch "
+                "the same inputs",
+            )
+        for name in ("target_tokens", *datum.inputs):
+            ours, theirs = _tensor(datum, name), _tensor(first, name)
+            if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+                raise BatchError.of(
+                    f"[{row}].{name}",
+                    f"is {ours.dtype} {list(ours.shape)}, and that of datum 0 {theirs.dtype} "
+                    f"{list(theirs.shape)}; give all datums of a batch the same kind",
+                )
+
+
+def _tensor(datum: Datum, name: str) -> Array:
+    return datum.target_tokens if name == "target_tokens" else datum.inputs[name]
 
 
 def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
@@ -215,7 +246,13 @@ def _kept_pairs(mask: Array, ids: Array) -> tuple[Array | None, Array]:
     return pairs, lengths - 1
 
 
-def _pack(offsets: Array, inputs: Array, targets: Array, weights: Array) -> EncodedBatch:
+def _pack(
+    offsets: Array,
+    inputs: Array,
+    targets: Array,
+    weights: Array,
+    more: Mapping[str, Array] | None = None,
+) -> EncodedBatch:
     # Filled in place: messages that are built apart are copied when they are put together.
     message = pb.Batch()
     _fill(message.offsets, types_pb2.DATA_TYPE_INT64, offsets, _INT64)
@@ -223,6 +260,11 @@ def _pack(offsets: Array, inputs: Array, targets: Array, weights: Array) -> Enco
     add = message.loss_inputs.add
     _fill(add(name="target_tokens").tensor, types_pb2.DATA_TYPE_INT32, targets, _INT32)
     _fill(add(name="weights").tensor, types_pb2.DATA_TYPE_FLOAT32, weights, _FLOAT32)
+    for name, array in (more or {}).items():
+        if array.dtype == _INT32:
+            _fill(add(name=name).tensor, types_pb2.DATA_TYPE_INT32, array, _INT32)
+        else:
+            _fill(add(name=name).tensor, types_pb2.DATA_TYPE_FLOAT32, array, _FLOAT32)
     return EncodedBatch(message, offsets)
 
 
@@ -231,5 +273,5 @@ def _fill(
 ) -> None:
     # The types are known here, so this skips the checks of tensafe.wire.tensors.encode.
     tensor.dtype = kind
-    tensor.shape.append(array.size)
+    tensor.shape.extend(array.shape)
     tensor.data = array.astype(wire, copy=False).tobytes()

@@ -19,29 +19,37 @@ _INT32_MAX = 2**31 - 1
 class Datum:
     """One sequence: at position t the model reads `tokens[t]` and predicts `target_tokens[t]`.
 
+        Datum(ids[:-1], ids[1:], weights=completion, logprobs=sampled, advantages=0.7)
+
     Args:
         tokens: int [T], T ≥ 1: what the model reads.
-        target_tokens: int [T]: what it must predict at each position.
-        weights: float [T]: 0 where nothing is scored. None: all 1.
+        target_tokens: int [T]: what it must predict at each position; or [T, K], soft targets.
+        weights: float, as many as targets: 0 where nothing is scored. None: all 1; soft targets
+            need them.
+        inputs: what else the loss takes, by name: [T], or as many as soft targets, or one number
+            for all positions. An int32 array stays one; everything else is sent as float32.
 
     Raises:
         BatchError: if the lengths differ, or a token is negative or no integer.
     """
 
-    __slots__ = ("target_tokens", "tokens", "weights")
+    __slots__ = ("inputs", "target_tokens", "tokens", "weights")
 
-    def __init__(self, tokens: Any, target_tokens: Any, weights: Any = None) -> None:
+    def __init__(self, tokens: Any, target_tokens: Any, weights: Any = None, **inputs: Any) -> None:
         self.tokens = token_array("tokens", tokens)
-        self.target_tokens = token_array("target_tokens", target_tokens)
         size = len(self.tokens)
         if size == 0:
             raise BatchError.of("tokens", "is empty: a Datum needs at least one token")
-        if len(self.target_tokens) != size:
-            raise BatchError(
-                f"target_tokens has {len(self.target_tokens)} entries for {size} tokens",
-                violations=[("target_tokens", "must be as long as tokens")],
-            )
-        self.weights = np.ones(size, np.float32) if weights is None else _weights(weights, size)
+        self.target_tokens = _targets(target_tokens, size)
+        if weights is not None:
+            self.weights = _weights(weights, self.target_tokens.shape)
+        elif self.target_tokens.ndim > 1:
+            raise BatchError.of("weights", "must say how much each of the soft targets counts")
+        else:
+            self.weights = np.ones(size, np.float32)
+        self.inputs: dict[str, Array] = {
+            name: _input(name, values, self.target_tokens.shape) for name, values in inputs.items()
+        }
 
     @classmethod
     def from_labels(cls, input_ids: Sequence[int] | Array, labels: Sequence[int] | Array) -> Datum:
@@ -63,7 +71,9 @@ class Datum:
         return len(self.tokens)
 
     def __repr__(self) -> str:
-        return f"<Datum {len(self)} tokens, {int(np.count_nonzero(self.weights))} scored>"
+        scored = self.weights != 0
+        count = int(np.count_nonzero(scored if scored.ndim == 1 else scored.any(1)))
+        return f"<Datum {len(self)} tokens, {count} scored>"
 
 
 def number_array(field: str, values: Any) -> Array:
@@ -116,11 +126,44 @@ def to_numpy(field: str, values: Any) -> Array:
         raise BatchError.of(field, f"is not an array of numbers: {error}") from error
 
 
-def _weights(values: Any, size: int) -> Array:
-    array = to_numpy("weights", values)
-    if array.shape != (size,) or array.dtype.kind not in "iuf":
+def _targets(values: Any, size: int) -> Array:
+    array = to_numpy("target_tokens", values)
+    if array.ndim != 2:
+        array = token_array("target_tokens", array)
+    elif array.dtype.kind not in "iu" or not array.shape[1]:
+        raise BatchError.of("target_tokens", "must be integers, [T] or [T, K]")
+    else:
+        check_tokens("target_tokens", array.astype(np.int64))
+    if len(array) != size:
         raise BatchError(
-            f"weights must be {size} numbers, one for each token, got shape {list(array.shape)}",
+            f"target_tokens has {len(array)} entries for {size} tokens",
+            violations=[("target_tokens", "must be as long as tokens")],
+        )
+    return array.astype(np.int32, copy=False)
+
+
+def _weights(values: Any, shape: tuple[int, ...]) -> Array:
+    array = to_numpy("weights", values)
+    if array.shape != shape or array.dtype.kind not in "biuf":
+        each = "token" if len(shape) == 1 else "soft target"
+        raise BatchError(
+            f"weights must be {list(shape)} numbers, one for each {each}, got shape "
+            f"{list(array.shape)}",
             violations=[("weights", "must be as long as tokens")],
         )
     return array.astype(np.float32)
+
+
+def _input(name: str, values: Any, shape: tuple[int, ...]) -> Array:
+    array = to_numpy(name, values)
+    if array.dtype.kind not in "biuf":
+        raise BatchError.of(name, f"must be numbers, got {array.dtype}")
+    if array.ndim == 0:
+        array = np.full(shape[:1], array)
+    if array.shape not in (shape, shape[:1]):
+        raise BatchError.of(
+            name,
+            f"must be one number, or {list(shape[:1])}, one for each token, got shape "
+            f"{list(array.shape)}",
+        )
+    return array if array.dtype == np.int32 else array.astype(np.float32)

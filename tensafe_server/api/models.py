@@ -8,6 +8,8 @@ from typing import Any
 
 from tensafe.v1 import models_pb2 as pb
 from tensafe.v1 import models_pb2_grpc as rpc
+from tensafe.wire.loss_messages import card_message
+from tensafe.wire.losses import LossCard
 from tensafe_server.api.files import tokenizer_chunks
 from tensafe_server.blobs.base import BlobStore
 from tensafe_server.models.registry import ModelRegistry
@@ -33,3 +35,21 @@ class ModelsServicer(rpc.ModelsServiceServicer):
         files = await asyncio.to_thread(self._models.tokenizer_files, model)
         async for chunk in tokenizer_chunks(self._blobs, files):
             yield pb.GetTokenizerResponse(chunk=chunk)
+
+    async def ListLosses(
+        self, request: pb.ListLossesRequest, context: Any
+    ) -> pb.ListLossesResponse:
+        if request.HasField("model_ref"):
+            names = [self._models.find(request.model_ref).name]
+        else:
+            names = [model.name for model in self._models.models()]
+        offered: dict[LossCard, list[str]] = {}
+        for name in names:
+            for card in self._models.losses(name).values():
+                offered.setdefault(card, []).append(name)
+        return pb.ListLossesResponse(
+            losses=[
+                pb.OfferedLoss(loss=card_message(card), models=offered[card])
+                for card in sorted(offered, key=lambda card: card.name)
+            ]
+        )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+from collections.abc import Mapping
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.models_pb2 import Model
+from tensafe.wire.loss_messages import card_of
+from tensafe.wire.losses import LossCard
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobStore
 from tensafe_server.store.base import Store
@@ -28,12 +31,23 @@ class ModelRegistry:
         self._store = store
         self._blobs = blobs
         self._models: dict[str, Model] = {}
+        self._losses: dict[str, dict[str, LossCard]] = {}
 
     async def load(self) -> None:
-        self._models = {model.name: model for model in await self._store.models()}
+        for model in await self._store.models():
+            self._take(model)
+
+    def _take(self, model: Model) -> None:
+        self._losses[model.name] = {loss.name: card_of(loss) for loss in model.losses}
+        del model.losses[:]
+        self._models[model.name] = model
 
     def models(self) -> list[Model]:
         return [self._models[name] for name in sorted(self._models)]
+
+    def losses(self, name: str) -> Mapping[str, LossCard]:
+        """What may be minimised on the model of this name; empty if its worker never said."""
+        return self._losses.get(name, {})
 
     def find(self, reference: str, field: str = "model_ref") -> Model:
         """The model of a registered name or reference.
@@ -60,7 +74,7 @@ class ModelRegistry:
         )
 
     async def publish(self, model: Model, files: dict[str, bytes]) -> None:
-        """Registers a model and its tokenizer's files."""
+        """Registers a model with its losses, and its tokenizer's files."""
         digest = hashlib.sha256()
         for name in sorted(files):
             digest.update(f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n".encode())
@@ -68,7 +82,7 @@ class ModelRegistry:
             model.tokenizer_sha256 = digest.hexdigest()
             await asyncio.to_thread(self._put_files, model.tokenizer_sha256, files)
         await self._store.put_model(model)
-        self._models[model.name] = model
+        self._take(model)
 
     def _put_files(self, digest: str, files: dict[str, bytes]) -> None:
         for name, data in files.items():

@@ -7,7 +7,6 @@ worker, and the worker checks again.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from google.protobuf.struct_pb2 import Struct
@@ -15,10 +14,12 @@ from google.protobuf.struct_pb2 import Struct
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.models_pb2 import Model
-from tensafe.v1.types_pb2 import NamedTensor, Tensor
+from tensafe.v1.types_pb2 import Tensor
 from tensafe.wire.status import TenSafeFault
-from tensafe.wire.tensors import Array, TensorError, decode, place_in_batch
+from tensafe.wire.tensors import Array, TensorError, decode
+from tensafe_server.operations.loss_checks import Losses, check_loss
 from tensafe_server.operations.validation import refused
+from tensafe_server.operations.vocabulary import check_vocabulary
 
 KINDS = {
     "forward": ops.OPERATION_KIND_FORWARD,
@@ -28,8 +29,12 @@ KINDS = {
     "save_state": ops.OPERATION_KIND_SAVE_STATE,
     "load_state": ops.OPERATION_KIND_LOAD_STATE,
 }
-_INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
-_LOSS_INPUTS = {"cross_entropy": {"target_tokens": _INT32, "weights": _FLOAT32}}
+_INT32, _INT64 = np.dtype("<i4"), np.dtype("<i8")
+_FIELDS = {
+    (kind, part): f"{kind}.batch.inline.{part}"
+    for kind in ("forward", "forward_backward")
+    for part in ("offsets", "input_tokens")
+}
 _MAX_METADATA_BYTES = 64 * 1024
 _MAX_METADATA_DEPTH = 16
 _LARGEST_SEQ = 2**53 - 1
@@ -37,22 +42,7 @@ _LARGEST_SEQ = 2**53 - 1
 
 BACKWARD_FACTOR = 3.0
 """Cost of a token in a forward_backward, in forwarded tokens."""
-
-
-class _Paths:
-    """Where the parts of a batch stand in a spec: the names in errors."""
-
-    def __init__(self, kind: str) -> None:
-        batch = f"{kind}.batch.inline"
-        self.offsets = f"{batch}.offsets"
-        self.tokens = f"{batch}.input_tokens"
-        self.inputs = f"{batch}.loss_inputs"
-        self.targets = f"{batch}.target_tokens"
-        self.weights = f"{batch}.weights"
-        self.loss = f"{kind}.loss.name"
-
-
-_PATHS = {kind: _Paths(kind) for kind in ("forward", "forward_backward")}
+_OTHER_COST = 16.0
 
 
 def is_numbered(spec: training.OperationSpec) -> bool:
@@ -89,22 +79,26 @@ def check_identity(spec: training.OperationSpec) -> None:
         raise refused(broken)
 
 
-def check_content(spec: training.OperationSpec, model: Model) -> float:
+def check_content(spec: training.OperationSpec, model: Model, losses: Losses) -> float:
     """Checks an operation against its model and returns its cost, in forwarded tokens.
+
+    Args:
+        losses: the model's, by name.
 
     Raises:
         TenSafeFault: INVALID_ARGUMENT or OUT_OF_RANGE, naming the field.
     """
     kind = spec.WhichOneof("operation")
     if kind == "forward":
-        return _check_batch(spec.forward, "forward", model)
+        return _check_batch(spec.forward, "forward", model, losses, 1.0)
     if kind == "forward_backward":
-        return BACKWARD_FACTOR * _check_batch(spec.forward_backward, "forward_backward", model)
+        operation = spec.forward_backward
+        return _check_batch(operation, "forward_backward", model, losses, BACKWARD_FACTOR)
     if kind == "sample":
         return _check_sample(spec.sample, model)
     if kind == "save_state":
         check_metadata(spec.save_state.metadata, "save_state.metadata")
-    return 16.0
+    return _OTHER_COST
 
 
 def check_metadata(metadata: Struct, field: str) -> None:
@@ -129,7 +123,11 @@ def check_metadata(metadata: Struct, field: str) -> None:
 
 
 def _check_batch(
-    operation: training.Forward | training.ForwardBackward, kind: str, model: Model
+    operation: training.Forward | training.ForwardBackward,
+    kind: str,
+    model: Model,
+    losses: Losses,
+    factor: float,
 ) -> float:
     if operation.batch.WhichOneof("source") != "inline":
         raise TenSafeFault(
@@ -138,80 +136,19 @@ def _check_batch(
             field=f"{kind}.batch.blob_ref",
         )
     batch = operation.batch.inline
-    path = _PATHS[kind]
-    field = path.offsets
+    field = _FIELDS[kind, "offsets"]
     try:
         offsets = _offsets(batch.offsets)
         total: int = offsets.item(-1)
         _check_context(offsets, field, model)
-        field = path.tokens
+        field = _FIELDS[kind, "input_tokens"]
         tokens = _tokens(batch.input_tokens, total)
     except TensorError as error:
         raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
-    _check_vocabulary(tokens, field, model, offsets)
-    _check_loss(operation, batch, path, offsets, model)
-    return float(total)
-
-
-def _check_loss(
-    operation: training.Forward | training.ForwardBackward,
-    batch: training.Batch,
-    path: _Paths,
-    offsets: Array,
-    model: Model,
-) -> None:
-    total: int = offsets.item(-1)
-    name = operation.loss.name or "cross_entropy"
-    known = _LOSS_INPUTS.get(name)
-    if known is None:
-        raise TenSafeFault(
-            "UNSUPPORTED_OPTION",
-            f"no loss {name!r}; this server has {', '.join(sorted(_LOSS_INPUTS))}",
-            field=path.loss,
-        )
-    given: dict[str, Array] = {}
-    for index, item in enumerate(batch.loss_inputs):
-        dtype = known.get(item.name)
-        if dtype is None or item.name in given:
-            problem = "given twice" if item.name in given else f"unknown to {name}"
-            raise TenSafeFault(
-                "INVALID_BATCH",
-                f"loss input {item.name!r} is {problem}; it takes {', '.join(sorted(known))}",
-                field=f"{path.inputs}[{index}]",
-            )
-        given[item.name] = _per_token(item, dtype, f"{path.inputs}[{index}]", total)
-    targets = given.get("target_tokens")
-    if targets is None:
-        raise TenSafeFault(
-            "INVALID_BATCH",
-            f"{name} needs the loss input 'target_tokens'",
-            field=path.inputs,
-        )
-    _check_vocabulary(targets, path.targets, model, offsets)
-    weights = given.get("weights")
-    if weights is not None:
-        _check_weights(weights, operation.loss.reduction, path.weights)
-
-
-def _check_weights(weights: Array, reduction: int, field: str) -> None:
-    total: float = np.add.reduce(weights, dtype=np.float64).item()
-    if not math.isfinite(total):
-        raise TenSafeFault("INVALID_BATCH", "weights must be finite", field=field)
-    if reduction == training.LOSS_REDUCTION_SUM:
-        return
-    if np.minimum.reduce(weights) < 0:
-        raise TenSafeFault(
-            "INVALID_BATCH",
-            "negative weights have no weighted mean; use the reduction `sum`",
-            field=field,
-        )
-    if total == 0:
-        raise TenSafeFault(
-            "NOTHING_SCORED",
-            "every weight is 0, so that there is no loss (labels all -100?); score at least one "
-            "token",
-            field=field,
-        )
+    check_vocabulary(tokens, field, model, offsets)
+    compares = check_loss(operation, kind, offsets, model, losses)
+    # The reference's forward pass comes on top.
+    return float(total) * (factor + compares)
 
 
 def _check_sample(sample: training.Sample, model: Model) -> float:
@@ -229,7 +166,7 @@ def _check_sample(sample: training.Sample, model: Model) -> float:
                 raise TenSafeFault(
                     "INVALID_BATCH", "must be an int32 vector with at least one token", field=field
                 )
-            _check_vocabulary(tokens, field, model)
+            check_vocabulary(tokens, field, model)
             length = len(tokens)
             if model.context_length and length >= model.context_length:
                 raise TenSafeFault(
@@ -278,43 +215,3 @@ def _tokens(tensor: Tensor, total: int) -> Array:
     if len(tokens) != total:
         raise TensorError(f"has {len(tokens)} tokens, the offsets end at {total}")
     return tokens
-
-
-def _per_token(item: NamedTensor, dtype: np.dtype[Any], field: str, total: int) -> Array:
-    try:
-        values = decode(item.tensor)
-    except TensorError as error:
-        raise TenSafeFault("INVALID_BATCH", f"{item.name}: {error}", field=field) from error
-    if values.dtype != dtype or values.shape != (total,) or item.HasField("offsets"):
-        raise TenSafeFault(
-            "INVALID_BATCH",
-            f"{item.name} must be {dtype.name} [{total}], one for each input token, without "
-            f"offsets of its own; it is {values.dtype.name} {list(values.shape)}",
-            field=field,
-        )
-    return values
-
-
-def _check_vocabulary(
-    tokens: Array, field: str, model: Model, offsets: Array | None = None
-) -> None:
-    """Names the first bad token by its place, in its datum where `offsets` tell the datums."""
-    if not model.vocabulary_size:
-        return
-    if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary_size:
-        bad = int(np.flatnonzero((tokens < 0) | (tokens >= model.vocabulary_size))[0])
-        where = f"position {bad}"
-        facts: dict[str, Any] = {"position": bad}
-        if offsets is not None:
-            datum, position = place_in_batch(offsets, bad)
-            where = f"position {position} of datum {datum}"
-            facts = {"datum": datum, "position": position}
-        raise TenSafeFault(
-            "TOKEN_OUT_OF_RANGE",
-            f"token {int(tokens[bad])} at {where} is outside the vocabulary of {model.name}, 0 to "
-            f"{model.vocabulary_size - 1}; was another tokenizer used?",
-            field=field,
-            token_id=int(tokens[bad]),
-            vocabulary_size=model.vocabulary_size,
-            **facts,
-        )

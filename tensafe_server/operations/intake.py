@@ -31,6 +31,9 @@ from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, Ru
 from tensafe_server.operations.validation import check_rules
 from tensafe_server.store.base import OperationRow, Store
 
+# Kinds that use an artifact beside or in place of a run's own weights.
+_ON_ONE_MODEL = frozenset({"load_state", "forward", "forward_backward"})
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -234,8 +237,8 @@ class Intake:
             )
         if candidate.artifact is not None:
             check_there(candidate.artifact)
-            if spec.HasField("load_state") and run is not None:
-                self._check_model(candidate.artifact, run)
+            if run is not None and spec.WhichOneof("operation") in _ON_ONE_MODEL:
+                self._check_model(candidate.artifact, run, spec.WhichOneof("operation") or "")
         if run is not None:
             reference, field = run.model, "run_id"
         elif candidate.artifact is not None:
@@ -243,16 +246,17 @@ class Intake:
         else:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
-        return model.name, checks.check_content(spec, model)
+        return model.name, checks.check_content(spec, model, self._models.losses(model.name))
 
-    def _check_model(self, artifact: Artifact, run: RunState) -> None:
-        name = self._models.find(artifact.model_ref, "load_state.artifact_id").name
+    def _check_model(self, artifact: Artifact, run: RunState, kind: str) -> None:
+        field = f"{kind}.artifact_id" if kind == "load_state" else f"{kind}.loss.reference"
+        name = self._models.find(artifact.model_ref, field).name
         if name != run.model:
             raise TenSafeFault(
                 "ARTIFACT_MISMATCH",
                 f"artifact {artifact.id} is an adapter of {artifact.model_ref}, run {run.id} is on "
-                f"{run.config.model_ref}; load it into a run on its own model",
-                field="load_state.artifact_id",
+                f"{run.config.model_ref}; it belongs to runs on its own model",
+                field=field,
                 artifact_id=artifact.id,
                 run_id=run.id,
             )
@@ -334,7 +338,10 @@ def _artifact_id(candidate: _Candidate) -> str | None:
 def _artifact_read(spec: training.OperationSpec) -> str:
     if spec.HasField("load_state"):
         return spec.load_state.artifact_id
-    return spec.sample.weights.artifact_id
+    if spec.HasField("sample"):
+        return spec.sample.weights.artifact_id
+    operation = spec.forward_backward if spec.HasField("forward_backward") else spec.forward
+    return operation.loss.reference.artifact_id
 
 
 def _conflict(candidate: _Candidate) -> TenSafeFault:

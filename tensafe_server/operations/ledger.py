@@ -14,7 +14,12 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
 
-_READS_ARTIFACT = {ops.OPERATION_KIND_LOAD_STATE, ops.OPERATION_KIND_SAMPLE}
+_READS_ARTIFACT = {
+    ops.OPERATION_KIND_LOAD_STATE,
+    ops.OPERATION_KIND_SAMPLE,
+    ops.OPERATION_KIND_FORWARD,
+    ops.OPERATION_KIND_FORWARD_BACKWARD,
+}
 SPEC_MEMORY_BYTES = 64 * 2**20
 """Specs of waiting operations in memory, all tenants together; the others are read from the store
 when their turn comes."""

@@ -18,10 +18,14 @@ _INSERT_ARTIFACT = (
     "INSERT INTO artifacts (id, tenant_id, run_id, step, body, created_ns, expires_ns)"
     " VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
-_READS = f"({ops.OPERATION_KIND_LOAD_STATE}, {ops.OPERATION_KIND_SAMPLE})"
+_READS = (
+    f"({ops.OPERATION_KIND_LOAD_STATE}, {ops.OPERATION_KIND_SAMPLE}, "
+    f"{ops.OPERATION_KIND_FORWARD}, {ops.OPERATION_KIND_FORWARD_BACKWARD})"
+)
+_REPLAYED = f"({ops.OPERATION_KIND_LOAD_STATE}, {ops.OPERATION_KIND_FORWARD_BACKWARD})"
 _UNFINISHED = f"({ops.OPERATION_STATE_QUEUED}, {ops.OPERATION_STATE_RUNNING})"
-# A replay may begin at any recovery point from which the log reaches on, and executes the
-# successful LOAD_STATEs after it again.
+# A replay may begin at any recovery point from which the log reaches on, and executes again what
+# succeeded after it: loads, and gradients of losses that compare with an artifact.
 _USES = f"""
     SELECT 'operation ' || id FROM operations
       WHERE artifact_id = ?1 AND kind IN {_READS} AND state IN {_UNFINISHED}
@@ -29,7 +33,7 @@ _USES = f"""
       WHERE base_artifact_id = ?1 AND status != {training.RUN_STATUS_DELETED}
     UNION ALL SELECT 'run ' || r.id || ', whose recovery may load it again'
       FROM operations o JOIN runs r ON r.id = o.run_id
-      WHERE o.artifact_id = ?1 AND o.kind = {ops.OPERATION_KIND_LOAD_STATE}
+      WHERE o.artifact_id = ?1 AND o.kind IN {_REPLAYED}
         AND o.state = {ops.OPERATION_STATE_SUCCEEDED} AND o.seq > r.pruned_seq
         AND r.status != {training.RUN_STATUS_DELETED}
     LIMIT 1"""  # noqa: S608 - our own numbers

@@ -23,9 +23,9 @@ from workers.operations import Reduction, StepOutcome, StepRequest
 BASE = freeze("tiny", tiny_llama())
 CALLS = range(4)
 NEIGHBOURS = [
-    Member(1, {"rank": 6}, {}, Reduction.WEIGHTED_MEAN, (40, 3, 17), 0.9),
+    Member(1, {"rank": 6}, {}, Reduction.TOKEN_MEAN, (40, 3, 17), 0.9),
     Member(2, {"rank": 33, "target_modules": GATED, "dropout": 0.5}, SGD, Reduction.SUM, (64,), 1),
-    Member(3, {"rank": 1}, {"grad_clip_norm": 0.1}, Reduction.WEIGHTED_MEAN, (5,), 1),
+    Member(3, {"rank": 1}, {"grad_clip_norm": 0.1}, Reduction.TOKEN_MEAN, (5,), 1),
 ]
 
 

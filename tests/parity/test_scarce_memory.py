@@ -30,8 +30,8 @@ examples = hypothesis(
 )
 MEMBERS = [
     Member(1, {"rank": 4, "dropout": 0.3}, {}, Reduction.SUM, (9, 14, 3), 0.8),
-    Member(2, {"rank": 1, "target_modules": GATED}, {}, Reduction.WEIGHTED_MEAN, (21,), 0.5),
-    Member(3, {"rank": 9, "dropout": 0.1}, {}, Reduction.WEIGHTED_MEAN, (17, 2, 8, 8), 1.0),
+    Member(2, {"rank": 1, "target_modules": GATED}, {}, Reduction.TOKEN_MEAN, (21,), 0.5),
+    Member(3, {"rank": 9, "dropout": 0.1}, {}, Reduction.TOKEN_MEAN, (17, 2, 8, 8), 1.0),
 ]
 
 
@@ -149,7 +149,7 @@ def kept_bytes(length: int) -> int:
 
 def long_row(length: int, dropout: float = 0.2) -> Member:
     lora = {"rank": 4, "dropout": dropout}
-    return Member(7, lora, {}, Reduction.WEIGHTED_MEAN, (length,), 1.0)
+    return Member(7, lora, {}, Reduction.TOKEN_MEAN, (length,), 1.0)
 
 
 def test_a_row_that_does_not_fit_makes_its_activations_anew_and_keeps_its_bits():

@@ -81,7 +81,7 @@ def request_of(
     rows: list[np.ndarray],
     *,
     masked: Masked = 1,
-    reduction: Reduction = Reduction.WEIGHTED_MEAN,
+    reduction: Reduction = Reduction.TOKEN_MEAN,
 ) -> LossRequest:
     """Our form of rows."""
     prompts = [masked] * len(rows) if isinstance(masked, int) else masked

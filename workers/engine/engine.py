@@ -24,9 +24,11 @@ from workers.engine.cards import model_card
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.measuring import free_bytes, measure_budget
 from workers.engine.memory import memory_faults
+from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
 from workers.engine.products import SegmentLoop
 from workers.engine.residency import Residency
+from workers.losses import LossCard, LossRegistry
 from workers.operations import (
     ArtifactWeights,
     LoadOutcome,
@@ -73,6 +75,7 @@ class TorchBackend(Backend):
         token_budget: most tokens of one pass; None measures what fits.
         run_bytes: memory that runs' adapters and optimizers may take before idle ones wait on
             disk; None: a third of what is free.
+        losses: what may be minimised; None for the built-in losses.
     """
 
     name = "torch"
@@ -83,7 +86,9 @@ class TorchBackend(Backend):
         models: Sequence[BaseModel],
         token_budget: int | None = None,
         run_bytes: int | None = None,
+        losses: LossRegistry | None = None,
     ) -> None:
+        self._losses = losses or LossRegistry()
         self.device = models[0].device
         self.group_tokens = _GROUP_TOKENS_CPU if self.device == "cpu" else _GROUP_TOKENS_GPU
         self._models = {name: m for m in models for name in (m.name, *m.references)}
@@ -99,6 +104,9 @@ class TorchBackend(Backend):
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
+
+    def losses(self) -> Sequence[LossCard]:
+        return self._losses.cards()
 
     def fingerprint(self) -> dict[str, str]:
         facts = {
@@ -149,7 +157,7 @@ class TorchBackend(Backend):
 
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
-        return training.forward(run, request, self._budgets[run.model.name])
+        return training.forward(run, request, self._budgets[run.model.name], self._objective)
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         return _only(self.forward_backward_group([(run_id, seq, request)]))
@@ -160,7 +168,22 @@ class TorchBackend(Backend):
         runs = self._runs.take(run_id for run_id, _, _ in entries)
         members = [(run, request) for run, (_, _, request) in zip(runs, entries, strict=True)]
         (name,) = {run.model.name for run, _ in members}
-        return training.forward_backward(members, self._budgets[name])
+        return training.forward_backward(members, self._budgets[name], self._objective)
+
+    def _objective(self, run: training.Run, request: LossRequest) -> Objective:
+        def adapter_of(artifact: ArtifactWeights) -> Adapter:
+            with memory_faults("reference"):
+                weights = self._artifact_weights(artifact, run.model.name)
+            if weights.adapter is None or weights.model is not run.model:
+                raise TenSafeFault(
+                    "ARTIFACT_MISMATCH",
+                    f"artifact {artifact.artifact_id} is an adapter of {weights.model.name} and "
+                    f"the run is on {run.model.name}; name one of the run's own model",
+                    field="loss.reference.artifact_id",
+                )
+            return weights.adapter
+
+        return resolve(request, self._losses, adapter_of)
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         return _only(self.optim_step_group([(run_id, request)]))

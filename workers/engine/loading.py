@@ -15,6 +15,7 @@ from workers.engine.cards import tokenizer_files
 from workers.engine.choosing import choose_product
 from workers.engine.engine import TorchBackend
 from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
+from workers.losses import LossRegistry
 
 __all__ = ["ModelLoadError", "load_backend", "load_model", "pick_device", "pick_dtype"]
 
@@ -31,6 +32,7 @@ def load_backend(
     threads: int,
     token_budget: int | None = None,
     run_bytes: int | None = None,
+    losses: LossRegistry | None = None,
 ) -> TorchBackend:
     """Loads every model onto one device.
 
@@ -39,7 +41,7 @@ def load_backend(
         device: `auto`, `cpu` or `cuda:N`.
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
-        token_budget, run_bytes: as `TorchBackend` takes them.
+        token_budget, run_bytes, losses: as `TorchBackend` takes them.
 
     Raises:
         ModelLoadError: a model or the device is not to be had; never a substitute.
@@ -54,7 +56,7 @@ def load_backend(
             f"two models have the same name among {names}; tell them apart with --model NAME=REF"
         )
     loaded = [load_model(source, place, kind) for source in sources]
-    return TorchBackend(loaded, token_budget, run_bytes)
+    return TorchBackend(loaded, token_budget, run_bytes, losses)
 
 
 def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseModel:

@@ -55,7 +55,7 @@ class PassAdapters:
         self._segments = [
             (
                 segment,
-                segment.adapter.scale(training=trains),
+                segment.adapter.scale(training=dropout is not None),
                 segment.adapter.tensors(dtype),
                 segment.adapter.gradients() if trains else {},
             )

@@ -11,7 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import check_batch
 from workers.engine.budget import TokenBudget
+from workers.engine.objectives import Objective
 from workers.engine.passes import Call, compute, cut
+from workers.losses import Reduction
+from workers.losses.cross_entropy import cross_entropy
 from workers.operations import Batch, LoraSettings, LossRequest
 
 _PROBE_TOKENS = 64
@@ -35,8 +38,13 @@ def activation_bytes(model: BaseModel) -> float:
 
     length = min(_PROBE_TOKENS, model.context_length)
     tokens = (np.arange(length) % model.vocabulary_size).astype(np.int32)
+    request = LossRequest(Batch(np.asarray([0, length]), tokens, tokens))
+    options = cross_entropy.card.resolve_options({}, "")
+    objective = Objective(cross_entropy, options, Reduction.TOKEN_MEAN, False, None, frozenset())
     batch = check_batch(
-        LossRequest(Batch(np.asarray([0, length]), tokens, tokens)),
+        request,
+        objective.loss,
+        objective.reduction,
         model.vocabulary_size,
         model.context_length,
     )
@@ -51,7 +59,7 @@ def activation_bytes(model: BaseModel) -> float:
 
     frozen = {p.untyped_storage().data_ptr() for p in model.module.parameters()}
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute(model, [Call(adapter, batch)], cut([batch], length)[0], trains=True)
+        compute(model, [Call(adapter, batch, objective)], cut([batch], length)[0], trains=True)
     return sum(size for place, size in kept.items() if place not in frozen) / length
 
 

@@ -1,8 +1,9 @@
 """Cuts the batches of one or several calls into passes, and computes a pass.
 
 A pass is documents laid end to end, without padding, each call's together. The result does not
-depend on the cut but for float rounding: the loss is a sum over positions, and a causal model's
-position sees nothing to its right, so a row's tail after its last scored position is dropped.
+depend on the cut but for float rounding: the loss is a sum over positions, or over rows that are
+never separated, and a causal model's position sees nothing to its right, so a row's tail after its
+last scored position is dropped.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from workers.engine.base_model import BaseModel
 from workers.engine.batches import ScoredBatch
 from workers.engine.dropout import PassDropout, last_dropped, token_keys
 from workers.engine.lora import PassAdapters, Segment
-from workers.engine.losses import target_logprobs
+from workers.engine.objectives import Objective
 from workers.engine.products import SegmentLoop
+from workers.engine.scoring import Portion, PortionLoss, score
 from workers.operations import Int64
 
 
@@ -30,11 +32,13 @@ class Call:
     """One forward or forward_backward.
 
     Attributes:
+        objective: what is computed of the batch.
         seed, operation: what its dropout masks come from.
     """
 
     adapter: Adapter
     batch: ScoredBatch
+    objective: Objective
     seed: int = 0
     operation: int = 0
 
@@ -46,16 +50,20 @@ class Share:
     Attributes:
         call: its index.
         rows: of its batch, in the order of the pass.
+        documents: which of the pass's they are.
         tokens: where they lie in the pass.
         scored: where their scored positions lie among the pass's.
         sources: int64 [s], where those lie in the call's batch.
+        counts: scored positions of each row.
     """
 
     call: int
     rows: list[int]
+    documents: slice
     tokens: slice
     scored: slice
     sources: Int64
+    counts: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +75,7 @@ class Pass:
         rows: int32 [N], each token's datum in its batch.
         lengths: tokens of each document.
         scored: int64 [S], places of the scored positions in [N].
-        targets: int64 [S].
-        weights: float32 [S].
+        is_one_unit: whether it cannot be cut further: one row, or rows together.
     """
 
     shares: list[Share]
@@ -77,59 +84,65 @@ class Pass:
     rows: Int64
     lengths: list[int]
     scored: Int64
-    targets: Int64
-    weights: np.ndarray[tuple[int], np.dtype[np.float32]]
+    is_one_unit: bool
 
 
 def cut(batches: Sequence[ScoredBatch], token_budget: int) -> list[Pass]:
-    """Cuts calls into passes of at most `token_budget` tokens, or of one row.
+    """Cuts calls into passes of at most `token_budget` tokens, or of one row (or rows together).
 
     Rows without a scored position are left out. Calls and, in them, rows go by length, so that
     neighbours are alike; ties keep their order.
     """
-    order = sorted(range(len(batches)), key=lambda call: -int(batches[call].ends.max()))
+    lengths = [batch.ends.reshape(-1, batch.together).sum(1) for batch in batches]
+    order = sorted(range(len(batches)), key=lambda call: -int(lengths[call].max()))
     passes: list[list[tuple[int, int]]] = []
     filled = 0
     for call in order:
-        ends = batches[call].ends
-        for row in np.argsort(-ends, kind="stable").tolist():
-            length = int(ends[row])
+        together = batches[call].together
+        for unit in np.argsort(-lengths[call], kind="stable").tolist():
+            length = int(lengths[call][unit])
             if length == 0:
                 break
             if not passes or filled + length > token_budget:
                 passes.append([])
                 filled = 0
-            passes[-1].append((call, row))
+            passes[-1] += [(call, unit * together + row) for row in range(together)]
             filled += length
     return [_pass(batches, members) for members in passes]
 
 
 def _pass(batches: Sequence[ScoredBatch], members: list[tuple[int, int]]) -> Pass:
-    ids, positions, rows, lengths = [], [], [], []
-    scored, targets, weights = [], [], []
+    ids, positions, rows, scored = [], [], [], []
+    lengths: list[int] = []
     shares: list[Share] = []
     tokens = places = 0
     for call in dict.fromkeys(call for call, _ in members):
         batch = batches[call]
         own = [row for owner, row in members if owner == call]
-        first_token, first_place = tokens, places
-        sources = []
+        first_document, first_token, first_place = len(lengths), tokens, places
+        sources: list[Int64] = []
         for row in own:
             begin, length = int(batch.offsets[row]), int(batch.ends[row])
             ids.append(batch.tokens[begin : begin + length])
             positions.append(np.arange(length))
             rows.append(np.full(length, row))
             lengths.append(length)
-            found = np.flatnonzero(batch.weights[begin : begin + length])
-            scored.append(found + tokens)
-            sources.append(found + begin)
+            first, last = np.searchsorted(batch.places, (begin, begin + length))
+            found = batch.places[first:last]
+            scored.append(found - begin + tokens)
+            sources.append(found)
             tokens += length
             places += len(found)
-        source = np.concatenate(sources)
-        targets.append(batch.targets[source])
-        weights.append(batch.weights[source])
         shares.append(
-            Share(call, own, slice(first_token, tokens), slice(first_place, places), source)
+            Share(
+                call=call,
+                rows=own,
+                documents=slice(first_document, len(lengths)),
+                tokens=slice(first_token, tokens),
+                scored=slice(first_place, places),
+                sources=np.concatenate(sources),
+                counts=[len(found) for found in sources],
+            )
         )
     return Pass(
         shares=shares,
@@ -138,47 +151,96 @@ def _pass(batches: Sequence[ScoredBatch], members: list[tuple[int, int]]) -> Pas
         rows=np.concatenate(rows),
         lengths=lengths,
         scored=np.concatenate(scored),
-        targets=np.concatenate(targets).astype(np.int64),
-        weights=np.concatenate(weights),
+        is_one_unit=len(members) == batches[members[0][0]].together,
     )
 
 
 def compute(
-    model: BaseModel, calls: Sequence[Call], work: Pass, *, trains: bool, frugal: bool = False
-) -> tuple[Tensor, Tensor]:
+    model: BaseModel,
+    calls: Sequence[Call],
+    work: Pass,
+    *,
+    trains: bool,
+    drops: bool = True,
+    frugal: bool = False,
+) -> list[PortionLoss]:
     """Runs one pass; if it trains, adds to the calls' gradients.
 
     Args:
+        drops: whether dropout acts.
         frugal: keep no activations inside the model's layers, and make them anew for the backward
             pass.
 
     Returns:
-        Log-probabilities [S] of the targets, and the loss [C] of each share of the pass; both
-        float32, or the model's wider type, without graph.
+        What came of each share of the pass, without graph.
+
+    Raises:
+        LossFunctionError: a loss function failed.
     """
     device = model.device
     # Few transfers, whatever the number of calls.
     numbers = torch.from_numpy(np.stack([work.ids, work.positions, work.rows])).to(device)
-    places = torch.from_numpy(np.stack([work.scored, work.targets])).to(device)
-    weights = torch.from_numpy(work.weights).to(device)
+    places = torch.from_numpy(work.scored).to(device)
+    references = _references(model, calls, work, numbers, places)
     packing = pack(work.lengths, device)
     adapters = PassAdapters(
         [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
         model.adapter_dtype,
         model.product if len(work.shares) > 1 else SegmentLoop(),
-        _dropout(calls, work, numbers) if trains else None,
+        _dropout(calls, work, numbers) if drops else None,
         trains=trains,
     )
     with torch.set_grad_enabled(trains), model.carrying(adapters):
         hidden = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
-        logprobs = target_logprobs(
-            hidden.index_select(0, places[0]), model.head.weight, model.head.bias, places[1]
-        )
-        terms = -weights * logprobs
-        losses = torch.stack([terms[share.scored].sum() for share in work.shares])
+        portions = [
+            _portion(calls[share.call], share, reference)
+            for share, reference in zip(work.shares, references, strict=True)
+        ]
+        found = score(model.head, hidden.index_select(0, places), portions)
         if trains:
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-    return logprobs.detach(), losses.detach()
+            torch.stack([each.loss for each in found]).sum().backward()  # type: ignore[no-untyped-call]
+    return [each.detached() for each in found]
+
+
+def _portion(call: Call, share: Share, reference: Tensor | None) -> Portion:
+    return Portion(
+        call=share.call,
+        objective=call.objective,
+        batch=call.batch,
+        rows=share.rows,
+        sources=share.sources,
+        counts=share.counts,
+        places=share.scored,
+        reference_SD=reference,
+    )
+
+
+@torch.no_grad()
+def _references(
+    model: BaseModel, calls: Sequence[Call], work: Pass, numbers: Tensor, places: Tensor
+) -> list[Tensor | None]:
+    """Hidden states of what each share compares with, at its scored positions; None if it does
+    not. Without dropout, by the documents of those shares alone."""
+    found: list[Tensor | None] = [None] * len(work.shares)
+    compared = [i for i, share in enumerate(work.shares) if calls[share.call].objective.compares]
+    if not compared:
+        return found
+    own = [work.shares[index] for index in compared]
+    lengths = [length for share in own for length in work.lengths[share.documents]]
+    ids, positions, _ = torch.cat([numbers[:, share.tokens] for share in own], 1)
+    begins = np.cumsum([0, *(share.tokens.stop - share.tokens.start for share in own)]).tolist()
+    segments = [
+        Segment(begin, end, adapter)
+        for share, begin, end in zip(own, begins[:-1], begins[1:], strict=True)
+        if (adapter := calls[share.call].objective.reference) is not None
+    ]
+    adapters = PassAdapters(segments, model.adapter_dtype, SegmentLoop()) if segments else None
+    with model.carrying(adapters):
+        hidden = model.hidden(ids, positions, pack(lengths, model.device))
+    for index, share, begin in zip(compared, own, begins[:-1], strict=True):
+        shifted = places[share.scored] - share.tokens.start + begin
+        found[index] = hidden.index_select(0, shifted)
+    return found
 
 
 def _dropout(calls: Sequence[Call], work: Pass, numbers: Tensor) -> PassDropout | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
-from workers.engine.batches import ScoredBatch, check_batch
+from workers.engine.batches import check_batch
 from workers.engine.budget import TokenBudget
-from workers.engine.execution import Computed, execute
+from workers.engine.execution import execute
+from workers.engine.gathering import Computed
 from workers.engine.memory import memory_faults
+from workers.engine.objectives import Objective
 from workers.engine.optimizers import RunOptimizer, Update, step
 from workers.engine.passes import Call
 from workers.operations import (
@@ -24,12 +26,11 @@ from workers.operations import (
     LossOutcome,
     LossRequest,
     Metric,
-    Reduction,
     RunSettings,
     StepOutcome,
     StepRequest,
 )
-from workers.window import ClosedWindow, Window, loss_metric
+from workers.window import ClosedWindow, Window, divisor, loss_metric
 
 _NOT_RUN = TenSafeFault("INTERNAL", "not executed")
 
@@ -57,24 +58,30 @@ class Run:
     backwards: int = 0
 
 
-def forward(run: Run, request: LossRequest, budget: TokenBudget) -> LossOutcome:
-    """Loss and log-probabilities without dropout; changes nothing."""
-    batch = _checked(run, request)
+Resolve = Callable[[Run, LossRequest], Objective]
+"""Reads what a request says of its loss; may raise TenSafeFault."""
+
+
+def forward(run: Run, request: LossRequest, budget: TokenBudget, resolve: Resolve) -> LossOutcome:
+    """Loss and outputs; changes nothing. Dropout acts only if the request asks for the masks of
+    the next forward_backward."""
+    call = _call(run, request, resolve(run, request))
     (computed,) = execute(
         run.model,
-        [Call(run.adapter, batch)],
+        [call],
         budget,
         trains=False,
+        drops=request.dropout,
         deterministic=run.settings.deterministic,
     )
     if isinstance(computed, TenSafeFault):
         raise computed
     _check_loss(computed.loss_sum)
-    return _outcome(request, batch, computed)
+    return _outcome(call, computed)
 
 
 def forward_backward(
-    entries: Sequence[tuple[Run, LossRequest]], budget: TokenBudget
+    entries: Sequence[tuple[Run, LossRequest]], budget: TokenBudget, resolve: Resolve
 ) -> list[LossOutcome | TenSafeFault]:
     """Adds each batch's summed gradient to its run's window, all in the same passes.
 
@@ -94,11 +101,12 @@ def forward_backward(
                 raise ValueError(f"run {run.run_id} is deterministic and must be computed alone")
     begin = time.perf_counter()
     outcomes: list[LossOutcome | TenSafeFault] = []
-    admitted: list[tuple[int, ScoredBatch]] = []
+    admitted: list[tuple[int, Call]] = []
     for index, (run, request) in enumerate(entries):
         try:
-            run.window.admit(request.reduction)
-            admitted.append((index, _checked(run, request)))
+            objective = resolve(run, request)
+            run.window.admit(objective.reduction)
+            admitted.append((index, _call(run, request, objective)))
             outcomes.append(_NOT_RUN)
         except TenSafeFault as fault:
             run.window.poison()
@@ -106,15 +114,11 @@ def forward_backward(
     if not admitted:
         return outcomes
     runs = [entries[index][0] for index, _ in admitted]
-    calls = [
-        Call(run.adapter, batch, run.seed, run.backwards)
-        for run, (_, batch) in zip(runs, admitted, strict=True)
-    ]
     found: Sequence[Computed | TenSafeFault]
     try:
         found = execute(
             runs[0].model,
-            calls,
+            [call for _, call in admitted],
             budget,
             trains=True,
             deterministic=any(run.settings.deterministic for run in runs),
@@ -127,12 +131,12 @@ def forward_backward(
             run.adapter.release_gradient()
         raise
     elapsed_ms = (time.perf_counter() - begin) * 1e3
-    tokens = sum(len(batch.tokens) for _, batch in admitted)
-    for (index, batch), computed in zip(admitted, found, strict=True):
-        run, request = entries[index]
-        share_ms = elapsed_ms * len(batch.tokens) / tokens
+    tokens = sum(len(call.batch.tokens) for _, call in admitted)
+    for (index, call), computed in zip(admitted, found, strict=True):
+        run, _ = entries[index]
+        share_ms = elapsed_ms * len(call.batch.tokens) / tokens
         try:
-            outcomes[index] = _accumulate(run, request, batch, computed, share_ms)
+            outcomes[index] = _accumulate(run, call, computed, share_ms)
         except TenSafeFault as fault:
             run.window.poison()
             outcomes[index] = fault
@@ -140,11 +144,7 @@ def forward_backward(
 
 
 def _accumulate(
-    run: Run,
-    request: LossRequest,
-    batch: ScoredBatch,
-    computed: Computed | TenSafeFault,
-    compute_ms: float,
+    run: Run, call: Call, computed: Computed | TenSafeFault, compute_ms: float
 ) -> LossOutcome:
     # This call's own gradient, apart from what the window holds: its norm is asked for, and a
     # failure half-way leaves the window's sum as it was.
@@ -158,15 +158,16 @@ def _accumulate(
         run.accumulator += gradient
     run.backwards += 1
     run.window.add(
-        request.reduction,
+        call.objective.reduction,
         loss_sum=computed.loss_sum,
-        denominator=batch.denominator,
-        tokens=len(batch.tokens),
+        denominator=call.batch.denominator,
+        tokens=len(call.batch.tokens),
         compute_ms=compute_ms,
+        defined=computed.metrics,
     )
-    outcome = _outcome(request, batch, computed)
-    divisor = batch.denominator if request.reduction is Reduction.WEIGHTED_MEAN else 1.0
-    outcome.metrics.append(Metric("grad_norm", computed.grad_norm / divisor, Combine.LAST))
+    outcome = _outcome(call, computed)
+    norm = computed.grad_norm / divisor(call.objective.reduction, call.batch.denominator)
+    outcome.metrics.append(Metric("grad_norm", norm, Combine.LAST))
     return outcome
 
 
@@ -276,23 +277,27 @@ def _non_finite(norm: float) -> TenSafeFault:
     )
 
 
-def _outcome(request: LossRequest, batch: ScoredBatch, computed: Computed) -> LossOutcome:
+def _outcome(call: Call, computed: Computed) -> LossOutcome:
+    batch = call.batch
     metrics = [
-        loss_metric(request.reduction, computed.loss_sum, batch.denominator),
+        loss_metric(call.objective.reduction, computed.loss_sum, batch.denominator),
         Metric("tokens", len(batch.tokens), Combine.SUM),
         Metric("scored_tokens", batch.scored, Combine.SUM),
+        *computed.metrics,
     ]
-    return LossOutcome(metrics, computed.logprobs)
+    return LossOutcome(metrics, computed.outputs)
 
 
-def _checked(run: Run, request: LossRequest) -> ScoredBatch:
-    if request.loss != "cross_entropy":
-        raise TenSafeFault(
-            "UNSUPPORTED_OPTION",
-            f"there is no loss {request.loss!r}; use cross_entropy",
-            field="loss.name",
-        )
-    return check_batch(request, run.model.vocabulary_size, run.model.context_length)
+def _call(run: Run, request: LossRequest, objective: Objective) -> Call:
+    model = run.model
+    batch = check_batch(
+        request,
+        objective.loss,
+        objective.reduction,
+        model.vocabulary_size,
+        model.context_length,
+    )
+    return Call(run.adapter, batch, objective, run.seed, run.backwards)
 
 
 def _check_loss(loss_sum: float) -> None:

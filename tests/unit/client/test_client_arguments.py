@@ -57,6 +57,7 @@ WRONG: dict[str, list[Any]] = {
     "ttl_s": [*TIME_S, 0.0],
     "deadline_s": [*TIME_S, 0.0],
     "on_progress": [5, "text", NONSENSE],
+    "loss_config": [*MAPPING, {5: 1}, {"x": None}, {"x": [1]}, {"reference": 5}],
     "batch": BATCH,
     **dict.fromkeys(["tokens", "target_tokens", "input_ids", "labels"], TOKENS),
     "weights": ["text", [1.0, 2.0], ["a"], NONSENSE, 5],
@@ -117,7 +118,9 @@ class Target:
     @property
     def parameters(self) -> list[inspect.Parameter]:
         found = inspect.signature(self.function).parameters.values()
-        return [one for one in found if one.name not in self.skipped]
+        return [
+            one for one in found if one.name not in self.skipped and one.kind is not one.VAR_KEYWORD
+        ]
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def test_everything_public_that_takes_arguments_is_here() -> None:
             made_by_the_sdk = inspect.isclass(value) and value.__module__ in {
                 "tensafe_client.errors",
                 "tensafe_client.infos",
+                "tensafe_client.losses",
                 "tensafe_client.results",
             }
             assert name in here or name in READ_ONLY or made_by_the_sdk, name
@@ -230,6 +234,15 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
         with ServiceClient(address, api_key=API_KEY) as client:
             yield Clients(client, AsyncServiceClient(address, api_key=API_KEY))
         server.stop()
+
+
+@pytest.mark.parametrize(
+    "value", ["text", [1.0, 2.0], ["a"], [[1.0, 2.0]], None, NONSENSE], ids=repr
+)
+def test_a_wrong_input_of_a_datum_is_named(value: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="advantages") as caught:
+        Datum([1, 2, 3], [2, 3, 4], advantages=value)
+    assert caught.value.violations[0][0] == "advantages"
 
 
 @pytest.mark.parametrize(("target", "parameter"), CASES)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tensafe.v1 import losses_pb2
 from tensafe.v1 import training_pb2 as pb
 from tensafe.v1 import types_pb2 as types
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
-from tensafe_server.operations.checks import check_content, check_identity
+from tensafe_server.operations import checks
+from tensafe_server.operations.checks import check_identity
+from workers.losses import LossRegistry
 
+LOSSES = {card.name: card for card in LossRegistry().cards()}
 MODEL = Model(name="tiny", vocabulary_size=100, context_length=16)
+
+
+def check_content(spec: pb.OperationSpec, model: Model) -> float:
+    return checks.check_content(spec, model, LOSSES)
 
 
 def forward_backward(
@@ -41,7 +49,7 @@ def forward_backward(
         seq=1,
         forward_backward=pb.ForwardBackward(
             batch=pb.Payload(inline=batch),
-            loss=pb.LossConfig(reduction=reduction),  # type: ignore[arg-type]
+            loss=losses_pb2.LossConfig(reduction=reduction),  # type: ignore[arg-type]
         ),
     )
 
@@ -61,7 +69,7 @@ def test_a_good_batch_costs_its_tokens_three_times():
         (forward_backward([1, 2], [0, 0, 2]), "INVALID_BATCH", "offsets"),
         (forward_backward([1, 2], [0]), "INVALID_BATCH", "offsets"),
         (forward_backward([1, 2], [1, 2]), "INVALID_BATCH", "offsets"),
-        (forward_backward([1, 2], [0, 2], [1]), "INVALID_BATCH", "loss_inputs[0]"),
+        (forward_backward([1, 2], [0, 2], [1]), "INVALID_BATCH", "target_tokens"),
         (forward_backward([1, 2], [0, 2], weights=[0, 0]), "NOTHING_SCORED", "weights"),
         (forward_backward([1, 2], [0, 2], weights=[1, -1]), "INVALID_BATCH", "weights"),
         (forward_backward([1, 2], [0, 2], weights=[1, np.nan]), "INVALID_BATCH", "weights"),
@@ -82,7 +90,9 @@ def test_a_token_out_of_range_is_named_by_its_datum():
 
 
 def test_the_sum_reduction_takes_negative_weights():
-    spec = forward_backward([1, 2], [0, 2], weights=[1, -1], reduction=pb.LOSS_REDUCTION_SUM)
+    spec = forward_backward(
+        [1, 2], [0, 2], weights=[1, -1], reduction=losses_pb2.LOSS_REDUCTION_SUM
+    )
     assert check_content(spec, MODEL) == 6.0
 
 

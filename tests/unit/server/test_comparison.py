@@ -36,6 +36,15 @@ def stepped(step: int = 3, norm: float | None = 1.0) -> ops.OperationResult:
     return ops.OperationResult(optim_step=step_result)
 
 
+def clipped(fraction: float, loss: float = 0.001, ratio: float = 1.0) -> ops.OperationResult:
+    """Of a loss with a metric and an output of its own."""
+    result = passed(loss)
+    result.forward_backward.metrics.append(Metric(name="clip_fraction", value=fraction))
+    values = np.full(5, ratio, np.float32)
+    result.forward_backward.outputs.append(NamedTensor(name="ratio", tensor=encode(values)))
+    return result
+
+
 ULP = float(np.nextafter(np.float32(-1.0), np.float32(0.0)))
 
 
@@ -49,6 +58,10 @@ ULP = float(np.nextafter(np.float32(-1.0), np.float32(0.0)))
         (passed(), passed(logprob=-1.2), "logprobs", "logprobs"),
         (passed(), passed(logprob=float("nan")), "logprobs", "logprobs"),
         (passed(), passed(tokens=6), "tokens 6.0 instead of 5.0", "tokens 6.0 instead of 5.0"),
+        (clipped(0.2), clipped(0.3), "clip_fraction", None),
+        (clipped(0.2), clipped(0.2, loss=-0.01), "loss", None),
+        (clipped(0.2), clipped(0.2, ratio=1.5), "ratio", None),
+        (clipped(0.2), passed(), "metrics", "metrics"),
         (stepped(), stepped(), None, None),
         (stepped(), stepped(norm=1.001), "grad_norm", None),
         (stepped(), stepped(norm=1.5), "grad_norm", "grad_norm"),

@@ -22,7 +22,7 @@ from workers.operations import (
 )
 
 
-def request(reduction: Reduction = Reduction.WEIGHTED_MEAN) -> LossRequest:
+def request(reduction: Reduction = Reduction.TOKEN_MEAN) -> LossRequest:
     tokens = np.arange(6, dtype=np.int32)
     weights = np.asarray([0, 1, 1, 1, 0, 1], np.float32)
     return LossRequest(Batch(np.asarray([0, 6]), tokens, tokens, weights), reduction=reduction)

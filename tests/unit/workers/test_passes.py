@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from workers.engine.attention import pack
 from workers.engine.batches import ScoredBatch, check_batch
 from workers.engine.passes import cut
+from workers.losses import Loss
+from workers.losses.cross_entropy import cross_entropy
+from workers.losses.dpo import dpo
 from workers.operations import Batch, LossRequest
 
 VOCABULARY, CONTEXT = 50, 16
@@ -17,12 +20,13 @@ ROWS = st.lists(
 ).filter(lambda rows: any(any(row) for row in rows))
 
 
-def batch_of(rows: list[list[float]]) -> ScoredBatch:
+def batch_of(rows: list[list[float]], loss: Loss = cross_entropy) -> ScoredBatch:
     weights = np.concatenate([np.asarray(row, np.float32) for row in rows])
     tokens = np.arange(len(weights), dtype=np.int32) % VOCABULARY
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     targets = (tokens + 1) % VOCABULARY
-    return check_batch(LossRequest(Batch(offsets, tokens, targets, weights)), VOCABULARY, CONTEXT)
+    request = LossRequest(Batch(offsets, tokens, targets, weights))
+    return check_batch(request, loss, loss.card.reductions[0], VOCABULARY, CONTEXT)
 
 
 @given(st.lists(ROWS, min_size=1, max_size=4), st.integers(1, 60))
@@ -41,8 +45,10 @@ def test_every_scored_position_is_in_one_pass(calls, budget):
             seen[share.call].append(share.sources)
             places = work.scored[share.scored]
             np.testing.assert_array_equal(work.ids[places], batch.tokens[share.sources])
-            np.testing.assert_array_equal(work.targets[share.scored], batch.targets[share.sources])
-            np.testing.assert_array_equal(work.weights[share.scored], batch.weights[share.sources])
+            parts = np.split(share.sources, np.cumsum(share.counts)[:-1])
+            for row, own in zip(share.rows, parts, strict=True):
+                assert ((batch.offsets[row] <= own) & (own < batch.offsets[row + 1])).all()
+            assert sum(share.counts) == len(share.sources)
             # Each token's datum and place are its own, whatever lies around it.
             rows, positions = work.rows[share.tokens], work.positions[share.tokens]
             sources = batch.offsets[rows] + positions
@@ -52,6 +58,29 @@ def test_every_scored_position_is_in_one_pass(calls, budget):
         np.testing.assert_array_equal(
             np.sort(np.concatenate(sources)), np.flatnonzero(batch.weights)
         )
+
+
+PAIRS = st.lists(
+    st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=9).map(lambda row: [*row, 1.0]),
+    min_size=1,
+    max_size=4,
+).map(lambda rows: [*rows, *rows[::-1]])
+
+
+@given(st.lists(PAIRS, min_size=1, max_size=3), ROWS, st.integers(1, 60))
+def test_rows_that_belong_together_are_never_separated(pairs, others, budget):
+    batches = [*(batch_of(rows, dpo) for rows in pairs), batch_of(others)]
+    seen = [0] * len(batches)
+    for work in cut(batches, budget):
+        one = len(work.lengths) == batches[work.shares[0].call].together
+        assert work.is_one_unit == one
+        assert len(work.ids) <= budget or one
+        for share in work.shares:
+            seen[share.call] += len(share.rows)
+            if batches[share.call].together == 2:
+                assert share.rows[1::2] == [row + 1 for row in share.rows[0::2]]
+                assert not any(row % 2 for row in share.rows[0::2])
+    assert seen[:-1] == [len(rows) for rows in pairs]
 
 
 def test_a_call_is_cut_alike_whatever_order_its_equal_rows_have():

@@ -12,7 +12,7 @@ from tensafe.wire.status import TenSafeFault
 from workers.operations import Reduction
 from workers.window import Window
 
-MEAN, SUM = Reduction.WEIGHTED_MEAN, Reduction.SUM
+MEAN, SUM = Reduction.TOKEN_MEAN, Reduction.SUM
 
 
 def add(window: Window, reduction: Reduction = MEAN, loss_sum=6.0, denominator=2.0) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import protovalidate
 import pytest
 from unit.workers.planned import batch
 
-from tensafe.v1 import training_pb2, types_pb2
+from tensafe.v1 import losses_pb2, training_pb2, types_pb2
+from tensafe.wire.losses import Reduction
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from workers import wire
-from workers.operations import ModelCard, OptimizerSettings, Reduction, RunSettings
+from workers.losses import LossRegistry
+from workers.operations import LossRequest, ModelCard, OptimizerSettings, RunSettings
 
 
 def test_an_empty_configuration_is_the_pages_defaults():
@@ -93,14 +97,18 @@ def test_sgd_has_momentum_and_no_betas():
     )
 
 
+def loss_request(message: training_pb2.Forward | training_pb2.ForwardBackward) -> LossRequest:
+    return wire.loss_request(message, lambda artifact_id: Path("/artifacts") / artifact_id)
+
+
 def test_a_batch_and_its_reduction():
-    loss = training_pb2.LossConfig(reduction=training_pb2.LOSS_REDUCTION_SUM)
-    request = wire.loss_request(training_pb2.Forward(batch=batch(), loss=loss))
+    loss = losses_pb2.LossConfig(reduction=losses_pb2.LOSS_REDUCTION_SUM)
+    request = loss_request(training_pb2.Forward(batch=batch(), loss=loss))
     assert request.reduction is Reduction.SUM
     assert request.loss == "cross_entropy"
     assert request.batch.offsets.tolist() == [0, 3, 5]
     assert request.batch.target_tokens.tolist() == [4, 5, 6, 7, 8]
-    wide = wire.loss_request(
+    wide = loss_request(
         training_pb2.Forward(batch=batch(target_tokens=np.asarray([1, 2, 3, 4, 5])))
     )
     assert wide.batch.target_tokens.dtype == np.int32
@@ -109,33 +117,54 @@ def test_a_batch_and_its_reduction():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"weights": np.ones((5, 1), np.float32)}, "2 dimensions"),
+        ({"weights": np.ones((5, 1, 1), np.float32)}, "3 dimensions"),
         ({"weights": np.ones(5, np.int32)}, "send float32"),
         ({"target_tokens": np.ones(5, np.float32)}, "send int32"),
         # Wrapped round, this would be a token id like any other.
         ({"target_tokens": np.full(5, 2**32 + 7)}, "does not fit"),
-        ({"advantages": np.ones(5, np.float32)}, "target_tokens and weights"),
+        ({"advantages": np.ones((5, 1, 1), np.float32)}, "3 dimensions"),
     ],
 )
 def test_malformed_tensors(changes, says):
     with pytest.raises(TenSafeFault, match=says) as caught:
-        wire.loss_request(training_pb2.Forward(batch=batch(**changes)))
+        loss_request(training_pb2.Forward(batch=batch(**changes)))
     assert caught.value.detail.reason == "INVALID_BATCH"
+
+
+def test_a_loss_with_options_inputs_and_a_reference():
+    loss = losses_pb2.LossConfig(name="ppo", reference={"artifact_id": "art-1"})
+    loss.options.update({"clip_low": 0.5, "kl_coef": 0.0, "word": "x", "flag": False})
+    message = training_pb2.Forward(
+        batch=batch(advantages=np.ones(5, np.float32), kinds=np.arange(5, dtype=np.int32)),
+        loss=loss,
+        dropout=True,
+    )
+    request = loss_request(message)
+    assert request.loss == "ppo"
+    assert request.reduction is None
+    assert request.options == {"clip_low": 0.5, "kl_coef": 0.0, "word": "x", "flag": False}
+    assert request.reference.source == "artifact_id"
+    assert request.reference.artifact.directory == Path("/artifacts/art-1")
+    assert request.dropout
+    assert request.batch.inputs["advantages"].dtype == np.float32
+    assert request.batch.inputs["kinds"].dtype == np.int32
+    plain = loss_request(training_pb2.ForwardBackward(batch=batch()))
+    assert (plain.options, plain.reference, plain.dropout) == ({}, None, False)
 
 
 def test_own_offsets_must_be_the_batchs():
     payload = batch()
     payload.inline.loss_inputs[0].offsets.CopyFrom(encode(np.asarray([0, 2, 5])))
     with pytest.raises(TenSafeFault, match="offsets differ"):
-        wire.loss_request(training_pb2.Forward(batch=payload))
+        loss_request(training_pb2.Forward(batch=payload))
     payload.inline.loss_inputs[0].offsets.CopyFrom(payload.inline.offsets)
-    wire.loss_request(training_pb2.Forward(batch=payload))
+    loss_request(training_pb2.Forward(batch=payload))
 
 
 def test_blobs_are_refused():
     payload = training_pb2.Payload(blob_ref="sha256:00")
     with pytest.raises(TenSafeFault) as caught:
-        wire.loss_request(training_pb2.Forward(batch=payload))
+        loss_request(training_pb2.Forward(batch=payload))
     assert caught.value.detail.reason == "UNSUPPORTED_OPTION"
 
 
@@ -147,7 +176,7 @@ def test_a_published_model():
         linear_modules={"v": 2, "q": 1},
         tokenizer_files={"a": b"1"},
     )
-    request = wire.publish_request(card)
+    request = wire.publish_request(card, LossRegistry().cards())
     assert request.model.dtype == types_pb2.DATA_TYPE_BFLOAT16
     assert [(m.name, m.count) for m in request.model.linear_modules] == [("q", 1), ("v", 2)]
     assert request.tokenizer_files[0].data == b"1"

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from tensafe.v1 import losses_pb2 as tensafe_dot_v1_dot_losses__pb2
 from tensafe.v1 import types_pb2 as tensafe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensafe/v1/models.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x16tensafe/v1/types.proto\"+\n\x0cLinearModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\xbb\x02\n\x05Model\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x12\n\nreferences\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12#\n\x05\x64type\x18\x07 \x01(\x0e\x32\x14.tensafe.v1.DataType\x12\x30\n\x0elinear_modules\x18\x08 \x03(\x0b\x32\x18.tensafe.v1.LinearModule\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\n \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_any_reference\x18\x0b \x01(\x08\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.tensafe.v1.Model\"0\n\x0fGetModelRequest\x12\x1d\n\tmodel_ref\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tensafe.v1.Model\"4\n\x13GetTokenizerRequest\x12\x1d\n\tmodel_ref\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\"<\n\x14GetTokenizerResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk2\xf8\x01\n\rModelsService\x12K\n\nListModels\x12\x1d.tensafe.v1.ListModelsRequest\x1a\x1e.tensafe.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.tensafe.v1.GetModelRequest\x1a\x1c.tensafe.v1.GetModelResponse\x12S\n\x0cGetTokenizer\x12\x1f.tensafe.v1.GetTokenizerRequest\x1a .tensafe.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tensafe/v1/models.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17tensafe/v1/losses.proto\x1a\x16tensafe/v1/types.proto\"+\n\x0cLinearModule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\xdd\x02\n\x05Model\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\x12\x12\n\nreferences\x18\x02 \x03(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12#\n\x05\x64type\x18\x07 \x01(\x0e\x32\x14.tensafe.v1.DataType\x12\x30\n\x0elinear_modules\x18\x08 \x03(\x0b\x32\x18.tensafe.v1.LinearModule\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x18\n\x10tokenizer_sha256\x18\n \x01(\t\x12\x1d\n\x15\x61\x63\x63\x65pts_any_reference\x18\x0b \x01(\x08\x12 \n\x06losses\x18\x0c \x03(\x0b\x32\x10.tensafe.v1.Loss\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.tensafe.v1.Model\"0\n\x0fGetModelRequest\x12\x1d\n\tmodel_ref\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.tensafe.v1.Model\"4\n\x13GetTokenizerRequest\x12\x1d\n\tmodel_ref\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02\"<\n\x14GetTokenizerResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk\"E\n\x11ListLossesRequest\x12\"\n\tmodel_ref\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02H\x00\x88\x01\x01\x42\x0c\n\n_model_ref\"=\n\x0bOfferedLoss\x12\x1e\n\x04loss\x18\x01 \x01(\x0b\x32\x10.tensafe.v1.Loss\x12\x0e\n\x06models\x18\x02 \x03(\t\"=\n\x12ListLossesResponse\x12\'\n\x06losses\x18\x01 \x03(\x0b\x32\x17.tensafe.v1.OfferedLoss2\xc5\x02\n\rModelsService\x12K\n\nListModels\x12\x1d.tensafe.v1.ListModelsRequest\x1a\x1e.tensafe.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.tensafe.v1.GetModelRequest\x1a\x1c.tensafe.v1.GetModelResponse\x12S\n\x0cGetTokenizer\x12\x1f.tensafe.v1.GetTokenizerRequest\x1a .tensafe.v1.GetTokenizerResponse0\x01\x12K\n\nListLosses\x12\x1d.tensafe.v1.ListLossesRequest\x1a\x1e.tensafe.v1.ListLossesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,22 +40,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST'].fields_by_name['model_ref']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_GETTOKENIZERREQUEST'].fields_by_name['model_ref']._loaded_options = None
   _globals['_GETTOKENIZERREQUEST'].fields_by_name['model_ref']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
-  _globals['_LINEARMODULE']._serialized_start=92
-  _globals['_LINEARMODULE']._serialized_end=135
-  _globals['_MODEL']._serialized_start=138
-  _globals['_MODEL']._serialized_end=453
-  _globals['_LISTMODELSREQUEST']._serialized_start=455
-  _globals['_LISTMODELSREQUEST']._serialized_end=474
-  _globals['_LISTMODELSRESPONSE']._serialized_start=476
-  _globals['_LISTMODELSRESPONSE']._serialized_end=531
-  _globals['_GETMODELREQUEST']._serialized_start=533
-  _globals['_GETMODELREQUEST']._serialized_end=581
-  _globals['_GETMODELRESPONSE']._serialized_start=583
-  _globals['_GETMODELRESPONSE']._serialized_end=635
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=637
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=689
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=691
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=751
-  _globals['_MODELSSERVICE']._serialized_start=754
-  _globals['_MODELSSERVICE']._serialized_end=1002
+  _globals['_LISTLOSSESREQUEST'].fields_by_name['model_ref']._loaded_options = None
+  _globals['_LISTLOSSESREQUEST'].fields_by_name['model_ref']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
+  _globals['_LINEARMODULE']._serialized_start=117
+  _globals['_LINEARMODULE']._serialized_end=160
+  _globals['_MODEL']._serialized_start=163
+  _globals['_MODEL']._serialized_end=512
+  _globals['_LISTMODELSREQUEST']._serialized_start=514
+  _globals['_LISTMODELSREQUEST']._serialized_end=533
+  _globals['_LISTMODELSRESPONSE']._serialized_start=535
+  _globals['_LISTMODELSRESPONSE']._serialized_end=590
+  _globals['_GETMODELREQUEST']._serialized_start=592
+  _globals['_GETMODELREQUEST']._serialized_end=640
+  _globals['_GETMODELRESPONSE']._serialized_start=642
+  _globals['_GETMODELRESPONSE']._serialized_end=694
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=696
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=748
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=750
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=810
+  _globals['_LISTLOSSESREQUEST']._serialized_start=812
+  _globals['_LISTLOSSESREQUEST']._serialized_end=881
+  _globals['_OFFEREDLOSS']._serialized_start=883
+  _globals['_OFFEREDLOSS']._serialized_end=944
+  _globals['_LISTLOSSESRESPONSE']._serialized_start=946
+  _globals['_LISTLOSSESRESPONSE']._serialized_end=1007
+  _globals['_MODELSSERVICE']._serialized_start=1010
+  _globals['_MODELSSERVICE']._serialized_end=1335
 # @@protoc_insertion_point(module_scope)

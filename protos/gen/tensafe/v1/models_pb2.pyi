@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from tensafe.v1 import losses_pb2 as _losses_pb2
 from tensafe.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -62,6 +63,7 @@ class Model(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     TOKENIZER_SHA256_FIELD_NUMBER: _builtins.int
     ACCEPTS_ANY_REFERENCE_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its registered name."""
     architecture: _builtins.str
@@ -88,6 +90,12 @@ class Model(_message.Message):
     def linear_modules(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinearModule]:
         """What LoRA can adapt; empty if any name is taken (mock)."""
 
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[_losses_pb2.Loss]:
+        """The losses that its worker computes, by name. Only in PublishModel; ListLosses
+        tells them.
+        """
+
     def __init__(
         self,
         *,
@@ -102,10 +110,11 @@ class Model(_message.Message):
         has_chat_template: _builtins.bool = ...,
         tokenizer_sha256: _builtins.str = ...,
         accepts_any_reference: _builtins.bool = ...,
+        losses: _abc.Iterable[_losses_pb2.Loss] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_any_reference", b"accepts_any_reference", "architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "has_chat_template", b"has_chat_template", "linear_modules", b"linear_modules", "name", b"name", "parameters", b"parameters", "references", b"references", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepts_any_reference", b"accepts_any_reference", "architecture", b"architecture", "context_length", b"context_length", "dtype", b"dtype", "has_chat_template", b"has_chat_template", "linear_modules", b"linear_modules", "losses", b"losses", "name", b"name", "parameters", b"parameters", "references", b"references", "tokenizer_sha256", b"tokenizer_sha256", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -243,3 +252,81 @@ class GetTokenizerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
+
+@_typing.final
+class ListLossesRequest(_message.Message):
+    """Asks for the losses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_REF_FIELD_NUMBER: _builtins.int
+    model_ref: _builtins.str
+    """A model's name or a reference. Unset: the losses of all models."""
+    def __init__(
+        self,
+        *,
+        model_ref: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model_ref", b"_model_ref", "model_ref", b"model_ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_ref", b"_model_ref", "model_ref", b"model_ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__model_ref: _TypeAlias = _typing.Literal["model_ref"]  # noqa: Y015
+    _WhichOneofArgType__model_ref: _TypeAlias = _typing.Literal["_model_ref", b"_model_ref"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model_ref) -> _WhichOneofReturnType__model_ref | None: ...
+
+Global___ListLossesRequest: _TypeAlias = ListLossesRequest  # noqa: Y015
+
+@_typing.final
+class OfferedLoss(_message.Message):
+    """A loss, and where it is offered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def loss(self) -> _losses_pb2.Loss:
+        """The loss."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the models that offer it in this form."""
+
+    def __init__(
+        self,
+        *,
+        loss: _losses_pb2.Loss | None = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferedLoss: _TypeAlias = OfferedLoss  # noqa: Y015
+
+@_typing.final
+class ListLossesResponse(_message.Message):
+    """The losses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOSSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedLoss]:
+        """By name. One that models offer in several forms is there once for each form."""
+
+    def __init__(
+        self,
+        *,
+        losses: _abc.Iterable[Global___OfferedLoss] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["losses", b"losses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLossesResponse: _TypeAlias = ListLossesResponse  # noqa: Y015

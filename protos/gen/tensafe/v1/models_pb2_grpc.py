@@ -50,6 +50,11 @@ class ModelsServiceStub:
                 request_serializer=tensafe_dot_v1_dot_models__pb2.GetTokenizerRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_models__pb2.GetTokenizerResponse.FromString,
                 _registered_method=True)
+        self.ListLosses = channel.unary_unary(
+                '/tensafe.v1.ModelsService/ListLosses',
+                request_serializer=tensafe_dot_v1_dot_models__pb2.ListLossesRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_models__pb2.ListLossesResponse.FromString,
+                _registered_method=True)
 
 
 class ModelsServiceServicer:
@@ -79,6 +84,14 @@ class ModelsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListLosses(self, request, context):
+        """Lists the losses that runs may use, the operator's plug-ins among them, with
+        what each takes and gives. Errors: NOT_FOUND MODEL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +109,11 @@ def add_ModelsServiceServicer_to_server(servicer, server):
                     servicer.GetTokenizer,
                     request_deserializer=tensafe_dot_v1_dot_models__pb2.GetTokenizerRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_models__pb2.GetTokenizerResponse.SerializeToString,
+            ),
+            'ListLosses': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLosses,
+                    request_deserializer=tensafe_dot_v1_dot_models__pb2.ListLossesRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_models__pb2.ListLossesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +198,33 @@ class ModelsService:
             '/tensafe.v1.ModelsService/GetTokenizer',
             tensafe_dot_v1_dot_models__pb2.GetTokenizerRequest.SerializeToString,
             tensafe_dot_v1_dot_models__pb2.GetTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLosses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.ModelsService/ListLosses',
+            tensafe_dot_v1_dot_models__pb2.ListLossesRequest.SerializeToString,
+            tensafe_dot_v1_dot_models__pb2.ListLossesResponse.FromString,
             options,
             channel_credentials,
             insecure,

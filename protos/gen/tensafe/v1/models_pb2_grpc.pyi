@@ -42,6 +42,10 @@ class ModelsServiceStub:
     apply the chat template themselves. Errors: NOT_FOUND MODEL_NOT_FOUND; a
     model without tokenizer has no files.
     """
+    ListLosses: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListLossesRequest, _models_pb2.ListLossesResponse]
+    """Lists the losses that runs may use, the operator's plug-ins among them, with
+    what each takes and gives. Errors: NOT_FOUND MODEL_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class ModelsServiceAsyncStub(ModelsServiceStub):
@@ -56,6 +60,10 @@ class ModelsServiceAsyncStub(ModelsServiceStub):
     """Sends the tokenizer's files in chunks, so that clients can encode text and
     apply the chat template themselves. Errors: NOT_FOUND MODEL_NOT_FOUND; a
     model without tokenizer has no files.
+    """
+    ListLosses: _aio.UnaryUnaryMultiCallable[_models_pb2.ListLossesRequest, _models_pb2.ListLossesResponse]  # type: ignore[assignment]
+    """Lists the losses that runs may use, the operator's plug-ins among them, with
+    what each takes and gives. Errors: NOT_FOUND MODEL_NOT_FOUND.
     """
 
 class ModelsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -86,6 +94,16 @@ class ModelsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Sends the tokenizer's files in chunks, so that clients can encode text and
         apply the chat template themselves. Errors: NOT_FOUND MODEL_NOT_FOUND; a
         model without tokenizer has no files.
+        """
+
+    @_abc_1.abstractmethod
+    def ListLosses(
+        self,
+        request: _models_pb2.ListLossesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.ListLossesResponse, _abc.Awaitable[_models_pb2.ListLossesResponse]]:
+        """Lists the losses that runs may use, the operator's plug-ins among them, with
+        what each takes and gives. Errors: NOT_FOUND MODEL_NOT_FOUND.
         """
 
 def add_ModelsServiceServicer_to_server(servicer: ModelsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

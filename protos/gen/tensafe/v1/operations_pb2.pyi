@@ -136,13 +136,16 @@ class ForwardResult(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Metric]:
         """`loss` (MEAN, or SUM under that reduction) and `tokens` (SUM: tokens read),
-        `scored_tokens` (SUM: positions with a weight other than 0).
+        `scored_tokens` (SUM: positions with a weight other than 0), and what the loss
+        defines (Loss.metrics). How a worker splits the batch changes none of them.
         """
 
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.NamedTensor]:
-        """`logprobs` float32 [N]: log-probability of each target token, 0 where the
-        weight is 0; offsets as in the batch.
+        """`logprobs` float32 [N] (or [N, K], as the targets): log-probability of each
+        target token, 0 where the weight is 0; and what the loss defines
+        (Loss.outputs). Offsets as in the batch, but for outputs with one number for
+        each datum.
         """
 
     def __init__(

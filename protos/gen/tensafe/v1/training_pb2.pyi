@@ -12,6 +12,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from tensafe.v1 import losses_pb2 as _losses_pb2
 from tensafe.v1 import operations_pb2 as _operations_pb2
 from tensafe.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -48,34 +49,6 @@ RUN_STATUS_ACTIVE: RunStatus.ValueType  # 1
 RUN_STATUS_DELETED: RunStatus.ValueType  # 2
 """It was deleted."""
 Global___RunStatus: _TypeAlias = RunStatus  # noqa: Y015
-
-class _LossReduction:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _LossReductionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LossReduction.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    LOSS_REDUCTION_UNSPECIFIED: _LossReduction.ValueType  # 0
-    """The default: weighted mean."""
-    LOSS_REDUCTION_WEIGHTED_MEAN: _LossReduction.ValueType  # 1
-    """Σ weight·loss / Σ weight over the whole accumulation window. Negative
-    weights, or weights that add up to 0, are refused.
-    """
-    LOSS_REDUCTION_SUM: _LossReduction.ValueType  # 2
-    """Σ weight·loss."""
-
-class LossReduction(_LossReduction, metaclass=_LossReductionEnumTypeWrapper):
-    """How the scored tokens' losses become the number that is minimised."""
-
-LOSS_REDUCTION_UNSPECIFIED: LossReduction.ValueType  # 0
-"""The default: weighted mean."""
-LOSS_REDUCTION_WEIGHTED_MEAN: LossReduction.ValueType  # 1
-"""Σ weight·loss / Σ weight over the whole accumulation window. Negative
-weights, or weights that add up to 0, are refused.
-"""
-LOSS_REDUCTION_SUM: LossReduction.ValueType  # 2
-"""Σ weight·loss."""
-Global___LossReduction: _TypeAlias = LossReduction  # noqa: Y015
 
 @_typing.final
 class LoraConfig(_message.Message):
@@ -452,9 +425,9 @@ class Batch(_message.Message):
 
     @_builtins.property
     def loss_inputs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.NamedTensor]:
-        """What the loss needs, by name. For cross_entropy: `target_tokens` int32 [N],
-        the token to predict at each position, and `weights` float32 [N], 0 where
-        nothing is scored (unset: all 1).
+        """What the loss needs, by name; ListLosses tells. Every loss has `target_tokens`
+        int32 [N], the token to predict at each position, and `weights` float32 [N],
+        which multiply its terms: 0 where nothing is scored (unset: all 1).
         """
 
     def __init__(
@@ -505,62 +478,41 @@ class Payload(_message.Message):
 Global___Payload: _TypeAlias = Payload  # noqa: Y015
 
 @_typing.final
-class LossConfig(_message.Message):
-    """Which loss."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    REDUCTION_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """`cross_entropy`. Unset: cross_entropy."""
-    reduction: Global___LossReduction.ValueType
-    """Reduction; all calls of one accumulation window must agree."""
-    def __init__(
-        self,
-        *,
-        name: _builtins.str | None = ...,
-        reduction: Global___LossReduction.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "name", b"name"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "name", b"name", "reduction", b"reduction"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
-    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
-
-Global___LossConfig: _TypeAlias = LossConfig  # noqa: Y015
-
-@_typing.final
 class Forward(_message.Message):
-    """Computes a loss and its per-token outputs, without dropout and without
-    touching any gradient.
-    """
+    """Computes a loss and its per-token outputs, without touching any gradient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     BATCH_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
+    DROPOUT_FIELD_NUMBER: _builtins.int
+    dropout: _builtins.bool
+    """Whether dropout acts, with the masks that the run's next ForwardBackward will
+    have: sent with the same batch at the next seq, it sees the same
+    log-probabilities. Unset: false, no dropout.
+    """
     @_builtins.property
     def batch(self) -> Global___Payload:
         """The batch."""
 
     @_builtins.property
-    def loss(self) -> Global___LossConfig:
-        """The loss. Unset: cross_entropy, weighted mean."""
+    def loss(self) -> _losses_pb2.LossConfig:
+        """The loss. Unset: cross_entropy with its defaults."""
 
     def __init__(
         self,
         *,
         batch: Global___Payload | None = ...,
-        loss: Global___LossConfig | None = ...,
+        loss: _losses_pb2.LossConfig | None = ...,
+        dropout: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "batch", b"batch", "dropout", b"dropout", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "loss", b"loss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "batch", b"batch", "dropout", b"dropout", "loss", b"loss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
+    _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
 
 Global___Forward: _TypeAlias = Forward  # noqa: Y015
 
@@ -582,14 +534,14 @@ class ForwardBackward(_message.Message):
         """The batch."""
 
     @_builtins.property
-    def loss(self) -> Global___LossConfig:
-        """The loss. Unset: cross_entropy, weighted mean."""
+    def loss(self) -> _losses_pb2.LossConfig:
+        """The loss. Unset: cross_entropy with its defaults."""
 
     def __init__(
         self,
         *,
         batch: Global___Payload | None = ...,
-        loss: Global___LossConfig | None = ...,
+        loss: _losses_pb2.LossConfig | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

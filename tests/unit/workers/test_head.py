@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from workers.engine import losses
-from workers.engine.losses import target_logprobs
+from workers.engine import head
+from workers.engine.head import target_logprobs
 
 
 def test_known_answers():
@@ -21,7 +21,7 @@ def test_known_answers():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_is_autograds_across_chunks(monkeypatch, bias):
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 1)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 1)
     torch.manual_seed(0)
     hidden = torch.randn(150, 8, dtype=torch.float32, requires_grad=True)
     weight = torch.randn(30, 8)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_LOGITS = 3 * 2**21
+CHUNK_LOGITS = 3 * 2**21
 """Logits held at a time: 24 MiB in float32, which a CPU's last cache still holds."""
 
 
@@ -46,7 +46,7 @@ class _TargetLogprobs(torch.autograd.Function):
         count, vocabulary = len(targets_S), weight_VD.shape[0]
         logprobs_S = torch.empty(count, dtype=wide, device=hidden_SD.device)
         grad_SD = torch.empty_like(hidden_SD) if wants_grad else None
-        chunk = max(1, min(count, max(32, _CHUNK_LOGITS // vocabulary)))
+        chunk = max(1, min(count, max(32, CHUNK_LOGITS // vocabulary)))
         # Filled again and again: fresh memory would cost more than what is computed in it.
         logits = torch.empty(chunk, vocabulary, dtype=hidden_SD.dtype, device=hidden_SD.device)
         powers = torch.empty(chunk, vocabulary, dtype=wide, device=hidden_SD.device)
