@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import signal
 from collections import deque
 from collections.abc import Sequence
@@ -84,6 +85,7 @@ class Link:
         self._options = options
         self._backend = backend
         self._cards = list(backend.models())
+        self._instance = secrets.token_hex(8)
         self._metadata: Sequence[tuple[str, str]] = (("authorization", f"Bearer {options.key}"),)
         self._started = False
         self._stopping = False
@@ -287,6 +289,7 @@ class Link:
             held_runs=self._executor.held_runs(),
             group_tokens=self._backend.group_tokens,
             fingerprint=self._backend.fingerprint(),
+            instance=self._instance,
         )
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:

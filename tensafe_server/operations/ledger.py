@@ -210,7 +210,7 @@ class Ledger:
     def recall_run(self, run: RunState) -> list[PendingOperation]:
         """Takes a run, and what its worker had of it, back; returns those operations."""
         run.worker_id = None
-        run.restoring = False
+        run.restoring = run.arriving = False
         recalled = [operation for operation in run.in_flight if not operation.finishing]
         for operation in reversed(recalled):
             operation.worker_id = None

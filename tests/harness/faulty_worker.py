@@ -4,7 +4,8 @@
 
 It takes the options of `tensafe worker`. Where a forward_backward's first token is GATE, or a
 save_state's metadata named one, the operation waits until the test opens the FIFO named by
-FAULTY_GATE; the other marks are below. What it saves tells which worker did.
+FAULTY_GATE; CRASH_LATER crashes the worker while the file named by FAULTY_DEADLY is there; the
+other marks are below. What it saves tells which worker did.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
-GATE, HANG, HANG_WITH_LOCK, CRASH = 60_001, 60_002, 60_003, 60_004
+GATE, HANG, HANG_WITH_LOCK, CRASH, CRASH_LATER = 60_001, 60_002, 60_003, 60_004, 60_005
 
 
 def pass_gate() -> None:
@@ -32,7 +33,7 @@ def act_on(mark: int) -> None:
         hang_for_ever()
     elif mark == HANG_WITH_LOCK:
         ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter's lock
-    elif mark == CRASH:
+    elif mark == CRASH or (mark == CRASH_LATER and Path(os.environ["FAULTY_DEADLY"]).exists()):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
