@@ -54,7 +54,9 @@ class Reception:
         self._verifications = verifications
         self._recovery = recovery
         self._liveness = liveness
-        self._liveness.on_dead = self.fence
+        self._liveness.on_dead = self._take_for_dead
+        self._liveness.on_hung = self._end_hung
+        self._hung: set[str] = set()
         self._blame = blame
         self._blame.on_verdict = self._convict
         self._blame.on_acquitted = dispatcher.kick
@@ -65,8 +67,11 @@ class Reception:
         """Greets a worker and gives back the runs that it still holds rightly.
 
         Raises:
-            TenSafeFault: MODEL_NOT_FOUND for a model that was not published.
+            TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
+                was told to end.
         """
+        if register.instance in self._hung:
+            raise _hung(register.name, "it hung when it was last seen")
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
@@ -136,18 +141,29 @@ class Reception:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def fence(self, link: WorkerLink, why: str) -> None:
-        """Takes a worker for dead. Whatever it still sends under this link is passed over, and what
-        it holds is stale as soon as another worker has it."""
+    def _take_for_dead(self, link: WorkerLink, why: str) -> None:
+        """Whatever the worker still sends under this link is passed over, and what it holds is
+        stale as soon as another worker has it."""
         log.warning("worker %s (%s) is taken for dead: %s", link.id, link.name, why)
-        link.close(
-            TenSafeFault(
-                "STALE_ASSIGNMENT",
-                f"worker {link.id} was taken for dead ({why}) and its runs were given away; "
-                "connect anew",
-                worker_id=link.id,
-            )
+        fault = TenSafeFault(
+            "STALE_ASSIGNMENT",
+            f"worker {link.id} was taken for dead ({why}) and its runs were given away; "
+            "connect anew",
+            worker_id=link.id,
         )
+        self._fence(link, fault)
+
+    def _end_hung(self, link: WorkerLink, at: pb.Executing, why: str) -> None:
+        """Takes a worker for dead whose executor hangs, for good: its process is told to end."""
+        log.error("worker %s (%s) hangs and is told to end: %s", link.id, link.name, why)
+        self._hung.add(link.instance)
+        operation = self._ledger.pending(at.operation_id)
+        if operation is not None and operation.worker_id == link.id:
+            operation.row.state = RUNNING  # it is known now, if it was not reported before
+        self._fence(link, _hung(link.name, why))
+
+    def _fence(self, link: WorkerLink, fault: TenSafeFault) -> None:
+        link.close(fault)
         self._spawn(self.leave(link))
 
     def heartbeat(self, link: WorkerLink, heartbeat: pb.WorkerHeartbeat) -> None:
@@ -334,6 +350,15 @@ class _Turns:
             waiting.popleft()
             return True
         return False
+
+
+def _hung(name: str, why: str) -> TenSafeFault:
+    return TenSafeFault(
+        "EXECUTOR_HUNG",
+        f"worker {name} hangs ({why}) and its watchdog has not ended it: its runs were given away, "
+        "and the process is to end",
+        worker=name,
+    )
 
 
 def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness.faulty_fleet import FaultyCluster, batch, train, wait_running
-from harness.faulty_worker import GATE
+from harness.faulty_worker import GATE, GATED, HANG, HANGING_SEED
 from harness.proxy import TcpProxy
 
 SILENCE_S = "1.5"
@@ -79,3 +79,61 @@ def test_a_worker_that_hears_nothing_connects_anew(fleet: FaultyCluster):
             assert [step for step, _ in train(tc, 2)] == [2, 3]
     finally:
         proxy.close()
+
+
+def test_a_sample_that_is_cut_off_again_and_again_is_no_poison(fleet: FaultyCluster):
+    """It belongs to no run, so that no assignment tells that its worker was never lost."""
+    proxy = TcpProxy(fleet.port)
+    try:
+        with fleet.client() as client:
+            worker = fleet.add_faulty_worker(port=proxy.port)
+            sampler = client.create_training_client({"model_ref": "any", "seed": 6})
+            saved = sampler.save_state()
+            waiting = sampler.sample_async([GATED], artifact=saved.artifact_id)
+            for cuts in range(2, 7):
+                wait_running(client, waiting)
+                proxy.cut()
+                worker.wait_said("connected to", count=cuts)
+            fleet.open_gate(worker)
+            assert waiting.result(60)
+            assert worker.starts == 1
+    finally:
+        proxy.close()
+
+
+LIMITS = ("--operation-limit-s", "1", "--token-limit-ms", "0")
+
+
+@pytest.mark.parametrize("hangs", ["operation", "taking on a run"])
+def test_a_worker_whose_watchdog_fails_is_told_to_end(fleet: FaultyCluster, hangs: str):
+    """Known from its heartbeats: its runs move, it ends, and what hung is to blame for it."""
+    with fleet.client() as client:
+        for _ in range(2):
+            fleet.add_faulty_worker(*LIMITS, watchdog=False)
+        others = [client.create_training_client({"model_ref": "any"}) for _ in range(2)]
+        for other in others:
+            assert train(other, 1)
+        if hangs == "operation":
+            tc = client.create_training_client({"model_ref": "any", "seed": 7})
+            waiting = tc.forward_backward(batch(HANG))
+        else:
+            tc = client.create_training_client({"model_ref": "any", "seed": HANGING_SEED})
+            waiting = tc.forward_backward(batch())
+        deaths = 2 if hangs == "operation" else 3
+        for _ in range(deaths):
+            death = fleet.next_death()
+            assert death is not None
+            dead, status = death
+            assert status == 75, dead.log[-2000:]
+            dead.wait_said("hangs (")
+            dead.wait_said("hang_for_ever")  # the stacks
+            fleet.revive(dead)
+        assert fleet.coordinator.log.count("hangs and is told to end") == deaths
+        error = waiting.exception(60)
+        assert error is not None
+        assert "when its worker was lost, so it is not tried again" in str(error)
+        for other in others:
+            assert [step for step, _ in train(other, 2)] == [2, 3]
+        if hangs == "operation":
+            assert tc.optim_step().exception(60).reason == "WINDOW_POISONED"  # type: ignore[union-attr]
+            assert [step for step, _ in train(tc, 2)] == [1, 2]

@@ -52,7 +52,11 @@ class FaultyCluster(Cluster):
         self._environments: dict[str, dict[str, str]] = {}
 
     def add_faulty_worker(
-        self, *options: str, port: int | None = None, gated_save: bool = False
+        self,
+        *options: str,
+        port: int | None = None,
+        gated_save: bool = False,
+        watchdog: bool = True,
     ) -> Process:
         """Starts one more worker; each has a gate of its own."""
         name = f"worker-{len(self.workers)}"
@@ -66,6 +70,8 @@ class FaultyCluster(Cluster):
         environment["FAULTY_DEADLY"] = str(self.deadly)
         if gated_save:
             environment["FAULTY_GATED_SAVE"] = "1"
+        if not watchdog:
+            environment["FAULTY_WATCHDOG"] = "off"
         self._environments[name] = environment
         self.start_worker(worker, environment)
         worker.wait_ready()
@@ -81,11 +87,12 @@ class FaultyCluster(Cluster):
         self.start_worker(worker, self._environments[worker.name])
         worker.wait_ready()
 
-    def next_death(self, unless: OperationFuture[Any]) -> tuple[Process, int] | None:
-        """Waits until a worker ends, and returns it with its exit status; None if the operation
+    def next_death(self, unless: OperationFuture[Any] | None = None) -> tuple[Process, int] | None:
+        """Waits until a worker ends, and returns it with its exit status; None if an operation
         ends before."""
         ended, tell = os.pipe()
-        unless.add_done_callback(lambda _: os.write(tell, b"!"))
+        if unless is not None:
+            unless.add_done_callback(lambda _: os.write(tell, b"!"))
         poller = select.poll()
         handles = {os.pidfd_open(worker.pid): worker for worker in self.workers}
         for handle in (*handles, ended):
