@@ -240,7 +240,9 @@ class Coordinator:
             ),
             (
                 admin_pb2_grpc.add_AdminServiceServicer_to_server,
-                AdminServicer(store, self.identity, blobs, snapshots),
+                AdminServicer(
+                    store, self.identity, self._ledger, runs, blobs, snapshots, verifications
+                ),
             ),
             (
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,

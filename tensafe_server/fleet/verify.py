@@ -83,8 +83,12 @@ class Verifications:
         """Yields progress, then the report.
 
         Raises:
-            TenSafeFault: NO_WORKER, RUN_STATE_LOST.
+            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST.
         """
+        if run.deleted:
+            raise TenSafeFault(
+                "RUN_DELETED", f"run {run.id} was deleted, and its log with it", run_id=run.id
+            )
         link = self._free_worker(run)
         await self._restorer.settled(run)
         end = settled_seq(run)
