@@ -160,8 +160,10 @@ class Coordinator:
         self.dispatcher = Dispatcher(
             store, self._ledger, restorer, specs, settings.company, self._blame
         )
-        gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
-        cancellation = Cancellation(outcomes, self.dispatcher)
+        gaps = self._gaps = GapWatch(
+            store, self._ledger, self._hub, outcomes, settings.gap_timeout_s
+        )
+        cancellation = self._cancellation = Cancellation(outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
@@ -177,7 +179,7 @@ class Coordinator:
         self.dispatcher.on_unrestorable = cancellation.fail_waiting
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
-        reception = Reception(
+        reception = self._reception = Reception(
             self._ledger,
             self._models,
             outcomes,
@@ -189,7 +191,7 @@ class Coordinator:
             Liveness(settings.worker_silence_s),
             self._blame,
         )
-        runs = RunBook(store, self._ledger, self._models)
+        runs = self._runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update

@@ -169,11 +169,18 @@ class Executor:
     # On the executor's thread.
 
     def _work(self) -> None:
-        while self._fill():
-            items = self._agenda.take()
-            self._group(items)
-            self._finished += len(items)
-            self._on_progress()
+        while self.execute_next():
+            continue
+
+    def execute_next(self) -> bool:
+        """Executes what is next, and waits for something if there is nothing; False: the end."""
+        if not self._fill():
+            return False
+        items = self._agenda.take()
+        self._group(items)
+        self._finished += len(items)
+        self._on_progress()
+        return True
 
     def _fill(self) -> bool:
         """Takes in all that has come; waits for it if there is nothing to do. False: the end."""
@@ -333,9 +340,11 @@ class Executor:
         run = self._runs.get(run_id)
         if run is None or run.epoch != planned.epoch or run.fault is not None or run.refused:
             return
+        if spec.seq <= run.last_seq:
+            return  # sent again after a broken stream: its window may be closed by now
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
-        run.last_seq = max(run.last_seq, spec.seq)
+        run.last_seq = spec.seq
 
     def _execute(
         self,

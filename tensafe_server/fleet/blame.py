@@ -14,6 +14,7 @@ from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Ending
+from tensafe_server.planning.views import Arrivals
 from tensafe_server.store.base import AttemptRow, Store
 
 Suspect = PendingOperation | RunState
@@ -67,11 +68,12 @@ class Blame:
         run.arriving = True
         self._record(link, [run], running=False)
 
-    def may_bring(self, run: RunState, link: WorkerLink) -> bool:
-        """Whether a run may be brought now. One that workers were lost with comes alone, so that
-        it is known with what the next one is lost."""
+    def arrivals(self, link: WorkerLink) -> Arrivals:
+        """What is on its way to a worker, as the planner sees it."""
         coming = [one for one in map(self._ledger.runs.get, link.runs) if one and _is_coming(one)]
-        return not coming or not any(one.losses for one in (run, *coming))
+        if any(one.losses for one in coming):
+            return Arrivals.SUSPECT
+        return Arrivals.RUNS if coming else Arrivals.NONE
 
     def arrived(self, run: RunState) -> None:
         """A run's worker has begun with the run's own work, or is not to take that state on."""

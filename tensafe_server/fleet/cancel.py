@@ -31,7 +31,7 @@ class Cancellation:
     async def cancel_run(self, run: RunState) -> None:
         """Cancels whatever of a run has not started."""
         for operation in run.in_flight:
-            if operation.row.state != RUNNING:
+            if operation.row.state != RUNNING and not operation.void:
                 self._ask_worker(operation, cancellation)
         await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 

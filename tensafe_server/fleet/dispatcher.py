@@ -162,9 +162,10 @@ class Dispatcher:
                 self._links[worker_id].send_plan(message)
 
     def _worker_view(self, link: WorkerLink, now_s: float) -> WorkerView:
-        if not (self._policy.wait_s and link.idle):
-            return link.view()
-        return link.view(company(link, self._ledger, now_s - self._policy.memory_s))
+        soon: frozenset[str] = frozenset()
+        if self._policy.wait_s and link.idle:
+            soon = company(link, self._ledger, now_s - self._policy.memory_s)
+        return link.view(soon, self._blame.arrivals(link))
 
     def _queue_views(
         self, look_ahead: int
@@ -173,10 +174,14 @@ class Dispatcher:
         runs = {run.id: run for run in ready if not (run.restoring or run.on_trial)}
         views = []
         for run in runs.values():
-            untried = takewhile(lambda p: not p.on_trial, islice(run.queue, look_ahead))
-            waiting = [p for p in untried if not p.void]
-            if waiting and waiting[0].fetching:
-                continue  # its spec is on its way, and so is a kick
+            # However many before it are void: nothing comes after them by itself.
+            waiting = list(islice((p for p in run.queue if not p.void), look_ahead))
+            if not waiting:
+                self._ledger.rest(run)
+                continue
+            waiting = list(takewhile(lambda p: not p.on_trial, waiting))
+            if not waiting or waiting[0].fetching:
+                continue  # its spec is on its way, or the verdict is, and so is a kick
             views.append(
                 QueueView(
                     run.id,
@@ -185,7 +190,8 @@ class Dispatcher:
                     [p.work or work_of(p, run) for p in waiting],
                     run.worker_id,
                     self._last_group(run),
-                    waiting[0].ready_s if waiting else 0.0,
+                    waiting[0].ready_s,
+                    bool(run.losses),
                 )
             )
         lane = {
@@ -208,8 +214,6 @@ class Dispatcher:
 
     def _place(self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment) -> None:
         """Gives a run that no worker holds to one; its first operation follows."""
-        if not self._blame.may_bring(run, link):
-            return
         run.worker_id = link.id
         link.runs.add(run.id)
         self._store.set_run_epoch(run.id, run.begin_epoch())
@@ -251,6 +255,8 @@ class Dispatcher:
         while run.queue and run.queue[0].void:
             void = run.queue.popleft()
             if is_void_gradient(void.row):
+                run.in_flight.append(void)
+                run.pass_voids()
                 message.operations.append(
                     pb.PlannedOperation(
                         operation_id=void.row.id,

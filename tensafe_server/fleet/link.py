@@ -10,7 +10,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.groups import GroupBook
 from tensafe_server.operations.checks import BACKWARD_FACTOR
 from tensafe_server.operations.comparison import fingerprint_digest
-from tensafe_server.planning.views import WorkerView
+from tensafe_server.planning.views import Arrivals, WorkerView
 
 _MESSAGE_BYTES = 16 * 2**20
 
@@ -58,8 +58,15 @@ class WorkerLink:
         self._outbox: deque[pb.ConnectResponse] = deque()
         self._wake = asyncio.Event()
 
-    def view(self, company: frozenset[str] = frozenset()) -> WorkerView:
-        """What the planner sees. `company`: models of which runs may soon go on."""
+    def view(
+        self, company: frozenset[str] = frozenset(), arrivals: Arrivals = Arrivals.NONE
+    ) -> WorkerView:
+        """What the planner sees.
+
+        Args:
+            company: models of which runs may soon go on.
+            arrivals: what is on its way to the worker.
+        """
         free = 0 if self.draining else self.credits - len(self.outstanding)
         groups = self.groups
         return WorkerView(
@@ -73,6 +80,7 @@ class WorkerLink:
             groups.next,
             self.idle,
             company,
+            arrivals,
         )
 
     @property

@@ -341,7 +341,9 @@ class _Turns:
         if run is None or operation.row.seq is None:
             return True
         if run.id not in self._waiting:
-            self._waiting[run.id] = deque(op for op in run.in_flight if not op.finishing)
+            self._waiting[run.id] = deque(
+                one for one in run.in_flight if not (one.finishing or one.void)
+            )
         waiting = self._waiting[run.id]
         if cancelled and operation in waiting:
             waiting.remove(operation)

@@ -92,7 +92,7 @@ class Restorer:
     async def settled(self, run: RunState) -> None:
         """Waits until outcomes that are on their way to the disk are there: their operations are
         not executed again, so that a replay must have them."""
-        for operation in [one for one in run.in_flight if one.finishing]:
+        for operation in [one for one in run.in_flight if one.finishing and not one.void]:
             await operation.wait_finished()
         await self._store.flushed()
 
@@ -203,7 +203,7 @@ def changed_state(row: OperationRow) -> bool:
 def settled_seq(run: RunState) -> int:
     """The last seq of the run that is finished together with all before it."""
     # An outcome on its way to the disk counts: who reads the log waits for it (`settled`).
-    open_ones = (operation for operation in run.in_flight if not operation.finishing)
+    open_ones = (one for one in run.in_flight if not (one.finishing or one.void))
     first = next(open_ones, run.queue[0] if run.queue else None)
     return (first.row.seq or 1) - 1 if first is not None else run.next_seq - 1
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.voids import is_void_gradient
 
 _READS_ARTIFACT = {
     ops.OPERATION_KIND_LOAD_STATE,
@@ -92,6 +93,10 @@ class Ledger:
         """Runs with something to dispatch."""
         self._ready = {run_id for run_id in self._ready if self.runs[run_id].queue}
         return [self.runs[run_id] for run_id in sorted(self._ready)]
+
+    def rest(self, run: RunState) -> None:
+        """The run has nothing to dispatch until something is admitted or recalled."""
+        self._ready.discard(run.id)
 
     # Operations.
 
@@ -188,15 +193,17 @@ class Ledger:
         self.on_ready()
 
     def retire(self, operation: PendingOperation) -> None:
-        """Takes a finished operation out. If no worker had it, its void stays in the order."""
+        """Takes a finished operation out. If it left a hole in its window, its void stays in the
+        order: whoever gets the run next must hear of it too."""
         row = operation.row
         if row.run_id is not None and row.seq is not None:
             run = self.runs[row.run_id]
             run.active_s = time.monotonic()
-            if operation.worker_id is None:
+            if operation.worker_id is None or is_void_gradient(row):
                 operation.void = True
             else:
                 run.in_flight.remove(operation)
+            run.pass_voids()
             if row.executed:
                 run.executed_seq = max(run.executed_seq, row.seq)
         elif operation.worker_id is not None:
@@ -222,11 +229,11 @@ class Ledger:
         """Takes a run, and what its worker had of it, back; returns those operations."""
         run.worker_id = None
         run.restoring = run.arriving = False
-        recalled = [operation for operation in run.in_flight if not operation.finishing]
+        recalled = [one for one in run.in_flight if one.void or not one.finishing]
         for operation in reversed(recalled):
             operation.worker_id = None
             run.queue.appendleft(operation)
-        run.in_flight = deque(op for op in run.in_flight if op.finishing)
+        run.in_flight = deque(one for one in run.in_flight if one.finishing and not one.void)
         self._ready.add(run.id)
         return recalled
 

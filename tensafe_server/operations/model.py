@@ -131,7 +131,9 @@ class RunState:
         next_seq: the lowest seq that has not been accepted yet.
         early: operations that came before an earlier seq did.
         queue: operations in order that no worker has.
-        in_flight: operations in order that the run's worker has.
+        in_flight: operations in order that the run's worker has, and voids behind the first of
+            them, which it was told of: the log has them for a restoration only once all before
+            them have ended.
         by_seq: unfinished operations, to answer retries.
         worker_id: the worker that holds the run's state; None if none does.
         epoch: number of the newest assignment to a worker.
@@ -199,6 +201,11 @@ class RunState:
     @property
     def deleted(self) -> bool:
         return self.status == training.RUN_STATUS_DELETED
+
+    def pass_voids(self) -> None:
+        """Forgets the voids in flight that nothing is before any more."""
+        while self.in_flight and self.in_flight[0].void:
+            self.in_flight.popleft()
 
     def begin_epoch(self) -> int:
         """The epoch of a new assignment, which no worker was ever given."""

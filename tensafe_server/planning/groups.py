@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tensafe_server.planning.views import Kind, Work, WorkerView
+from tensafe_server.planning.views import Arrivals, Kind, Work, WorkerView
 
 _MOST_PLANS = 2
 
@@ -56,10 +56,20 @@ class Formation:
         self.worker = worker
         self.credits = worker.credits
         self.runs = worker.runs
+        self.arrivals = worker.arrivals
         self.opening: Opening | None = None
         self._plans = worker.plans
         self._next = worker.next_group
         self._groups = [_Group(g.number, g.kind, g.model, g.cost) for g in worker.groups]
+
+    def admits(self, *, suspect: bool) -> bool:
+        """Whether one more run may be brought to the worker."""
+        return self.arrivals is Arrivals.NONE or not (suspect or self.arrivals is Arrivals.SUSPECT)
+
+    def bring(self, *, suspect: bool) -> None:
+        """One more run is brought to the worker."""
+        self.runs += 1
+        self.arrivals = Arrivals.SUSPECT if suspect else Arrivals.RUNS
 
     def spot(self, work: Work, model: str, after: int) -> Spot | None:
         """Where an operation of a run whose last one is in group `after` may go now."""

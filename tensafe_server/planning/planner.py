@@ -156,6 +156,7 @@ class _Turn:
             (formation, spot)
             for formation in fleet.values()
             if queue.model in formation.worker.models
+            and formation.admits(suspect=queue.suspect)
             and (spot := formation.spot(work, queue.model, 0)) is not None
         ]
         if not able:
@@ -167,7 +168,7 @@ class _Turn:
         queue, work = self._queue, self._queue.works[self._taken]
         if self._worker_id is None:
             self._worker_id = formation.worker.id
-            formation.runs += 1
+            formation.bring(suspect=queue.suspect)
         formation.take(spot, work, queue.model, queue.key, head=self._taken == 0)
         self._last_group = spot.number
         return Assignment(formation.worker.id, queue.key, spot.number)

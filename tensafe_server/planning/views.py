@@ -17,6 +17,14 @@ class Kind(Enum):
     UPDATE = "optim_step"
 
 
+class Arrivals(Enum):
+    """What is on its way to a worker."""
+
+    NONE = "no run"
+    RUNS = "runs"
+    SUSPECT = "a run that comes alone"
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A waiting operation.
@@ -41,6 +49,8 @@ class QueueView:
         last_group: the group at that worker that holds the run's operation before these; 0 if it
             has none there.
         since_s: when the next operation came, on the planner's clock.
+        suspect: workers were lost while the run's state was brought to them. It comes to the next
+            one alone, so that it is known with what that one is lost.
     """
 
     key: str
@@ -50,6 +60,7 @@ class QueueView:
     worker_id: str | None = None
     last_group: int = 0
     since_s: float = 0.0
+    suspect: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,7 @@ class WorkerView:
         idle: it has nothing to do.
         company: models of which it holds runs that were active a moment ago, have nothing queued,
             and may be grouped with others.
+        arrivals: what is on its way to it.
     """
 
     id: str
@@ -94,6 +106,7 @@ class WorkerView:
     next_group: int = 1
     idle: bool = False
     company: frozenset[str] = frozenset()
+    arrivals: Arrivals = Arrivals.NONE
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.operations.model import RUNNING, Losses, PendingOperation
 from tensafe_server.operations.outcomes import Ending
+from tensafe_server.planning.views import Arrivals
 from tensafe_server.store.base import AttemptRow
 
 NO_TIME = 0.0
@@ -146,24 +147,24 @@ def test_a_run_that_arrives_clears_itself_and_one_that_does_not_is_given_up(tmp_
     Small.run(tmp_path, body)
 
 
-def test_a_run_with_losses_is_brought_alone(tmp_path: Path):
+def test_the_planner_is_told_what_comes_to_a_worker(tmp_path: Path):
     async def body(small: Small) -> None:
         court = Court(small)
         link = court.link("one")
-        assert court.blame.may_bring(court.run, link)
-        court.run.losses.add("before", running=False)
+        assert court.blame.arrivals(link) is Arrivals.NONE
         court.run.restoring = True
-        other = type(court.run)(**{**_fields(court.run), "restoring": False})
-        assert not court.blame.may_bring(other, link)
-        assert court.blame.may_bring(other, WorkerLink("wkr-free", pb.Register()))
+        assert court.blame.arrivals(link) is Arrivals.RUNS
+        assert court.blame.arrivals(WorkerLink("wkr-2", pb.Register())) is Arrivals.NONE
+        court.run.losses.add("before", running=False)
+        assert court.blame.arrivals(link) is Arrivals.SUSPECT
         court.run.restoring = False
-        assert court.blame.may_bring(other, link), "it has arrived"
+        court.blame.bringing(link, court.run)
+        assert court.blame.arrivals(link) is Arrivals.SUSPECT
+        for one in court.operations:  # nothing of it will ever tell that it is there
+            one.void = True
+        assert court.blame.arrivals(link) is Arrivals.NONE
 
     Small.run(tmp_path, body)
-
-
-def _fields(run: object) -> dict[str, object]:
-    return {name: getattr(run, name) for name in run.__slots__}  # type: ignore[attr-defined]
 
 
 def test_a_new_coordinator_goes_on_counting(tmp_path: Path):

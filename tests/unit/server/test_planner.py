@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_server.planning.planner import FairShares, plan
-from tensafe_server.planning.views import QueueView, Work, WorkerView
+from tensafe_server.planning.views import Arrivals, QueueView, Work, WorkerView
 
 MODELS = ("small", "large")
 
@@ -126,3 +127,29 @@ def test_new_runs_go_to_the_worker_with_the_fewest():
     ]
     assignments = plan(queues, workers, FairShares()).assignments
     assert [assignment.worker_id for assignment in assignments] == ["idle", "idle", "busy"]
+
+
+@settings(deadline=None)
+@given(fleets(), st.data())
+def test_a_suspect_comes_alone_and_holds_nothing_up(
+    fleet: tuple[list[QueueView], list[WorkerView]], data: st.DataObject
+):
+    queues = [replace(queue, suspect=data.draw(st.booleans())) for queue in fleet[0]]
+    arrivals = st.sampled_from(Arrivals)
+    workers = [replace(worker, arrivals=data.draw(arrivals)) for worker in fleet[1]]
+    assignments = plan(queues, workers, FairShares()).assignments
+    homeless = {queue.key: queue for queue in queues if queue.worker_id is None}
+    taken = Counter(assignment.key for assignment in assignments)
+    used = Counter(assignment.worker_id for assignment in assignments)
+    for worker in workers:
+        keys = {one.key for one in assignments if one.worker_id == worker.id} & set(homeless)
+        coming = [homeless[key] for key in keys]
+        if worker.arrivals is Arrivals.SUSPECT:
+            assert not coming
+        elif any(queue.suspect for queue in coming):
+            assert worker.arrivals is Arrivals.NONE
+            assert len(coming) == 1
+    # Whoever is at home is served before a credit stays unused.
+    for queue in queues:
+        if queue.worker_id is not None and taken[queue.key] < len(queue.works):
+            assert all(used[w.id] == w.credits for w in workers if w.id == queue.worker_id)
