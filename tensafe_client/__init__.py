@@ -82,6 +82,7 @@ if TYPE_CHECKING:
         NewKey,
         OperationInfo,
         RunInfo,
+        RunSummary,
         StorageInfo,
         TenantInfo,
         VerifyReport,
@@ -165,6 +166,7 @@ __all__ = [
     "RunDeletedError",
     "RunInfo",
     "RunNotFoundError",
+    "RunSummary",
     "Sample",
     "SampleResult",
     "SaveStateResult",
@@ -205,7 +207,7 @@ _MODULES = {
     "data.loader": "DataLoader",
     "futures": "OperationFuture",
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
-    "RunInfo StorageInfo TenantInfo VerifyReport",
+    "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",
     "losses": "LossInfo",
     "profiles": "Profile read_profiles save_profile",
     "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult Sample "

@@ -1,14 +1,23 @@
-"""Tenants and keys, for code without an event loop."""
+"""Tenants, keys and what operators look after, for code without an event loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tensafe_client.api import AdminApi
-from tensafe_client.infos import KeyInfo, NewKey, StorageInfo, TenantInfo
+from tensafe_client.infos import (
+    KeyInfo,
+    NewKey,
+    RunSummary,
+    StorageInfo,
+    TenantInfo,
+    VerifyReport,
+)
 from tensafe_client.session import Session
 
 
 class Admin:
-    """Tenants and keys; every call needs an admin key. It is `ServiceClient.admin`."""
+    """What operators do; every call needs an admin key. It is `ServiceClient.admin`."""
 
     def __init__(self, session: Session) -> None:
         self._io = session.io
@@ -32,6 +41,29 @@ class Admin:
     def storage(self) -> StorageInfo:
         """Asks what takes how much disk on the server."""
         return self._io.run(self._api.storage())
+
+    def runs(
+        self,
+        tenant: str | None = None,
+        *,
+        include_deleted: bool = False,
+        limit: int | None = None,
+    ) -> list[RunSummary]:
+        """Lists runs, newest first.
+
+        Args:
+            tenant: a tenant's name or id; None: all tenants'.
+            include_deleted: also deleted runs.
+            limit: at most so many.
+        """
+        return self._io.run(self._api.runs(tenant, include_deleted, limit))
+
+    def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run of any tenant from its log on a worker, beside the run itself, and compares
+        the results; see `ServiceClient.verify_run`."""
+        return self._io.run(self._api.verify_run(run_id, on_progress))
 
     def create_key(
         self, tenant: str | None = None, *, kind: str = "tenant", name: str = ""

@@ -34,13 +34,15 @@ from tensafe_client.infos import (
     NewKey,
     OperationInfo,
     RunInfo,
+    RunSummary,
     StorageInfo,
     TenantInfo,
     VerifyReport,
 )
 from tensafe_client.losses import LossInfo
 from tensafe_client.results import StepMetrics
-from tensafe_client.session import RunSequence, Session, new_request_id
+from tensafe_client.sequence import RunSequence
+from tensafe_client.session import Session, new_request_id
 
 _PAGE = 500
 
@@ -117,7 +119,7 @@ class Api:
                 page_size=size, page_token=token, include_deleted=include_deleted
             )
 
-        found = await self._pages(stubs.training.ListRuns, request, "runs", limit)
+        found = await _pages(self._session, stubs.training.ListRuns, request, "runs", limit)
         return [RunInfo.from_proto(message) for message in found]
 
     async def delete_run(self, run_id: str) -> RunInfo:
@@ -133,22 +135,9 @@ class Api:
         self, run_id: str, on_progress: Callable[[int, int], None] | None
     ) -> VerifyReport:
         """Has a run replayed from its log and compared; begins anew only if the caller does."""
-        if on_progress is not None and not callable(on_progress):
-            raise ConfigError.of("on_progress", f"must be a function, got {on_progress!r}")
         stubs = await self._session.stubs()
         request = training_pb2.VerifyRunRequest(run_id=check_string("run_id", run_id))
-        call = stubs.training.VerifyRun(request, metadata=self._session.metadata)
-        try:
-            async for response in call:
-                if response.HasField("report"):
-                    return VerifyReport.from_proto(run_id, response.report)
-                if on_progress is not None:
-                    on_progress(response.progress.replayed, response.progress.total)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
-        raise ServerError(f"the server ended the verification of {run_id} without a report")
+        return await _verified(self._session, stubs.training.VerifyRun, request, on_progress)
 
     async def operation(self, operation_id: str) -> OperationInfo:
         """Reads an operation."""
@@ -164,7 +153,9 @@ class Api:
                 run_id=of_run, page_size=size, page_token=token
             )
 
-        found = await self._pages(stubs.operations.ListOperations, request, "operations", limit)
+        found = await _pages(
+            self._session, stubs.operations.ListOperations, request, "operations", limit
+        )
         return [OperationInfo.from_proto(message) for message in found]
 
     async def cancel(self, operation_id: str) -> bool:
@@ -240,7 +231,9 @@ class Api:
                 run_id=of_run, page_size=size, page_token=token
             )
 
-        found = await self._pages(stubs.artifacts.ListArtifacts, request, "artifacts", limit)
+        found = await _pages(
+            self._session, stubs.artifacts.ListArtifacts, request, "artifacts", limit
+        )
         return [ArtifactInfo.from_proto(message) for message in found]
 
     async def delete_artifact(self, artifact_id: str) -> None:
@@ -302,21 +295,6 @@ class Api:
         operation: operations_pb2.Operation = response.operation
         return operation
 
-    async def _pages(
-        self, method: Any, request: Callable[[int, str], Any], field: str, limit: int | None
-    ) -> list[Any]:
-        if limit is not None and check_count("limit", limit, bits=63) < 1:
-            raise InvalidArgumentError.of("limit", f"must be 1 or more, got {limit}")
-        found: list[Any] = []
-        token = ""
-        while True:
-            size = _PAGE if limit is None else min(_PAGE, limit - len(found))
-            response = await self._session.call(method, request(size, token))
-            found += getattr(response, field)
-            token = response.next_page_token
-            if not token or (limit is not None and len(found) >= limit):
-                return found[:limit]
-
 
 class AdminApi:
     """Tenants and keys of one session; needs an admin key."""
@@ -344,6 +322,30 @@ class AdminApi:
         stubs = await self._session.stubs()
         response = await self._session.call(stubs.admin.GetStorage, admin_pb2.GetStorageRequest())
         return StorageInfo.from_proto(response)
+
+    async def runs(
+        self, tenant: str | None, include_deleted: bool, limit: int | None
+    ) -> list[RunSummary]:
+        """Lists runs of all tenants or of one, newest first."""
+        of_tenant = _or_empty("tenant", tenant)
+        deleted = check_bool("include_deleted", include_deleted)
+        stubs = await self._session.stubs()
+
+        def request(size: int, token: str) -> Any:
+            return admin_pb2.AdminServiceListRunsRequest(
+                tenant=of_tenant, include_deleted=deleted, page_size=size, page_token=token
+            )
+
+        found = await _pages(self._session, stubs.admin.ListRuns, request, "runs", limit)
+        return [RunSummary.from_proto(message) for message in found]
+
+    async def verify_run(
+        self, run_id: str, on_progress: Callable[[int, int], None] | None
+    ) -> VerifyReport:
+        """Has a run of any tenant replayed from its log and compared."""
+        stubs = await self._session.stubs()
+        request = admin_pb2.AdminServiceVerifyRunRequest(run_id=check_string("run_id", run_id))
+        return await _verified(self._session, stubs.admin.VerifyRun, request, on_progress)
 
     async def create_key(self, kind: str, tenant: str | None, name: str) -> NewKey:
         """Creates a key."""
@@ -385,3 +387,45 @@ class AdminApi:
 
 def _or_empty(field: str, value: str | None) -> str:
     return "" if value is None else check_string(field, value)
+
+
+async def _pages(
+    session: Session,
+    method: Any,
+    request: Callable[[int, str], Any],
+    field: str,
+    limit: int | None,
+) -> list[Any]:
+    if limit is not None and check_count("limit", limit, bits=63) < 1:
+        raise InvalidArgumentError.of("limit", f"must be 1 or more, got {limit}")
+    found: list[Any] = []
+    token = ""
+    while True:
+        size = _PAGE if limit is None else min(_PAGE, limit - len(found))
+        response = await session.call(method, request(size, token))
+        found += getattr(response, field)
+        token = response.next_page_token
+        if not token or (limit is not None and len(found) >= limit):
+            return found[:limit]
+
+
+async def _verified(
+    session: Session,
+    method: Any,
+    request: Any,
+    on_progress: Callable[[int, int], None] | None,
+) -> VerifyReport:
+    if on_progress is not None and not callable(on_progress):
+        raise ConfigError.of("on_progress", f"must be a function, got {on_progress!r}")
+    call = method(request, metadata=session.metadata)
+    try:
+        async for response in call:
+            if response.HasField("report"):
+                return VerifyReport.from_proto(request.run_id, response.report)
+            if on_progress is not None:
+                on_progress(response.progress.replayed, response.progress.total)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+    finally:
+        call.cancel()
+    raise ServerError(f"the server ended the verification of {request.run_id} without a report")

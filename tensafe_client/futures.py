@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from tensafe.v1 import operations_pb2 as pb
@@ -16,7 +16,6 @@ from tensafe_client.errors import (
     OperationCancelledError,
     OperationTimeoutError,
     PreconditionError,
-    TenSafeError,
     from_status,
 )
 from tensafe_client.results import enum_name, result_of
@@ -58,6 +57,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         self._offsets = offsets
         self._operation_id: str | None = None
         self._converted: Any = None
+        # What a result is shown as, where this side knows more of it than the server.
+        self._shown: Callable[[Any], Any] | None = None
 
     @property
     def operation_id(self) -> str | None:
@@ -81,7 +82,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             self._wait(timeout)
             # Unpacked by whoever asks, so that the I/O thread only hands over.
             operation = super().result(0)
-            self._converted = result_of(cast(pb.Operation, operation), self._offsets)
+            converted = result_of(cast(pb.Operation, operation), self._offsets)
+            self._converted = self._shown(converted) if self._shown is not None else converted
         return cast(T, self._converted)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -222,15 +224,20 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             if isinstance(error, DeadlineExceededError):
                 self.set_exception(error)
                 return True
-            super().cancel()
-            self.set_running_or_notify_cancel()
+            self._cancel_here()
         else:
             self.set_exception(from_status(operation.error))
         return True
 
-    def _fail(self, error: TenSafeError) -> None:
+    def _fail(self, error: BaseException) -> None:
         if not self.done():
             self.set_exception(error)
+
+    def _cancel_here(self) -> None:
+        """Ends an operation that will never run."""
+        if not self.done():
+            super().cancel()
+            self.set_running_or_notify_cancel()
 
     @classmethod
     def _rebuild(cls, session: Session, operation: pb.Operation) -> OperationFuture[Any]:

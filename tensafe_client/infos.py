@@ -62,6 +62,42 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
+class RunSummary:
+    """A run of any tenant, as operators see it.
+
+    Attributes:
+        id: `run-…`.
+        tenant_id: whose it is.
+        model: the base model's registered name.
+        status: "active" or "deleted".
+        step, created_at, replay_mismatches, snapshot_seq: as in `RunInfo`.
+    """
+
+    id: str
+    tenant_id: str
+    model: str
+    status: str
+    step: int
+    created_at: datetime
+    replay_mismatches: int
+    snapshot_seq: int
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.RunSummary) -> RunSummary:
+        """Unpacks a run."""
+        return cls(
+            id=message.id,
+            tenant_id=message.tenant_id,
+            model=message.model,
+            status=enum_name(training_pb2.RunStatus, message.status),
+            step=message.step,
+            created_at=to_datetime(message.created_at),
+            replay_mismatches=message.replay_mismatches,
+            snapshot_seq=message.snapshot_seq,
+        )
+
+
+@dataclass(frozen=True)
 class ReplayMismatch:
     """A replayed operation whose result was not that in the log."""
 

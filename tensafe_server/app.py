@@ -8,7 +8,7 @@ import logging
 import sqlite3
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -43,6 +43,7 @@ from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
+from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import CompanyPolicy, Dispatcher
 from tensafe_server.fleet.liveness import Liveness
@@ -155,7 +156,10 @@ class Coordinator:
         snapshots.on_kept = self._pruner.look_at
         restorer = Restorer(store, payloads, snapshots)
         specs = SpecReader(store, payloads, self._ledger)
-        self.dispatcher = Dispatcher(store, self._ledger, restorer, specs, settings.company)
+        self._blame = Blame(store, self._ledger)
+        self.dispatcher = Dispatcher(
+            store, self._ledger, restorer, specs, settings.company, self._blame
+        )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
@@ -183,6 +187,7 @@ class Coordinator:
             verifications,
             recovery,
             Liveness(settings.worker_silence_s),
+            self._blame,
         )
         runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -201,40 +206,52 @@ class Coordinator:
             interceptors=[Guard(self.identity)], options=server_options()
         )
         server = self._server
-        training_pb2_grpc.add_TrainingServiceServicer_to_server(
-            TrainingServicer(
-                runs,
-                self._ledger,
-                intake,
-                reader,
-                gaps,
-                cancellation,
-                self.dispatcher,
-                self._hub,
-                verifications,
-                self._pruner,
+        services: list[tuple[Any, Any]] = [
+            (
+                training_pb2_grpc.add_TrainingServiceServicer_to_server,
+                TrainingServicer(
+                    runs,
+                    self._ledger,
+                    intake,
+                    reader,
+                    gaps,
+                    cancellation,
+                    self.dispatcher,
+                    self._hub,
+                    verifications,
+                    self._pruner,
+                ),
             ),
-            server,
-        )
-        operations_pb2_grpc.add_OperationsServiceServicer_to_server(
-            OperationsServicer(store, self._ledger, reader, cancellation, self._hub), server
-        )
-        metrics_pb2_grpc.add_MetricsServiceServicer_to_server(
-            MetricsServicer(self._ledger, self._hub), server
-        )
-        artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server(
-            ArtifactsServicer(store, self._ledger, blobs, self._artifacts, self._uploads), server
-        )
-        models_pb2_grpc.add_ModelsServiceServicer_to_server(
-            ModelsServicer(self._models, blobs), server
-        )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminServicer(store, self.identity, blobs, snapshots), server
-        )
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-            WorkerServicer(store, blobs, self._models, reception, snapshots), server
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            (
+                operations_pb2_grpc.add_OperationsServiceServicer_to_server,
+                OperationsServicer(store, self._ledger, reader, cancellation, self._hub),
+            ),
+            (
+                metrics_pb2_grpc.add_MetricsServiceServicer_to_server,
+                MetricsServicer(self._ledger, self._hub),
+            ),
+            (
+                artifacts_pb2_grpc.add_ArtifactsServiceServicer_to_server,
+                ArtifactsServicer(store, self._ledger, blobs, self._artifacts, self._uploads),
+            ),
+            (
+                models_pb2_grpc.add_ModelsServiceServicer_to_server,
+                ModelsServicer(self._models, blobs),
+            ),
+            (
+                admin_pb2_grpc.add_AdminServiceServicer_to_server,
+                AdminServicer(
+                    store, self.identity, self._ledger, runs, blobs, snapshots, verifications
+                ),
+            ),
+            (
+                worker_pb2_grpc.add_WorkerServiceServicer_to_server,
+                WorkerServicer(store, blobs, self._models, reception, snapshots),
+            ),
+            (health_pb2_grpc.add_HealthServicer_to_server, self._health),
+        ]
+        for add, servicer in services:
+            add(servicer, server)
         reflection.enable_server_reflection(
             [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
@@ -273,6 +290,7 @@ class Coordinator:
         await self._hub.load()
         await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
+        await self._blame.load()
         self._artifacts.start()
         self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)

@@ -306,6 +306,8 @@ class Executor:
         if ready:
             execute(self._backend, ready)
             failpoints.hit("mid-step")
+            if len(ready) > 1:
+                failpoints.hit("mid-group")
             self._pass_count.add(len(ready))
         ended = []
         for member in claimed:

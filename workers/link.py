@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import signal
 from collections import deque
 from collections.abc import Sequence
@@ -18,17 +19,19 @@ from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from grpc_status import rpc_status
 
 from tensafe import failpoints
 from tensafe.v1 import worker_pb2, worker_pb2_grpc
 from tensafe.wire.channel import client_options
+from tensafe.wire.status import from_status
 from tensafe.wire.tls import Address, find_mismatch, open_channel
 from workers import wire
 from workers.backend import Backend
 from workers.executor import Executor
 from workers.snapshots import SnapshotPolicy
 from workers.transfers import GrpcTransfers
-from workers.watchdog import OperationLimits, Watchdog
+from workers.watchdog import OperationLimits, StepClock, Watchdog, end_with_stacks
 
 if TYPE_CHECKING:
     from tensafe.v1.worker_pb2_grpc import WorkerServiceAsyncStub
@@ -84,6 +87,7 @@ class Link:
         self._options = options
         self._backend = backend
         self._cards = list(backend.models())
+        self._instance = secrets.token_hex(8)
         self._metadata: Sequence[tuple[str, str]] = (("authorization", f"Bearer {options.key}"),)
         self._started = False
         self._stopping = False
@@ -94,6 +98,7 @@ class Link:
         self._silence_limit_s: float | None = None
         self._heartbeat_due = False
         self._heartbeat: asyncio.TimerHandle | None = None
+        self._clock = StepClock(0.0)
         self._unsent: deque[worker_pb2.Report] = deque()
 
     async def run(self) -> None:
@@ -180,6 +185,7 @@ class Link:
                         f"the coordinator at {self._options.address} refuses this worker: "
                         f"{error.code().name}: {error.details()}"
                     ) from error
+                self._check_hung(error)
                 await self._check_tls(error)
                 log.warning(
                     "%s the coordinator at %s (%s: %s)",
@@ -204,6 +210,17 @@ class Link:
             raise LinkError(
                 f"the server at {self._options.address.host_port} {found.problem}; {found.remedy}"
             ) from error
+
+    def _check_hung(self, error: grpc.aio.AioRpcError) -> None:
+        """Ends the process if the coordinator has found that its executor hangs: the watchdog has
+        failed, and neither the executor's thread nor anything that it holds will ever be free."""
+        try:
+            status = rpc_status.from_call(error)
+        except ValueError:  # trailers that contradict the call's own code
+            return
+        if status is not None and from_status(status).reason == "EXECUTOR_HUNG":
+            log.critical("the coordinator at %s: %s", self._options.address, error.details())
+            end_with_stacks()
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -234,7 +251,9 @@ class Link:
             log.info("connected to %s as %s", self._options.address, first.welcome.worker_id)
             self._connected = self._welcomed = True
             self._silence_limit_s = _seconds(first.welcome.silence_limit) or None
-            self._beat(_seconds(first.welcome.heartbeat_interval))
+            interval_s = _seconds(first.welcome.heartbeat_interval)
+            self._clock = StepClock(2 * interval_s)
+            self._beat(interval_s)
             tasks = [
                 asyncio.create_task(self._read(call)),
                 asyncio.create_task(self._write(call)),
@@ -266,13 +285,14 @@ class Link:
 
     def _sign_of_life(self) -> worker_pb2.WorkerHeartbeat:
         step = self._executor.activity.step
+        running_s = self._clock.look(step)
         if step is None:
             return worker_pb2.WorkerHeartbeat()
         return worker_pb2.WorkerHeartbeat(
             executing=worker_pb2.Executing(
                 operation_id=step.operation_id,
                 run_id=step.run_id,
-                running=_duration(step.running_s),
+                running=_duration(running_s),
                 limit=_duration(step.limit_s),
             )
         )
@@ -287,6 +307,7 @@ class Link:
             held_runs=self._executor.held_runs(),
             group_tokens=self._backend.group_tokens,
             fingerprint=self._backend.fingerprint(),
+            instance=self._instance,
         )
 
     def _welcome(self, welcome: worker_pb2.Welcome) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from tensafe.v1 import training_pb2
 
@@ -73,6 +74,29 @@ class Step:
         return time.monotonic() - self.began_s
 
 
+class StepClock:
+    """How long a step has been seen to run.
+
+    Between two looks at most `most_s` counts, so that time in which the whole process stood still
+    (SIGSTOP, a suspended machine) does not.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s = most_s
+        self._seen: Step | None = None
+        self._observed_s = 0.0
+        self._looked_s = time.monotonic()
+
+    def look(self, step: Step | None) -> float:
+        """Seconds for which `step` has been there; 0 at the first look."""
+        now = time.monotonic()
+        passed_s, self._looked_s = min(now - self._looked_s, self._most_s), now
+        same = step is not None and step is self._seen
+        self._observed_s = self._observed_s + passed_s if same else 0.0
+        self._seen = step
+        return self._observed_s
+
+
 class Activity:
     """What the executor is at: written by its thread, read by others.
 
@@ -91,10 +115,7 @@ class Activity:
 
 
 class Watchdog:
-    """Watches one executor's activity.
-
-    Time in which the whole process stood still (SIGSTOP, a suspended machine) does not count.
-    """
+    """Watches one executor's activity."""
 
     def __init__(
         self,
@@ -120,17 +141,13 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        seen: Step | None = None
-        observed_s, before = 0.0, time.monotonic()
+        clock = StepClock(2 * self._check_s)
         while True:
             faulthandler.dump_traceback_later(self._frozen_limit_s, exit=True)
             if self._stopped.wait(self._check_s):
                 return
-            now = time.monotonic()
-            passed_s, before = min(now - before, 2 * self._check_s), now
             step = self._activity.step
-            observed_s = observed_s + passed_s if step is not None and step is seen else 0.0
-            seen = step
+            observed_s = clock.look(step)
             if step is not None and observed_s > step.limit_s:
                 self._bite(step, observed_s)
 
@@ -144,5 +161,10 @@ def end_process(step: Step, observed_s: float) -> None:
         "only slow",
         *(what, step.run_id or "-", observed_s, step.limit_s),
     )
+    end_with_stacks()
+
+
+def end_with_stacks() -> NoReturn:
+    """Writes every thread's stack to stderr, and ends the process with EXIT_HUNG."""
     faulthandler.dump_traceback(all_threads=True)
     os._exit(EXIT_HUNG)

@@ -1,14 +1,23 @@
-"""Tenants and keys, for asyncio."""
+"""Tenants, keys and what operators look after, for asyncio."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tensafe_client.api import AdminApi
-from tensafe_client.infos import KeyInfo, NewKey, StorageInfo, TenantInfo
+from tensafe_client.infos import (
+    KeyInfo,
+    NewKey,
+    RunSummary,
+    StorageInfo,
+    TenantInfo,
+    VerifyReport,
+)
 from tensafe_client.session import Session
 
 
 class AsyncAdmin:
-    """Tenants and keys; every call needs an admin key. See `tensafe_client.admin.Admin`."""
+    """What operators do; every call needs an admin key. See `tensafe_client.admin.Admin`."""
 
     def __init__(self, session: Session) -> None:
         self._io = session.io
@@ -25,6 +34,22 @@ class AsyncAdmin:
     async def storage(self) -> StorageInfo:
         """Asks what takes how much disk on the server."""
         return await self._io.bridge(self._api.storage())
+
+    async def runs(
+        self,
+        tenant: str | None = None,
+        *,
+        include_deleted: bool = False,
+        limit: int | None = None,
+    ) -> list[RunSummary]:
+        """Lists runs, newest first; of one tenant, by name or id, or of all."""
+        return await self._io.bridge(self._api.runs(tenant, include_deleted, limit))
+
+    async def verify_run(
+        self, run_id: str, *, on_progress: Callable[[int, int], None] | None = None
+    ) -> VerifyReport:
+        """Replays a run of any tenant from its log on a worker, and compares the results."""
+        return await self._io.bridge(self._api.verify_run(run_id, on_progress))
 
     async def create_key(
         self, tenant: str | None = None, *, kind: str = "tenant", name: str = ""

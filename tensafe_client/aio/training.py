@@ -11,7 +11,8 @@ from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
 from tensafe_client.operations import RunOperations
 from tensafe_client.results import LoadStateResult, SampleResult, SaveStateResult, StepMetrics
-from tensafe_client.session import RunSequence, Session
+from tensafe_client.sequence import RunSequence
+from tensafe_client.session import Session
 from tensafe_client.streams import iterate_async
 
 

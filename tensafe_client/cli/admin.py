@@ -1,4 +1,4 @@
-"""`tensafe admin`: tenants and keys, for operators."""
+"""`tensafe admin`: tenants, keys, the disk and everybody's runs, for operators."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import click
 from tensafe_client.cli.connecting import connect_admin
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option, print_json, print_table
+from tensafe_client.cli.verifying import show_verification
 from tensafe_client.profiles import save_profile
 
 
 @click.group()
 def admin() -> None:
-    """Manage tenants and keys, and look at the disk; needs an admin key.
+    """Manage tenants and keys, look at the disk, verify runs; needs an admin key.
 
     `tensafe up` saves one as the profile NAME-admin, which these commands take by themselves.
     """
@@ -40,6 +41,51 @@ def storage(ctx: click.Context, as_json: bool) -> None:
             ("other", found.other.count, found.other.size_bytes),
         ],
     )
+
+
+@admin.group()
+def runs() -> None:
+    """List and verify runs of any tenant."""
+
+
+@examples("tensafe admin runs list", "tensafe admin runs list research --json")
+@runs.command("list")
+@click.argument("tenant", required=False)
+@click.option("--all", "include_deleted", is_flag=True, help="Also deleted runs.")
+@json_option
+@click.pass_context
+def list_runs(ctx: click.Context, tenant: str | None, include_deleted: bool, as_json: bool) -> None:
+    """List the runs of TENANT, or of all tenants, newest first.
+
+    MISMATCHES above 0: after a recovery the run may differ from what it was.
+    """
+    found = connect_admin(ctx).admin.runs(tenant, include_deleted=include_deleted)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        ("RUN", "TENANT", "STATUS", "STEP", "MODEL", "MISMATCHES", "CREATED"),
+        [
+            (
+                *(run.id, run.tenant_id, run.status, run.step, run.model),
+                *(run.replay_mismatches, run.created_at),
+            )
+            for run in found
+        ],
+    )
+
+
+@examples("tensafe admin runs verify RUN", "tensafe admin runs verify RUN --json > report.json")
+@runs.command("verify")
+@click.argument("run_id", metavar="RUN")
+@json_option
+@click.pass_context
+def verify_run(ctx: click.Context, run_id: str, as_json: bool) -> None:
+    """Replay RUN, of any tenant, from its log, and say whether it gives the recorded results.
+
+    The run itself is not touched. Exit status 0: it does; 11: it does not.
+    """
+    show_verification(ctx, connect_admin(ctx).admin.verify_run, run_id, as_json)
 
 
 @admin.group()

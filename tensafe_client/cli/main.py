@@ -37,7 +37,7 @@ COMMANDS = {
     "operations": LazyCommand(
         "tensafe_client.cli.operations:operations", "List, show and cancel operations."
     ),
-    "admin": LazyCommand("tensafe_client.cli.admin:admin", "Manage tenants and keys."),
+    "admin": LazyCommand("tensafe_client.cli.admin:admin", "Manage tenants and keys, verify runs."),
     "profiles": LazyCommand(
         "tensafe_client.cli.profiles:profiles", "List the services you use and pick the default."
     ),

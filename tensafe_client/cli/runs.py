@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from tensafe_client.cli.connecting import connect
-from tensafe_client.cli.failures import DOES_NOT_REPRODUCE
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import (
     json_option,
@@ -16,7 +13,7 @@ from tensafe_client.cli.output import (
     print_line,
     print_table,
 )
-from tensafe_client.infos import VerifyReport
+from tensafe_client.cli.verifying import show_verification
 from tensafe_client.results import StepMetrics
 
 
@@ -135,41 +132,7 @@ def verify(ctx: click.Context, run_id: str, as_json: bool) -> None:
 
     The run itself is not touched. Exit status 0: it does; 11: it does not.
     """
-    shows = sys.stderr.isatty()
-
-    def progress(replayed: int, total: int) -> None:
-        if shows:
-            click.echo(f"\rreplayed {replayed} of {total}", nl=False, err=True)
-
-    report = connect(ctx).verify_run(run_id, on_progress=progress)
-    if shows:
-        click.echo(err=True)
-    if as_json:
-        print_json(report)
-    else:
-        _print_report(report)
-    if not report.reproduces:
-        ctx.exit(DOES_NOT_REPRODUCE)
-
-
-def _print_report(report: VerifyReport) -> None:
-    start = f"the snapshot after seq {report.from_seq}" if report.from_seq else "its start"
-    if report.from_seq and not report.pruned:
-        start = f"the saved state after seq {report.from_seq}"
-    click.echo(
-        f"Replayed {report.replayed} operations of {report.run_id} from {start} to seq "
-        f"{report.to_seq}: {report.exact} compared bit by bit, {report.within_tolerance} within a "
-        "tolerance."
-    )
-    if report.pruned:
-        click.echo("Earlier operations are pruned and were not replayed.")
-    for one in report.details:
-        click.echo(f"  seq {one.seq} ({one.operation_id}): {one.difference}")
-    click.echo(
-        "It gives the recorded results."
-        if report.reproduces
-        else f"It does not give the recorded results: {report.mismatches} differ."
-    )
+    show_verification(ctx, connect(ctx).verify_run, run_id, as_json)
 
 
 @examples("tensafe runs delete RUN")

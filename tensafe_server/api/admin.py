@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from tensafe.v1 import admin_pb2 as pb
 from tensafe.v1 import admin_pb2_grpc as rpc
+from tensafe_server.api.pages import page, token
 from tensafe_server.blobs.base import BlobStore
 from tensafe_server.blobs.sizes import blob_use
 from tensafe_server.events.translate import timestamp
+from tensafe_server.fleet.verify import Verifications
 from tensafe_server.ids import new_id
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import RunState
+from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import SnapshotBook
 from tensafe_server.operations.validation import refused
 from tensafe_server.store.base import KeyRow, Store, TenantRow
@@ -22,9 +29,19 @@ _SCOPE = "admin"
 
 class AdminServicer(rpc.AdminServiceServicer):
     def __init__(
-        self, store: Store, identity: Identity, blobs: BlobStore, snapshots: SnapshotBook
+        self,
+        store: Store,
+        identity: Identity,
+        ledger: Ledger,
+        runs: RunBook,
+        blobs: BlobStore,
+        snapshots: SnapshotBook,
+        verifications: Verifications,
     ) -> None:
         self._store = store
+        self._ledger = ledger
+        self._runs = runs
+        self._verifications = verifications
         self._blobs = blobs
         self._snapshots = snapshots
         self._identity = identity
@@ -75,6 +92,28 @@ class AdminServicer(rpc.AdminServiceServicer):
             damaged_snapshots=self._snapshots.damaged,
         )
 
+    async def ListRuns(
+        self, request: pb.AdminServiceListRunsRequest, context: Any
+    ) -> pb.AdminServiceListRunsResponse:
+        tenant_id = self._identity.tenant(request.tenant).id if request.tenant else None
+        wanted = page(request.page_size, request.page_token)
+        found = self._runs.newest_first(tenant_id, wanted, deleted=request.include_deleted)
+        return pb.AdminServiceListRunsResponse(
+            runs=[_summary(run) for run in found],
+            next_page_token=token(wanted, len(found), found[-1].row.created_ns if found else 0),
+        )
+
+    async def VerifyRun(
+        self, request: pb.AdminServiceVerifyRunRequest, context: Any
+    ) -> AsyncIterator[pb.AdminServiceVerifyRunResponse]:
+        run = self._ledger.any_run(request.run_id)
+        async with aclosing(self._verifications.verify(run)) as messages:
+            async for message in messages:
+                if message.HasField("report"):
+                    yield pb.AdminServiceVerifyRunResponse(report=message.report)
+                else:
+                    yield pb.AdminServiceVerifyRunResponse(progress=message.progress)
+
     async def _tenant(self, request: pb.CreateTenantRequest) -> TenantRow:
         async with self._creating:
             known = await first_request(self._store, _SCOPE, request)
@@ -96,6 +135,19 @@ class AdminServicer(rpc.AdminServiceServicer):
 
 def _tenant(row: TenantRow) -> pb.Tenant:
     return pb.Tenant(id=row.id, name=row.name, created_at=timestamp(row.created_ns))
+
+
+def _summary(run: RunState) -> pb.RunSummary:
+    return pb.RunSummary(
+        id=run.id,
+        tenant_id=run.tenant_id,
+        model=run.model,
+        status=run.status,  # type: ignore[arg-type]
+        step=run.step,
+        created_at=timestamp(run.row.created_ns),
+        replay_mismatches=run.replay_mismatches,
+        snapshot_seq=run.snapshot_seq,
+    )
 
 
 def _key(row: KeyRow) -> pb.Key:

@@ -61,10 +61,8 @@ class TrainingServicer(rpc.TrainingServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         wanted = page(request.page_size, request.page_token)
-        runs = self._runs.of_tenant(caller().tenant_id, include_deleted=request.include_deleted)
-        if wanted.before is not None:
-            runs = [run for run in runs if run.row.created_ns < wanted.before]
-        found = runs[: wanted.size]
+        tenant_id = caller().tenant_id
+        found = self._runs.newest_first(tenant_id, wanted, deleted=request.include_deleted)
         return pb.ListRunsResponse(
             runs=[run_message(run) for run in found],
             next_page_token=token(wanted, len(found), found[-1].row.created_ns if found else 0),
@@ -95,10 +93,6 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         self, request: pb.VerifyRunRequest, context: Any
     ) -> AsyncIterator[pb.VerifyRunResponse]:
         run = self._ledger.run(caller().tenant_id, request.run_id)
-        if run.deleted:
-            raise TenSafeFault(
-                "RUN_DELETED", f"run {run.id} was deleted, and its log with it", run_id=run.id
-            )
         async with aclosing(self._verifications.verify(run)) as messages:
             async for message in messages:
                 yield message

@@ -12,10 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Restorer
 from tensafe_server.fleet.works import company, work_of
@@ -60,6 +61,7 @@ class Dispatcher:
         restorer: Restorer,
         specs: SpecReader,
         policy: CompanyPolicy,
+        blame: Blame,
     ) -> None:
         self._store = store
         self._policy = policy
@@ -67,6 +69,7 @@ class Dispatcher:
         self._ledger = ledger
         self._restorer = restorer
         self._specs = specs
+        self._blame = blame
         self._links: dict[str, WorkerLink] = {}
         self._shares = FairShares()
         self._kicked = False
@@ -166,10 +169,12 @@ class Dispatcher:
     def _queue_views(
         self, look_ahead: int
     ) -> tuple[list[QueueView], dict[str, RunState], dict[str, PendingOperation]]:
-        runs = {run.id: run for run in self._ledger.ready_runs() if not run.restoring}
+        ready = self._ledger.ready_runs()
+        runs = {run.id: run for run in ready if not (run.restoring or run.on_trial)}
         views = []
         for run in runs.values():
-            waiting = [p for p in islice(run.queue, look_ahead) if not p.void]
+            untried = takewhile(lambda p: not p.on_trial, islice(run.queue, look_ahead))
+            waiting = [p for p in untried if not p.void]
             if waiting and waiting[0].fetching:
                 continue  # its spec is on its way, and so is a kick
             views.append(
@@ -186,7 +191,7 @@ class Dispatcher:
         lane = {
             p.row.id: p
             for p in islice(self._ledger.lane, _LOOK_AHEAD)
-            if not p.void and not p.fetching
+            if not (p.void or p.fetching or p.on_trial)
         }
         for operation in lane.values():
             row = operation.row
@@ -203,6 +208,8 @@ class Dispatcher:
 
     def _place(self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment) -> None:
         """Gives a run that no worker holds to one; its first operation follows."""
+        if not self._blame.may_bring(run, link):
+            return
         run.worker_id = link.id
         link.runs.add(run.id)
         self._store.set_run_epoch(run.id, run.begin_epoch())
@@ -226,6 +233,7 @@ class Dispatcher:
         if run.worker_id == link.id and run.epoch == epoch:
             link.send_plan(message)
             run.restoring = False
+            self._blame.bringing(link, run)
             self.kick()
 
     def _cannot_restore(self, run: RunState, error: Exception) -> None:

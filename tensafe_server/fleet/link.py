@@ -19,6 +19,7 @@ class WorkerLink:
     """A worker's stream, seen from the dispatcher.
 
     Attributes:
+        instance: of the worker's process, which may come back over another stream.
         digest: of its fingerprint; workers of one digest give the same results.
         runs: ids of the runs whose state it holds.
         group_cost: most cost that it gains by executing together; 0: it takes no groups.
@@ -36,6 +37,7 @@ class WorkerLink:
     def __init__(self, worker_id: str, register: pb.Register) -> None:
         self.id = worker_id
         self.name = register.name
+        self.instance = register.instance
         self.backend = register.backend
         self.device = register.device
         self.models = frozenset(register.models)

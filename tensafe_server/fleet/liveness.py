@@ -28,12 +28,15 @@ class Liveness:
 
     Attributes:
         on_dead: called with a worker taken for dead and why; once for each.
+        on_hung: called with a worker that is at something far beyond its limit, what that is, and
+            why; its watchdog, which should have ended it, has failed.
     """
 
     def __init__(self, silence_limit_s: float) -> None:
         self._limit_s = silence_limit_s
         self._interval_s = silence_limit_s / _BEATS_PER_LIMIT
         self.on_dead: Callable[[WorkerLink, str], None] = lambda link, why: None
+        self.on_hung: Callable[[WorkerLink, pb.Executing, str], None] = lambda link, at, why: None
 
     def welcome(self, link: WorkerLink) -> pb.Welcome:
         """The greeting, with the rhythm that both sides keep."""
@@ -49,14 +52,15 @@ class Liveness:
         self._arm(link)
 
     def beat(self, link: WorkerLink, heartbeat: pb.WorkerHeartbeat) -> None:
-        """Takes a heartbeat in. An executor far beyond its limit is one whose watchdog failed."""
+        """Takes a heartbeat in."""
         if not heartbeat.HasField("executing"):
             return
         at = heartbeat.executing
         running_s, limit_s = at.running.ToNanoseconds() / 1e9, at.limit.ToNanoseconds() / 1e9
         if running_s > limit_s + self._limit_s and not link.closed:
             what = at.operation_id or f"taking on {at.run_id}"
-            self.on_dead(link, f"{what} has been running for {running_s:.0f} s")
+            why = f"{what} has been running for {running_s:.0f} s, its limit is {limit_s:.0f} s"
+            self.on_hung(link, at, why)
 
     def _arm(self, link: WorkerLink) -> None:
         loop = asyncio.get_running_loop()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.fleet.blame import Blame, Suspect
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.liveness import Liveness
@@ -25,11 +27,6 @@ from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, withd
 from tensafe_server.operations.snapshots import RecoveryPolicy
 
 log = logging.getLogger(__name__)
-
-# Workers that may be lost while they run an operation; and, if they said nothing of having begun
-# it, while it was their next.
-_MOST_DEATHS = 1
-_MOST_SUSPICIONS = 2
 
 
 class Reception:
@@ -46,6 +43,7 @@ class Reception:
         verifications: Verifications,
         recovery: RecoveryPolicy,
         liveness: Liveness,
+        blame: Blame,
     ) -> None:
         self._ledger = ledger
         self._models = models
@@ -56,7 +54,12 @@ class Reception:
         self._verifications = verifications
         self._recovery = recovery
         self._liveness = liveness
-        self._liveness.on_dead = self.fence
+        self._liveness.on_dead = self._take_for_dead
+        self._liveness.on_hung = self._end_hung
+        self._hung: set[str] = set()
+        self._blame = blame
+        self._blame.on_verdict = self._convict
+        self._blame.on_acquitted = dispatcher.kick
         self._uploads: dict[str, list[ArtifactFile]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -64,11 +67,17 @@ class Reception:
         """Greets a worker and gives back the runs that it still holds rightly.
 
         Raises:
-            TenSafeFault: MODEL_NOT_FOUND for a model that was not published.
+            TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
+                was told to end.
         """
+        if register.instance in self._hung:
+            raise _hung(register.name, "it hung when it was last seen")
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
+        for before in [one for one in self._dispatcher.links if one.instance == link.instance]:
+            await self._supersede(before)
+        self._blame.returned(link.instance)
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
@@ -85,41 +94,77 @@ class Reception:
         """Takes back what a worker had; its runs go on elsewhere.
 
         An operation that was running when its worker was lost is tried once more; then it fails,
-        so that it cannot take one worker after the other. A worker that is back with its runs was
-        not lost (`_take_back` forgets the loss), nor was one that has said goodbye.
+        so that it cannot take one worker after the other. A worker that is back was not lost
+        (`arrive`), nor was one that has said goodbye.
         """
         link.close()
         if link.left:
             return
         link.left = True
-        self._verifications.lost(link)
+        checking = self._verifications.lost(link)
         held = [p for p in map(self._ledger.pending, link.outstanding) if p is not None]
         held = [p for p in held if p.worker_id == link.id and not p.finishing]
-        endings = [] if link.departing else self._blame(link, held)
+        suspects: Sequence[Suspect] = []
+        if link.departing:
+            self._blame.returned(link.instance)
+        else:
+            suspects = self._blame.lost(link, held, checking=checking)
         self._dispatcher.remove(link)
+        endings = self._blame.verdicts(suspects)
         for operation in held:
             operation.row.state = QUEUED
             if operation.withdrawn is not None and not operation.void:
+                operation.void = True
                 endings.append(withdrawn(operation, operation.withdrawn))
-        for ending in endings:
-            ending.operation.void = True
         await self._outcomes.settle(endings)
 
-    def fence(self, link: WorkerLink, why: str) -> None:
-        """Takes a worker for dead. Whatever it still sends under this link is passed over, and what
-        it holds is stale as soon as another worker has it."""
-        log.warning("worker %s (%s) is taken for dead: %s", link.id, link.name, why)
+    async def _supersede(self, link: WorkerLink) -> None:
+        # The worker has noticed before us that this stream was cut.
+        link.departing = True
         link.close(
             TenSafeFault(
                 "STALE_ASSIGNMENT",
-                f"worker {link.id} was taken for dead ({why}) and its runs were given away; "
-                "connect anew",
+                f"worker {link.id} has come back over another stream",
                 worker_id=link.id,
             )
         )
-        task = asyncio.get_running_loop().create_task(self.leave(link))
+        await self.leave(link)
+
+    def _convict(self, endings: Sequence[Ending]) -> None:
+        self._spawn(self._settle(endings))
+
+    async def _settle(self, endings: Sequence[Ending]) -> None:
+        await self._outcomes.settle(endings)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _take_for_dead(self, link: WorkerLink, why: str) -> None:
+        """Whatever the worker still sends under this link is passed over, and what it holds is
+        stale as soon as another worker has it."""
+        log.warning("worker %s (%s) is taken for dead: %s", link.id, link.name, why)
+        fault = TenSafeFault(
+            "STALE_ASSIGNMENT",
+            f"worker {link.id} was taken for dead ({why}) and its runs were given away; "
+            "connect anew",
+            worker_id=link.id,
+        )
+        self._fence(link, fault)
+
+    def _end_hung(self, link: WorkerLink, at: pb.Executing, why: str) -> None:
+        """Takes a worker for dead whose executor hangs, for good: its process is told to end."""
+        log.error("worker %s (%s) hangs and is told to end: %s", link.id, link.name, why)
+        self._hung.add(link.instance)
+        operation = self._ledger.pending(at.operation_id)
+        if operation is not None and operation.worker_id == link.id:
+            operation.row.state = RUNNING  # it is known now, if it was not reported before
+        self._fence(link, _hung(link.name, why))
+
+    def _fence(self, link: WorkerLink, fault: TenSafeFault) -> None:
+        link.close(fault)
+        self._spawn(self.leave(link))
 
     def heartbeat(self, link: WorkerLink, heartbeat: pb.WorkerHeartbeat) -> None:
         """Takes a heartbeat in."""
@@ -154,12 +199,14 @@ class Reception:
 
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
+        begun = []
         for started in report.started:
             operation = self._current(link, started.operation_id, started.epoch)
             if operation is not None:
                 operation.row.state = RUNNING
                 operation.notify_started()
                 link.groups.started(started.operation_id)
+                begun.append(operation)
         for refused in report.refused:
             await self._refused(link, refused)
         endings: list[Ending] = []
@@ -180,9 +227,15 @@ class Reception:
         if report.done and link.group_cost:
             # Its next plan goes out while these outcomes are written.
             self._dispatcher.kick()
+        for operation in (*begun, *(ending.operation for ending in endings)):
+            run = self._ledger.runs.get(operation.row.run_id or "")
+            if run is not None and run.worker_id == link.id:
+                self._blame.arrived(run)
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
+        # Behind the outcomes, so that they wait for one commit and not for two.
+        self._blame.began(link, [one for one in begun if one.worker_id == link.id])
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""
@@ -197,6 +250,7 @@ class Reception:
         if run is None or run.worker_id != link.id or run.epoch != refused.epoch:
             return
         await self._replays.refused(run, refused)
+        self._blame.arrived(run)
         self._dispatcher.give_back(run)
         self._dispatcher.kick()
 
@@ -244,40 +298,8 @@ class Reception:
                     return operation
         return None
 
-    def _blame(self, link: WorkerLink, held: Sequence[PendingOperation]) -> list[Ending]:
-        """Counts the loss of a worker against what it was running; the endings of what is guilty.
-
-        A crash may be faster than the report of what began, so without one it is held, less
-        heavily, against what was next.
-        """
-        running = [operation for operation in held if operation.row.state == RUNNING]
-        for operation in running:
-            operation.lost_while_running.add(self._assignment(operation, link))
-        head = link.groups.first()
-        suspects = running or [op for op in held if op.row.id in head] or held[:1]
-        if not running:
-            for operation in suspects:
-                operation.lost_at_head.add(self._assignment(operation, link))
-        endings = []
-        for operation in suspects:
-            operation.work = None
-            deaths = len(operation.lost_while_running)
-            losses = deaths + len(operation.lost_at_head)
-            if deaths > _MOST_DEATHS or losses > _MOST_SUSPICIONS:
-                endings.append(Ending(operation, error=_deadly(operation, losses).detail))
-        return endings
-
-    def _assignment(self, operation: PendingOperation, link: WorkerLink) -> str:
-        run = self._ledger.runs.get(operation.row.run_id or "")
-        return link.id if run is None or operation.row.seq is None else str(run.epoch)
-
     async def _take_back(self, link: WorkerLink, held: pb.HeldRun) -> None:
         run = self._ledger.runs.get(held.run_id)
-        if run is not None:
-            for operation in (*run.in_flight, *run.queue):  # it was cut off, not lost
-                operation.lost_while_running.discard(str(held.epoch))
-                operation.lost_at_head.discard(str(held.epoch))
-                operation.work = None
         if run is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
@@ -330,19 +352,18 @@ class _Turns:
         return False
 
 
+def _hung(name: str, why: str) -> TenSafeFault:
+    return TenSafeFault(
+        "EXECUTOR_HUNG",
+        f"worker {name} hangs ({why}) and its watchdog has not ended it: its runs were given away, "
+        "and the process is to end",
+        worker=name,
+    )
+
+
 def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
     """Gives the worker its credits back. Not before the commit: it remembers outcomes for as many
     operations as it has credits, and after a crash it is asked for those that were not committed.
     """
     for ending in endings:
         link.outstanding.pop(ending.operation.row.id, None)
-
-
-def _deadly(operation: PendingOperation, losses: int) -> TenSafeFault:
-    return TenSafeFault(
-        "INTERNAL",
-        f"operation {operation.row.id} was running each of the {losses} times when its worker was "
-        "lost, so it is not tried again; the run goes on from before it. Try a smaller batch, and "
-        "tell the operator",
-        operation_id=operation.row.id,
-    )

@@ -68,22 +68,27 @@ class Verifications:
             check.news.put_nowait(TenSafeFault("RUN_STATE_LOST", message))
         return refused.run_id.startswith("check-")
 
-    def lost(self, link: WorkerLink) -> None:
-        """Ends the verifications of a worker that is gone."""
-        for check in self._checks.values():
-            if check.link is link:
-                check.news.put_nowait(
-                    TenSafeFault(
-                        "NO_WORKER", "the worker was lost that verified the run; verify it again"
-                    )
+    def lost(self, link: WorkerLink) -> bool:
+        """Ends the verifications of a worker that is gone; says whether there were any."""
+        ended = [check for check in self._checks.values() if check.link is link]
+        for check in ended:
+            check.news.put_nowait(
+                TenSafeFault(
+                    "NO_WORKER", "the worker was lost that verified the run; verify it again"
                 )
+            )
+        return bool(ended)
 
     async def verify(self, run: RunState) -> AsyncGenerator[training.VerifyRunResponse, None]:
         """Yields progress, then the report.
 
         Raises:
-            TenSafeFault: NO_WORKER, RUN_STATE_LOST.
+            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST.
         """
+        if run.deleted:
+            raise TenSafeFault(
+                "RUN_DELETED", f"run {run.id} was deleted, and its log with it", run_id=run.id
+            )
         link = self._free_worker(run)
         await self._restorer.settled(run)
         end = settled_seq(run)

@@ -23,7 +23,7 @@ def work_of(operation: PendingOperation, run: RunState | None) -> Work:
     kind = _KINDS.get(operation.row.kind) if run is not None else None
     if kind is Kind.GRADIENT and run is not None and run.config.deterministic:
         kind = None
-    if operation.lost_while_running or operation.lost_at_head:
+    if operation.losses:
         kind = None
     operation.work = Work(operation.row.cost, kind)
     return operation.work

@@ -67,14 +67,25 @@ class Ledger:
         return run if run is not None and run.tenant_id == tenant_id else None
 
     def run(self, tenant_id: str, run_id: str) -> RunState:
-        """Raises TenSafeFault RUN_NOT_FOUND."""
+        """A tenant's run.
+
+        Raises:
+            TenSafeFault: RUN_NOT_FOUND.
+        """
         run = self.find_run(tenant_id, run_id)
         if run is None:
-            raise TenSafeFault(
-                "RUN_NOT_FOUND",
-                f"no run {run_id!r}; `tensafe runs list` shows yours",
-                run_id=run_id,
-            )
+            raise _no_run(run_id, "`tensafe runs list` shows yours")
+        return run
+
+    def any_run(self, run_id: str) -> RunState:
+        """A run of any tenant, for operators.
+
+        Raises:
+            TenSafeFault: RUN_NOT_FOUND.
+        """
+        run = self.runs.get(run_id)
+        if run is None:
+            raise _no_run(run_id, "`tensafe admin runs list` shows all tenants'")
         return run
 
     def ready_runs(self) -> list[RunState]:
@@ -210,7 +221,7 @@ class Ledger:
     def recall_run(self, run: RunState) -> list[PendingOperation]:
         """Takes a run, and what its worker had of it, back; returns those operations."""
         run.worker_id = None
-        run.restoring = False
+        run.restoring = run.arriving = False
         recalled = [operation for operation in run.in_flight if not operation.finishing]
         for operation in reversed(recalled):
             operation.worker_id = None
@@ -234,3 +245,7 @@ class Ledger:
         if operation.deadline_timer is not None:
             operation.deadline_timer.cancel()
             operation.deadline_timer = None
+
+
+def _no_run(run_id: str, remedy: str) -> TenSafeFault:
+    return TenSafeFault("RUN_NOT_FOUND", f"no run {run_id!r}; {remedy}", run_id=run_id)

@@ -25,6 +25,40 @@ FAILED = ops.OPERATION_STATE_FAILED
 CANCELLED = ops.OPERATION_STATE_CANCELLED
 
 
+_MOST_DEATHS = 1
+_MOST_LOSSES = 2
+
+
+class Losses:
+    """Worker processes that were lost with one thing, and had not told its end.
+
+    A crash may be faster than the word of what began. Without one, the loss weighs less: it is held
+    against what the process was likely to be at.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def add(self, worker: str, *, running: bool) -> None:
+        """Counts a process, once; `running`: it had said that it was at this."""
+        self._running[worker] = running or self._running.get(worker, False)
+
+    def forgive(self, worker: str) -> None:
+        """The process is back."""
+        self._running.pop(worker, None)
+
+    def clear(self) -> None:
+        self._running.clear()
+
+    @property
+    def too_many(self) -> bool:
+        """Whether it is not to be tried again."""
+        return sum(self._running.values()) > _MOST_DEATHS or len(self) > _MOST_LOSSES
+
+
 @dataclass(slots=True, eq=False)
 class PendingOperation:
     """An operation that has not finished, or a void one that still has its place in the order.
@@ -39,8 +73,9 @@ class PendingOperation:
         worker_id: where it was sent; None while it waits.
         void: it ended before it ran; its place only tells the worker that the window has a hole.
         finishing: its outcome is on the way to the disk; nothing may change it any more.
-        lost_while_running: the assignments under which a worker was lost while it ran this.
-        lost_at_head: those under which one was lost that had this next, and may have begun it.
+        losses: workers that were lost with it.
+        attempted: the store has a record of a worker that began it, or was lost with it.
+        on_trial: too many workers have not told its end, but one of them may still come back.
         withdrawn: it was cancelled, or its deadline passed, while a worker had it.
         work: what the planner is told of it; None if that is to be found out.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
@@ -52,8 +87,9 @@ class PendingOperation:
     worker_id: str | None = None
     void: bool = False
     finishing: bool = False
-    lost_while_running: set[str] = field(default_factory=set)
-    lost_at_head: set[str] = field(default_factory=set)
+    losses: Losses = field(default_factory=Losses)
+    attempted: bool = False
+    on_trial: bool = False
     withdrawn: ErrorDetail | None = None
     fetching: bool = False
     ahead: bool = False
@@ -109,6 +145,8 @@ class RunState:
         pruning: held while something of the run's past is chosen or taken away.
         pinned: how many are reading its past, of which nothing may go meanwhile.
         replay_mismatches: replayed operations whose results were not those in the log.
+        arriving: its state was brought to its worker, which has not begun with what is new.
+        losses, attempted, on_trial: of bringing it, as of an operation.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
         active_s: when its last operation ended, on the monotonic clock; 0 if that was before the
@@ -141,6 +179,10 @@ class RunState:
     gap_seq: int = 0
     window_queue_ms: float = 0.0
     active_s: float = 0.0
+    arriving: bool = False
+    losses: Losses = field(default_factory=Losses)
+    attempted: bool = False
+    on_trial: bool = False
 
     @property
     def id(self) -> str:

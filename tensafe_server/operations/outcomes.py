@@ -167,7 +167,8 @@ class Outcomes:
             RunUpdate(run.id, run.step, run.base_artifact_id, run.base_seq) for run in runs.values()
         ]
         rows = [ending.operation.row for ending in endings]
-        return Finish(rows, metrics, artifacts, updates), events
+        attempted = [ending.operation.row.id for ending in endings if ending.operation.attempted]
+        return Finish(rows, metrics, artifacts, updates, attempted), events
 
     def _step_metrics(self, run: RunState, ending: Ending, now: int) -> StepMetrics:
         queue = Metric(name="queue_ms", value=run.window_queue_ms, reduction=REDUCTION_SUM)

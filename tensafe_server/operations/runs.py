@@ -11,7 +11,7 @@ from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RunState, run_state
-from tensafe_server.store.base import RunRow, Store
+from tensafe_server.store.base import Page, RunRow, Store
 from tensafe_server.store.requests import first_request, new_request, uninterrupted
 
 
@@ -66,14 +66,17 @@ class RunBook:
             run.status = training.RUN_STATUS_DELETED
             await self._store.remember(new_request(run.tenant_id, request, run.id))
 
-    def of_tenant(self, tenant_id: str, *, include_deleted: bool) -> list[RunState]:
-        """A tenant's runs, newest first."""
+    def newest_first(self, tenant_id: str | None, page: Page, *, deleted: bool) -> list[RunState]:
+        """A page of a tenant's runs; None: of all tenants'. `deleted`: also those."""
         runs = [
             run
             for run in self._ledger.runs.values()
-            if run.tenant_id == tenant_id and (include_deleted or not run.deleted)
+            if tenant_id in (None, run.tenant_id)
+            and (deleted or not run.deleted)
+            and (page.before is None or run.row.created_ns < page.before)
         ]
-        return sorted(runs, key=lambda run: (run.row.created_ns, run.id), reverse=True)
+        runs.sort(key=lambda run: (run.row.created_ns, run.id), reverse=True)
+        return runs[: page.size]
 
 
 def run_message(run: RunState) -> training.Run:

@@ -143,6 +143,21 @@ class OperationRow:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptRow:
+    """A worker process that was at something, and has not told its end.
+
+    Attributes:
+        subject: id of an unfinished operation; or of a run, whose state was brought to the worker.
+        worker: `Register.instance` of the process.
+        running: it had begun the operation; False: that is not known.
+    """
+
+    subject: str
+    worker: str
+    running: bool
+
+
+@dataclass(frozen=True, slots=True)
 class UploadRow:
     """An adapter on its way in; `body` is the BeginUploadRequest."""
 
@@ -166,12 +181,18 @@ class RunUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Everything that one report of finished operations changes, committed together."""
+    """Everything that one report of finished operations changes, committed together.
+
+    Attributes:
+        metrics, artifacts: each with its tenant's id.
+        attempted: ids of those of the operations that have attempts, which end with them.
+    """
 
     operations: Sequence[OperationRow]
-    metrics: Sequence[tuple[str, StepMetrics]] = ()  # (tenant id, metrics)
-    artifacts: Sequence[tuple[str, Artifact]] = ()  # (tenant id, artifact)
+    metrics: Sequence[tuple[str, StepMetrics]] = ()
+    artifacts: Sequence[tuple[str, Artifact]] = ()
     runs: Sequence[RunUpdate] = ()
+    attempted: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +249,8 @@ class Store(Protocol):
     # The operation log.
     # `then` is called after the commit, in the order of the calls, before anyone who awaits it.
     # A disk that does not take a write (full, read-only, locked) fails it with TenSafeFault
-    # STORAGE_FULL or STORAGE_UNAVAILABLE; one that insists, `finish` and `set_run_epoch` wait
-    # until it does, and so keep their order.
+    # STORAGE_FULL or STORAGE_UNAVAILABLE; one that insists, `finish`, `set_run_epoch` and those of
+    # attempts wait until it does, and so keep their order.
     def add_operations(
         self,
         rows: Sequence[OperationRow],
@@ -254,6 +275,12 @@ class Store(Protocol):
         self, operation_ids: Sequence[str]
     ) -> dict[str, tuple[bytes | None, str | None]]: ...  # (spec, spec_ref) by operation
     async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+
+    # What workers were at.
+    def add_attempts(self, rows: Sequence[AttemptRow]) -> asyncio.Future[None]: ...
+    def remove_attempts(self, subject: str) -> asyncio.Future[None]: ...
+    def remove_attempts_by(self, worker: str) -> asyncio.Future[None]: ...
+    async def attempts(self) -> list[AttemptRow]: ...
 
     # Recovery points, and what nobody needs any more.
     def add_snapshot(self, row: SnapshotRow) -> asyncio.Future[None]: ...

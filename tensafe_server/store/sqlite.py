@@ -14,6 +14,7 @@ from tensafe import failpoints
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
 from tensafe_server.store.artifacts import SqliteArtifacts, insert_artifacts
+from tensafe_server.store.attempts import SqliteAttempts, end_attempts
 from tensafe_server.store.base import (
     EventScope,
     Finish,
@@ -55,7 +56,7 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore(SqliteRetention, SqliteArtifacts):
+class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
@@ -150,10 +151,8 @@ class SqliteStore(SqliteRetention, SqliteArtifacts):
         await self._execute("UPDATE runs SET status = ? WHERE id = ?", (status, run_id))
 
     def set_run_epoch(self, run_id: str, epoch: int) -> asyncio.Future[None]:
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute("UPDATE runs SET epoch = ? WHERE id = ?", (epoch, run_id))
-
-        return self._writer.submit(write, insist=True)
+        sql = "UPDATE runs SET epoch = ? WHERE id = ?"
+        return self._write(sql, [(epoch, run_id)], insist=True)
 
     # The operation log.
 
@@ -198,6 +197,7 @@ class SqliteStore(SqliteRetention, SqliteArtifacts):
         ]
         artifacts = list(finish.artifacts)
         runs = [(row.step, row.base_artifact_id, row.base_seq, row.run_id) for row in finish.runs]
+        attempted = list(finish.attempted)
 
         def write(connection: sqlite3.Connection) -> None:
             connection.executemany(_FINISH_OPERATION, operations)
@@ -210,6 +210,8 @@ class SqliteStore(SqliteRetention, SqliteArtifacts):
                     "UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ? WHERE id = ?",
                     runs,
                 )
+            if attempted:
+                end_attempts(connection, attempted)
 
         return self._writer.submit(write, then, insist=True)
 

@@ -44,11 +44,13 @@ class SqliteTables:
         sql: str,
         values: Sequence[Sequence[Any]],
         then: Callable[[], None] | None = None,
+        *,
+        insist: bool = False,
     ) -> asyncio.Future[None]:
         def write(connection: sqlite3.Connection) -> None:
             connection.executemany(sql, values)
 
-        return self._writer.submit(write, then)
+        return self._writer.submit(write, then, insist=insist)
 
     async def _execute(self, sql: str, values: Sequence[Any]) -> None:
         await self._write(sql, [values])

@@ -14,6 +14,7 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1.artifacts_pb2 import Artifact
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe_server.store.base import (
+    AttemptRow,
     EventScope,
     Finish,
     OperationRow,
@@ -124,6 +125,33 @@ def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):
         assert await store.artifacts("ten-2", None, Page(10), 1) == []
 
     run_test(path, body)
+
+
+def test_attempts_stay_until_what_they_are_at_ends(path: Path):
+    rows = [operation(number) for number in (1, 2, 3)]
+
+    async def write(store: Store) -> None:
+        await with_run(store)
+        await store.add_operations(rows)
+        await store.add_attempts(
+            [AttemptRow(row.id, worker, True) for row in rows for worker in ("one", "two")]
+        )
+        await store.add_attempts(
+            [AttemptRow(rows[2].id, "one", False), AttemptRow("run-1", "two", False)]
+        )
+        store.remove_attempts_by("two")
+        await store.finish(Finish([finished(rows[0], 1)], attempted=[rows[0].id]))
+
+    async def read(store: Store) -> None:
+        assert set(await store.attempts()) == {
+            AttemptRow(rows[1].id, "one", True),
+            AttemptRow(rows[2].id, "one", False),
+        }
+        await store.remove_attempts(rows[1].id)
+        assert [row.subject for row in await store.attempts()] == [rows[2].id]
+
+    run_test(path, write)
+    run_test(path, read)
 
 
 def test_a_seq_is_unique_and_a_failed_write_leaves_the_others(path: Path):

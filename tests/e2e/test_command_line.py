@@ -293,6 +293,8 @@ def test_tables_for_people(tiny_service: LocalService, data: Path):
         ["profiles", "list"],
         ["admin", "tenants", "list"],
         ["admin", "keys", "list"],
+        ["admin", "runs", "list"],
+        ["admin", "runs", "verify", run_id],
     ):
         printed = run_tensafe(tiny_service, *arguments).stdout
         assert len(printed.splitlines()) >= 2, arguments
@@ -305,8 +307,13 @@ def test_an_operator_makes_a_tenant_whose_key_works_until_revoked(
     assert tenant["name"] == "made-by-command"
     made = run_json(tiny_service, "admin", "keys", "create", "made-by-command")
     with_key = ["--api-key", made["secret"]]
-    train(tiny_service, data, "--steps", "1")
+    run_id = train(tiny_service, data, "--steps", "1")[0]["run_id"]
     assert json.loads(run_tensafe(tiny_service, *with_key, "runs", "list", "--json").stdout) == []
+    assert run_json(tiny_service, "admin", "runs", "list", tenant["id"]) == []
+    assert run_id in [run["id"] for run in run_json(tiny_service, "admin", "runs", "list")]
+    report = run_json(tiny_service, "admin", "runs", "verify", run_id)
+    assert (report["run_id"], report["reproduces"]) == (run_id, True)
+    run_tensafe(tiny_service, *with_key, "admin", "runs", "verify", run_id, expect=4)
     key_id = made["key"]["id"]
     assert key_id in [
         k["id"] for k in run_json(tiny_service, "admin", "keys", "list", tenant["id"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,3 +14,24 @@ from harness.tiny_model import save_tiny_model
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a model of two layers."""
     return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
+    """Mounts a small disk of its own at a directory."""
+    mounted: list[Path] = []
+
+    def mount(directory: Path, mebibytes: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ran = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tensafe-test", str(directory)],
+            capture_output=True,
+            check=False,
+        )
+        if ran.returncode:
+            pytest.skip(f"this user may not mount a small disk: {ran.stderr.decode()}")
+        mounted.append(directory)
+
+    yield mount
+    for directory in reversed(mounted):
+        subprocess.run(["umount", "-l", str(directory)], check=True)

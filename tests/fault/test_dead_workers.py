@@ -7,31 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.faulty_fleet import FaultyCluster
-from harness.faulty_worker import CRASH, GATE, HANG, HANG_WITH_LOCK
+from harness.faulty_fleet import FaultyCluster, batch, train, wait_running
+from harness.faulty_worker import GATE, GATED, HANG, HANGING_SEED
 from harness.proxy import TcpProxy
 
-from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
-
 SILENCE_S = "1.5"
-
-
-def batch(first: int = 5) -> list[Datum]:
-    return [Datum(tokens=[first, 6, 7], target_tokens=[6, 7, 8], weights=[1.0] * 3)]
-
-
-def train(tc: TrainingClient, steps: int) -> list[tuple[int, float]]:
-    pairs = [(tc.forward_backward(batch()), tc.optim_step()) for _ in range(steps)]
-    return [(updated.result(60).step, passed.result(60).loss) for passed, updated in pairs]
-
-
-def wait_running(client: ServiceClient, future: OperationFuture) -> None:
-    """Returns when the operation runs; the log of states has no event for that to wait on."""
-    while True:
-        operation_id = future.operation_id
-        if operation_id and client.operation(operation_id).state == "running":
-            return
-        assert not future.done()
 
 
 @pytest.fixture
@@ -41,12 +21,8 @@ def fleet(tmp_path: Path) -> Iterator[FaultyCluster]:
         yield cluster
 
 
-def open_client(fleet: FaultyCluster) -> ServiceClient:
-    return ServiceClient(fleet.target, api_key=fleet.new_tenant("tenant"))
-
-
 def test_a_frozen_worker_loses_its_runs_and_commits_nothing_afterwards(fleet: FaultyCluster):
-    with open_client(fleet) as client:
+    with fleet.client() as client:
         frozen = fleet.add_faulty_worker(gated_save=True)
         tc = client.create_training_client({"model_ref": "any", "seed": 1})
         before = train(tc, 2)
@@ -71,49 +47,10 @@ def test_a_frozen_worker_loses_its_runs_and_commits_nothing_afterwards(fleet: Fa
         assert len(client.artifacts()) == 1
 
 
-@pytest.mark.parametrize(
-    ("mark", "status", "said"),
-    [
-        (HANG, 75, "hang_for_ever"),
-        (HANG_WITH_LOCK, 1, "act_on"),
-        (CRASH, -signal.SIGKILL, "connected to"),
-    ],
-    ids=["hang", "hang-with-lock", "crash"],
-)
-def test_a_poison_operation_fails_by_itself_after_two_workers(
-    fleet: FaultyCluster, mark: int, status: int, said: str
-):
-    limits = ("--operation-limit-s", "1", "--token-limit-ms", "0")
-    with open_client(fleet) as client:
-        for _ in range(2):
-            fleet.add_faulty_worker(*limits)
-        tc = client.create_training_client({"model_ref": "any", "seed": 2})
-        assert train(tc, 1)
-        other = client.create_training_client({"model_ref": "any", "seed": 3})
-        assert train(other, 1)
-        poison = tc.forward_backward(batch(mark))
-        closing = tc.optim_step()
-        deaths = 0
-        while (death := fleet.next_death(unless=poison)) is not None:
-            dead, ended_with = death
-            assert ended_with == status, dead.log[-2000:]
-            dead.wait_said(said)
-            fleet.revive(dead)
-            deaths += 1
-        assert deaths in (2, 3)  # a crash may be faster than the news that it began
-        error = poison.exception(60)
-        assert error is not None
-        assert error.reason == "INTERNAL"  # type: ignore[attr-defined]
-        assert "when its worker was lost, so it is not tried again" in str(error)
-        assert closing.exception(60).reason == "WINDOW_POISONED"  # type: ignore[union-attr]
-        assert [step for step, _ in train(tc, 2)] == [2, 3]
-        assert [step for step, _ in train(other, 2)] == [2, 3]
-
-
 def test_a_worker_that_is_cut_off_again_and_again_is_not_held_for_dead(fleet: FaultyCluster):
     proxy = TcpProxy(fleet.port)
     try:
-        with open_client(fleet) as client:
+        with fleet.client() as client:
             worker = fleet.add_faulty_worker(port=proxy.port)
             tc = client.create_training_client({"model_ref": "any", "seed": 4})
             waiting = tc.forward_backward(batch(GATE))
@@ -132,7 +69,7 @@ def test_a_worker_that_is_cut_off_again_and_again_is_not_held_for_dead(fleet: Fa
 def test_a_worker_that_hears_nothing_connects_anew(fleet: FaultyCluster):
     proxy = TcpProxy(fleet.port)
     try:
-        with open_client(fleet) as client:
+        with fleet.client() as client:
             worker = fleet.add_faulty_worker(port=proxy.port)
             tc = client.create_training_client({"model_ref": "any", "seed": 5})
             assert train(tc, 1)
@@ -142,3 +79,61 @@ def test_a_worker_that_hears_nothing_connects_anew(fleet: FaultyCluster):
             assert [step for step, _ in train(tc, 2)] == [2, 3]
     finally:
         proxy.close()
+
+
+def test_a_sample_that_is_cut_off_again_and_again_is_no_poison(fleet: FaultyCluster):
+    """It belongs to no run, so that no assignment tells that its worker was never lost."""
+    proxy = TcpProxy(fleet.port)
+    try:
+        with fleet.client() as client:
+            worker = fleet.add_faulty_worker(port=proxy.port)
+            sampler = client.create_training_client({"model_ref": "any", "seed": 6})
+            saved = sampler.save_state()
+            waiting = sampler.sample_async([GATED], artifact=saved.artifact_id)
+            for cuts in range(2, 7):
+                wait_running(client, waiting)
+                proxy.cut()
+                worker.wait_said("connected to", count=cuts)
+            fleet.open_gate(worker)
+            assert waiting.result(60)
+            assert worker.starts == 1
+    finally:
+        proxy.close()
+
+
+LIMITS = ("--operation-limit-s", "1", "--token-limit-ms", "0")
+
+
+@pytest.mark.parametrize("hangs", ["operation", "taking on a run"])
+def test_a_worker_whose_watchdog_fails_is_told_to_end(fleet: FaultyCluster, hangs: str):
+    """Known from its heartbeats: its runs move, it ends, and what hung is to blame for it."""
+    with fleet.client() as client:
+        for _ in range(2):
+            fleet.add_faulty_worker(*LIMITS, watchdog=False)
+        others = [client.create_training_client({"model_ref": "any"}) for _ in range(2)]
+        for other in others:
+            assert train(other, 1)
+        if hangs == "operation":
+            tc = client.create_training_client({"model_ref": "any", "seed": 7})
+            waiting = tc.forward_backward(batch(HANG))
+        else:
+            tc = client.create_training_client({"model_ref": "any", "seed": HANGING_SEED})
+            waiting = tc.forward_backward(batch())
+        deaths = 2 if hangs == "operation" else 3
+        for _ in range(deaths):
+            death = fleet.next_death()
+            assert death is not None
+            dead, status = death
+            assert status == 75, dead.log[-2000:]
+            dead.wait_said("hangs (")
+            dead.wait_said("hang_for_ever")  # the stacks
+            fleet.revive(dead)
+        assert fleet.coordinator.log.count("hangs and is told to end") == deaths
+        error = waiting.exception(60)
+        assert error is not None
+        assert "when its worker was lost, so it is not tried again" in str(error)
+        for other in others:
+            assert [step for step, _ in train(other, 2)] == [2, 3]
+        if hangs == "operation":
+            assert tc.optim_step().exception(60).reason == "WINDOW_POISONED"  # type: ignore[union-attr]
+            assert [step for step, _ in train(tc, 2)] == [1, 2]

@@ -2,82 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import queue
-from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
+import pytest
 from harness.cluster import Cluster, wait_accepted
+from harness.scripted_worker import ScriptedWorker, succeeded
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
-from tensafe.v1 import worker_pb2_grpc
-from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
-from tensafe.v1.models_pb2 import Model
-from tensafe.v1.types_pb2 import FileChunk
-from tensafe_client import Datum, ServiceClient
-
-BATCH = [Datum([1, 2, 3], [2, 3, 4])]
-
-
-class ScriptedWorker:
-    """A worker whose every message is the test's."""
-
-    def __init__(self, target: str, key: str) -> None:
-        self._metadata = [("authorization", f"Bearer {key}")]
-        self._channel = grpc.insecure_channel(target)
-        self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
-        model = Model(name="scripted", accepts_any_reference=True)
-        self._stub.PublishModel(pb.PublishModelRequest(model=model), metadata=self._metadata)
-        self.connect()
-
-    def connect(self, *held: pb.HeldRun) -> None:
-        """Registers, with the runs that it holds; waits for a coordinator that is away."""
-        self._outgoing: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
-        register = pb.Register(
-            name="w", backend="mock", models=["scripted"], credits=8, held_runs=held
-        )
-        self.send(pb.ConnectRequest(register=register))
-        self._incoming = self._stub.Connect(
-            iter(self._outgoing.get, None), metadata=self._metadata, wait_for_ready=True
-        )
-
-    def upload(
-        self, planned: pb.PlannedOperation, name: str, data: bytes
-    ) -> Sequence[ArtifactFile]:
-        chunk = FileChunk(
-            name=name, data=data, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
-        )
-        first = pb.UploadArtifactRequest(artifact_id=planned.artifact_id, epoch=planned.epoch)
-        answer = self._stub.UploadArtifact(
-            iter([first, pb.UploadArtifactRequest(chunk=chunk)]),
-            metadata=self._metadata,
-            wait_for_ready=True,
-        )
-        return answer.files
-
-    def send(self, message: pb.ConnectRequest) -> None:
-        self._outgoing.put(message)
-
-    def planned(self, count: int) -> list[pb.PlannedOperation]:
-        """Waits for so many operations."""
-        found: list[pb.PlannedOperation] = []
-        while len(found) < count:
-            found += next(self._incoming).plan.operations
-        return found
-
-    def report(self, *done: pb.OperationDone) -> None:
-        self.send(pb.ConnectRequest(report=pb.Report(done=done)))
-
-    def close(self) -> None:
-        self._outgoing.put(None)
-        self._channel.close()
-
-
-def succeeded(planned: pb.PlannedOperation, step: int) -> pb.OperationDone:
-    result = ops.OperationResult(optim_step=ops.OptimStepResult(step=step, applied=True))
-    return pb.OperationDone(operation_id=planned.operation_id, epoch=planned.epoch, result=result)
+from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe_client import ServiceClient
 
 
 def test_an_outcome_that_comes_before_its_turn_waits_for_it(tmp_path: Path):
@@ -131,6 +66,29 @@ def test_a_save_goes_through_two_restarts_of_the_coordinator(tmp_path: Path):
             assert saved.size_bytes == len(b"weights")
             directory = client.download_artifact(saved.artifact_id, tmp_path / "saved")
             assert (directory / "weights.bin").read_bytes() == b"weights"
+        worker.close()
+
+
+def test_a_worker_that_comes_back_over_a_new_stream_keeps_its_runs(tmp_path: Path):
+    """It noticed before the coordinator that the old one was cut."""
+    with Cluster(tmp_path) as cluster:
+        cluster.start()
+        worker = ScriptedWorker(cluster.target, cluster.worker_key)
+        with ServiceClient(cluster.target, api_key=cluster.new_tenant("t")) as client:
+            tc = client.create_training_client({"model_ref": "scripted"})
+            futures = [tc.optim_step() for _ in range(2)]
+            first, second = worker.planned(2)
+            worker.report(succeeded(first, 1))
+            futures[0].result(30)
+            old = worker.stream
+            worker.connect(pb.HeldRun(run_id=tc.run_id, epoch=first.epoch, last_seq=1))
+            [again] = worker.planned(1)
+            assert (again.operation_id, again.epoch) == (second.operation_id, second.epoch)
+            with pytest.raises(grpc.RpcError, match="has come back over another stream"):
+                list(old)
+            worker.report(succeeded(second, 2))
+            assert futures[1].result(30).step == 2
+            assert "restoring" not in cluster.coordinator.log
         worker.close()
 
 

@@ -328,6 +328,10 @@ def test_a_log_that_was_changed_does_not_reproduce(client, house):
     train(tc, range(3, 4))
     house.cluster.coordinator.wait_said(f"replay mismatch in run {tc.run_id}: operation ")
     assert client.run(tc.run_id).replay_mismatches == 1
+    with ServiceClient(house.cluster.target, api_key=house.cluster._admin_key) as operator:
+        [seen] = [run for run in operator.admin.runs() if run.id == tc.run_id]
+        assert seen.replay_mismatches == 1
+        assert operator.admin.verify_run(tc.run_id).details == report.details
 
 
 def test_the_disk_is_accounted_for(client, house):

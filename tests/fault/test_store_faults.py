@@ -1,4 +1,4 @@
-"""A disk that is full, read-only, locked or damaged: clearly said, nothing lost, over by itself."""
+"""A disk that is full, locked or damaged: clearly said, nothing lost, over by itself."""
 
 from __future__ import annotations
 
@@ -6,103 +6,24 @@ import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness.cluster import Cluster, wait_accepted
-from harness.wire import RawClient, batch, float32, forward_backward, int32, int64, raw_client
-
-from tensafe.v1 import operations_pb2 as ops
-from tensafe.wire.status import ErrorDetail
-from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
+from harness.faulty_disk import (
+    BIG,
+    BIG_TOKENS,
+    SMALL,
+    bare_refusal,
+    check_log,
+    fill,
+    serving,
+    start_fails,
+    steps,
+)
 
 pytestmark = pytest.mark.timeout(120)
-SMALL = [Datum(range(1, 9), range(2, 10), weights=[1.0] * 8)]
-BIG_TOKENS = 20_000  # three arrays of 4 bytes each: above what lies in a row
-BIG = [Datum(range(BIG_TOKENS), range(BIG_TOKENS), weights=[1.0] * BIG_TOKENS)]
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
-    """Mounts a small disk of its own at a directory."""
-    mounted: list[Path] = []
-
-    def mount(directory: Path, mebibytes: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        ran = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tensafe-test", str(directory)],
-            capture_output=True,
-            check=False,
-        )
-        if ran.returncode:
-            pytest.skip(f"this user may not mount a small disk: {ran.stderr.decode()}")
-        mounted.append(directory)
-
-    yield mount
-    for directory in reversed(mounted):
-        subprocess.run(["umount", "-l", str(directory)], check=True)
-
-
-@contextmanager
-def serving(home: Path) -> Iterator[tuple[Cluster, ServiceClient, RawClient]]:
-    """A mock service with one worker, a client of one tenant, and the same client bare."""
-    with Cluster(home) as cluster:
-        cluster.start()
-        cluster.add_worker("--backend", "mock").wait_ready()
-        key = cluster.new_tenant("tenant")
-        with (
-            ServiceClient(cluster.target, api_key=key) as client,
-            raw_client(cluster.target, key) as raw,
-        ):
-            yield cluster, client, raw
-
-
-def fill(directory: Path) -> Path:
-    """Takes all the space that is left."""
-    ballast = directory / "ballast"
-    with ballast.open("ab", buffering=0) as file:
-        for size in (2**20, 4096, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-    return ballast
-
-
-def steps(tc: TrainingClient, data: list[Datum], count: int) -> list[OperationFuture]:
-    return [future for _ in range(count) for future in (tc.forward_backward(data), tc.optim_step())]
-
-
-def bare_refusal(raw: RawClient, run_id: str, tokens: int) -> ErrorDetail:
-    """Submits forward_backwards until one is refused; the error as a client without SDK has it."""
-    row = list(range(tokens))
-    content = batch(
-        int64([0, tokens]), int32(row), target_tokens=int32(row), weights=float32([1.0] * tokens)
-    )
-    for _ in range(4096):
-        seq = raw.next_seq(run_id)
-        error = raw.submit(forward_backward(run_id, seq, content))
-        if error is not None:
-            assert raw.next_seq(run_id) == seq, "a refusal of this kind takes no seq"
-            return error
-    raise AssertionError("nothing was refused")
-
-
-def check_log(data: Path) -> None:
-    connection = sqlite3.connect(data / "tensafe.db")
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    unfinished = connection.execute(
-        "SELECT COUNT(*) FROM operations WHERE state NOT IN (?, ?)",
-        (ops.OPERATION_STATE_SUCCEEDED, ops.OPERATION_STATE_FAILED),
-    ).fetchone()
-    assert unfinished == (0,)
-    cursors = [row[0] for row in connection.execute("SELECT cursor FROM operations ORDER BY rowid")]
-    assert len(set(cursors)) == len(cursors)
-    connection.close()
 
 
 def test_a_full_disk_is_waited_for(tmp_path: Path, disk: Callable[[Path, int], None]):
@@ -151,25 +72,6 @@ def test_a_full_blob_directory_refuses_big_things_only(
         assert client.download_artifact(kept, tmp_path / "kept")
         assert cluster.stop() == [0, 0]
         check_log(cluster.data)
-
-
-def test_a_read_only_blob_directory_refuses_and_comes_back(
-    tmp_path: Path, disk: Callable[[Path, int], None]
-):
-    blobs = tmp_path / "data" / "blobs"
-    disk(blobs, 4)
-    with serving(tmp_path) as (_, client, raw):
-        tc = client.create_training_client({"model_ref": "any"})
-        probe = client.create_training_client({"model_ref": "any"})
-        subprocess.run(["mount", "-o", "remount,ro", str(blobs)], check=True)
-        refused = bare_refusal(raw, probe.run_id, BIG_TOKENS)
-        assert (refused.code, refused.reason) == ("UNAVAILABLE", "STORAGE_UNAVAILABLE")
-        assert "Read-only" in refused.message
-        big = tc.forward_backward(BIG)
-        small = tc.optim_step()
-        subprocess.run(["mount", "-o", "remount,rw", str(blobs)], check=True)
-        assert big.result(60).loss
-        assert small.result(60).applied
 
 
 def test_a_store_that_another_process_locks_is_waited_for(tmp_path: Path):
@@ -276,23 +178,3 @@ def test_a_start_that_cannot_use_the_store_says_why(tmp_path: Path):
         assert start_fails(cluster) == 1
         assert "restore it from a backup" in cluster.coordinator.log
         assert "Traceback" not in cluster.coordinator.log
-
-
-def test_a_start_on_a_read_only_disk_says_so(tmp_path: Path, disk: Callable[[Path, int], None]):
-    data = tmp_path / "data"
-    disk(data, 8)
-    with Cluster(tmp_path) as cluster:
-        cluster.start()
-        assert cluster.coordinator.stop() == 0
-        subprocess.run(["mount", "-o", "remount,ro", str(data)], check=True)
-        assert start_fails(cluster) == 1
-        assert "Read-only file system" in cluster.coordinator.log
-        assert "Traceback" not in cluster.coordinator.log
-        subprocess.run(["mount", "-o", "remount,rw", str(data)], check=True)
-        cluster.coordinator.start()
-        cluster.coordinator.wait_ready()
-
-
-def start_fails(cluster: Cluster) -> int:
-    cluster.coordinator.start()
-    return cluster.coordinator.wait_ended(30)

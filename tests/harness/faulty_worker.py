@@ -2,9 +2,11 @@
 
     python faulty_worker.py --connect HOST:PORT …
 
-It takes the options of `tensafe worker`. Where a forward_backward's first token is GATE, or a
-save_state's metadata named one, the operation waits until the test opens the FIFO named by
-FAULTY_GATE; the other marks are below. What it saves tells which worker did.
+It takes the options of `tensafe worker`. Where a forward_backward's first token is GATE, a sample's
+prompt is GATED, or a save_state's metadata named one, the operation waits until the test opens the
+FIFO named by FAULTY_GATE. CRASH_LATER crashes the worker while the file named by FAULTY_DEADLY is
+there; the other marks are below. Taking on a run of HANGING_SEED hangs. What it saves tells which
+worker did. With FAULTY_WATCHDOG set, its watchdog never bites.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import sys
 import threading
 from pathlib import Path
 
-GATE, HANG, HANG_WITH_LOCK, CRASH = 60_001, 60_002, 60_003, 60_004
+GATE, HANG, HANG_WITH_LOCK, CRASH, CRASH_LATER = 60_001, 60_002, 60_003, 60_004, 60_005
+HANGING_SEED = 60_006
+GATED = "wait at the gate"
 
 
 def pass_gate() -> None:
@@ -32,7 +36,7 @@ def act_on(mark: int) -> None:
         hang_for_ever()
     elif mark == HANG_WITH_LOCK:
         ctypes.PyDLL(None).sleep(3600)  # PyDLL keeps the interpreter's lock
-    elif mark == CRASH:
+    elif mark == CRASH or (mark == CRASH_LATER and Path(os.environ["FAULTY_DEADLY"]).exists()):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -41,7 +45,7 @@ def hang_for_ever() -> None:
 
 
 def main() -> None:
-    from workers import cli
+    from workers import cli, link
     from workers.mock import MockBackend
 
     class FaultyBackend(MockBackend):
@@ -50,9 +54,19 @@ def main() -> None:
         instant = False
         credits = 8
 
+        def open_run(self, run_id, settings, state):
+            if settings.seed == HANGING_SEED:
+                hang_for_ever()
+            super().open_run(run_id, settings, state)
+
         def forward_backward(self, run_id, seq, request):
             act_on(int(request.batch.input_tokens[0]))
             return super().forward_backward(run_id, seq, request)
+
+        def sample(self, operation, request):
+            if any(prompt.text == GATED for prompt in request.prompts):
+                pass_gate()
+            return super().sample(operation, request)
 
         def save_state(self, run_id, directory, include_optimizer):
             outcome = super().save_state(run_id, directory, include_optimizer)
@@ -61,6 +75,8 @@ def main() -> None:
                 pass_gate()
             return outcome
 
+    if "FAULTY_WATCHDOG" in os.environ:
+        link.Watchdog.start = link.Watchdog.close = lambda watchdog: None  # type: ignore[assignment]
     cli._backend = lambda *_: FaultyBackend()  # type: ignore[assignment]
     cli.worker(prog_name="faulty-worker")
 

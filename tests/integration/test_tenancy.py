@@ -4,7 +4,8 @@ classified here."""
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from tensafe.v1 import (
     worker_pb2,
 )
 from tensafe.wire.status import from_status
-from tensafe_client import ServiceClient
+from tensafe_client import RunDeletedError, ServiceClient
 
 MODULES = [
     admin_pb2,
@@ -59,6 +60,19 @@ NAMED = {
     "ArtifactsService/DeleteArtifact": "ARTIFACT_NOT_FOUND",
     "ArtifactsService/UploadFile": "UPLOAD_NOT_FOUND",
     "ArtifactsService/FinishUpload": "UPLOAD_NOT_FOUND",
+}
+# Methods of operators that name something: what a wrong name must get, whoever's it might be.
+OPERATORS_NAMED = {
+    "AdminService/CreateKey": "TENANT_NOT_FOUND",
+    "AdminService/ListKeys": "TENANT_NOT_FOUND",
+    "AdminService/RevokeKey": "KEY_NOT_FOUND",
+    "AdminService/ListRuns": "TENANT_NOT_FOUND",
+    "AdminService/VerifyRun": "RUN_NOT_FOUND",
+}
+OPERATORS_UNNAMED = {
+    "AdminService/CreateTenant",
+    "AdminService/ListTenants",
+    "AdminService/GetStorage",
 }
 # Methods of tenants that name nothing of a tenant's; another test each shows their scope.
 UNNAMED = {
@@ -112,7 +126,7 @@ def reason_of(name: str, error: grpc.RpcError) -> tuple[str, str]:
     return detail.code, detail.reason
 
 
-def request_for(name: str, ids: dict[str, str]) -> Any:
+def request_for(name: str, ids: Mapping[str, str]) -> Any:
     """A valid request of a method that names things, with these ids."""
     method = METHODS[name]
     request = method.input_type._concrete_class()
@@ -122,7 +136,9 @@ def request_for(name: str, ids: dict[str, str]) -> Any:
         request.operation.optim_step.SetInParent()
     if short(name) == "ArtifactsService/UploadFile":
         request.start.upload_id, request.start.name = ids["upload_id"], "adapter_config.json"
-    for field in ("run_id", "operation_id", "artifact_id", "upload_id"):
+    if short(name) == "AdminService/CreateKey":
+        request.kind = admin_pb2.KEY_KIND_TENANT
+    for field in ("run_id", "operation_id", "artifact_id", "upload_id", "tenant", "key_id"):
         if field in method.input_type.fields_by_name:
             setattr(request, field, ids[field])
     if "request_id" in method.input_type.fields_by_name:
@@ -181,6 +197,8 @@ def test_every_method_is_classified():
         short(name) for name in METHODS if not name.startswith(("tensafe.v1.Admin", "tensafe.v1.W"))
     }
     assert tenant == set(NAMED) | UNNAMED
+    operators = {short(name) for name in METHODS if name.startswith("tensafe.v1.Admin")}
+    assert operators == set(OPERATORS_NAMED) | OPERATORS_UNNAMED
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -211,6 +229,51 @@ def test_a_foreign_id_and_an_unknown_one_are_the_same(
     expected = ("NOT_FOUND", NAMED[short(name)])
     assert call(service, name, request_for(name, owned), keys["stranger"]) == expected
     assert call(service, name, request_for(name, unknown), keys["tenant"]) == expected
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS_NAMED))
+def test_an_operator_is_told_of_a_wrong_name(
+    service: LocalService, keys: dict[str, str], owned: dict[str, str], name: str
+):
+    unknown = {"run_id": f"{owned['run_id'][:-6]}ffffff", "tenant": "nobody", "key_id": "key-none"}
+    request = request_for(f"tensafe.v1.{name}", defaultdict(str, unknown))
+    answer = call(service, f"tensafe.v1.{name}", request, keys["admin"])
+    assert answer == ("NOT_FOUND", OPERATORS_NAMED[name])
+
+
+def test_an_operator_lists_and_verifies_the_runs_of_every_tenant(
+    service: LocalService, keys: dict[str, str], owned: dict[str, str]
+):
+    with ServiceClient(service.target, api_key=keys["admin"]) as operator:
+        operator.admin.create_tenant("looked-after")
+        key = operator.admin.create_key("looked-after").secret
+        tenant = ServiceClient(service.target, api_key=key)
+        tc = tenant.create_training_client({"model_ref": "any", "name": "not for operators"})
+        tc.forward_backward({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})
+        tc.optim_step().result(30)
+        everybodys = operator.admin.runs()
+        assert {owned["run_id"], tc.run_id} <= {run.id for run in everybodys}
+        assert everybodys == sorted(everybodys, key=lambda run: run.created_at, reverse=True)
+        assert "not for operators" not in repr(everybodys)
+        assert operator.admin.runs(limit=1) == everybodys[:1]
+        [theirs] = operator.admin.runs("looked-after")
+        assert (theirs.id, theirs.step) == (tc.run_id, 1)
+        for run in everybodys:
+            report = operator.admin.verify_run(run.id)
+            assert report.reproduces
+        progress: list[tuple[int, int]] = []
+        report = operator.admin.verify_run(
+            tc.run_id, on_progress=lambda *seen: progress.append(seen)
+        )
+        assert (report.run_id, report.replayed, report.exact) == (tc.run_id, 2, 2)
+        assert progress == [(1, 2), (2, 2)]
+        tenant.delete_run(tc.run_id)
+        assert operator.admin.runs("looked-after") == []
+        [deleted] = operator.admin.runs("looked-after", include_deleted=True)
+        assert deleted.status == "deleted"
+        with pytest.raises(RunDeletedError):
+            operator.admin.verify_run(tc.run_id)
+        tenant.close()
 
 
 def test_listings_and_events_show_only_ones_own(

@@ -15,6 +15,7 @@ from parity.tiny_runs import metric, perturb, request_of, rows_of, settings, tin
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
+from workers.engine.budget import TokenBudget
 from workers.engine.engine import TorchBackend
 from workers.operations import LossOutcome, Reduction, StepRequest
 
@@ -187,3 +188,30 @@ def test_a_row_that_does_not_fit_at_all_fails_alone(place):
     again = backend.forward_backward_group(entries(members, [place]))
     expected = without.forward_backward_group(entries(members, [place]))
     assert bits(backend, again, [str(place)]) == bits(without, expected, [str(place)])
+
+
+def test_the_budget_is_whole_again_with_the_memory_and_deterministic_runs_never_notice(monkeypatch):
+    monkeypatch.setattr(TokenBudget, "fixed", 30)
+    members = [Member(n, {"rank": 2}, {}, Reduction.TOKEN_MEAN, (20, 20), 1.0) for n in (1, 2)]
+    backend, calm = open_all(SINGLE, members, 80), open_all(SINGLE, members, 80)
+    fixed = settings(lora={"dropout": 0.1}, deterministic=True)
+    for each in (backend, calm):
+        each.open_run("fixed", fixed, None)
+        perturb(each, "fixed")
+    budget = backend._budgets["tiny"]
+    with fault_at(SINGLE.body, {0}, backward=True):
+        backend.forward_backward_group(entries(members))
+    assert budget.tokens == 40
+    sizes = []
+    for call in range(2, 60):
+        with capacity(SINGLE.body) as seen:
+            backend.forward_backward_group(entries(members, call=call))
+        sizes.append(max(seen.tokens))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1], budget.tokens) == (40, 80, 80)
+    request = request_of(rows_of(8, LENGTHS), masked=0)
+    budget.tokens = 10
+    with capacity(SINGLE.body) as seen:
+        outcomes = [each.forward_backward("fixed", 1, request) for each in (backend, calm)]
+    assert seen.tokens == [30, 22, 14 + 9 + 5 + 1] * 2, "cut as ever"
+    assert bits(backend, outcomes[:1], ["fixed"]) == bits(calm, outcomes[1:], ["fixed"])

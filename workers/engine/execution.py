@@ -145,6 +145,9 @@ def _fitting(
         except LossFunctionError as error:
             return _loss_failed(calls, error)
         if not isinstance(found, Pass):
+            if mode.trains and not mode.deterministic:
+                sizes = (len(work.ids) for work in passes)
+                budget.fitted(size for size in sizes if size < frugal_tokens)
             return found
         # Nothing was counted yet: the next attempt begins with gradients of zero.
         if torch.cuda.is_available():

@@ -33,6 +33,7 @@ POINTS = {
     "after-commit-before-reply": "coordinator: submitted operations are on disk, nobody was told",
     "after-dispatch": "coordinator: a plan was handed to a worker's stream",
     "mid-step": "worker: a forward_backward or optim_step has changed the run, nobody was told",
+    "mid-group": "worker: several runs' operations were computed as one pass, nobody was told",
     "mid-snapshot-write": "worker: a snapshot's files are written, nothing of it was sent",
     "mid-migration": "coordinator: a migration of the store is executed, not committed",
     "mid-snapshot": "coordinator: a snapshot's files are stored, neither manifest nor row is",

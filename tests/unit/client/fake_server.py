@@ -365,17 +365,16 @@ class FakeCoordinator(
         self._publish(stored)
 
     def _forward_backward(self, stored: Stored) -> None:
-        batch = stored.spec.forward_backward.batch.inline
         result = stored.operation.result.forward_backward
-        size = decode(batch.input_tokens).size
-        values = {"loss": 2.49, "grad_norm": 1.5, "tokens": size}
+        batch = stored.spec.forward_backward.batch.inline
+        values = {"loss": 2.49, "grad_norm": 1.5, "tokens": decode(batch.input_tokens).size}
         result.metrics.extend(types_pb2.Metric(name=n, value=v) for n, v in values.items())
-        logprobs = encode(-decode(batch.input_tokens).astype(np.float32))
-        result.outputs.append(types_pb2.NamedTensor(name="logprobs", tensor=logprobs))
+        result.outputs.append(_logprobs(batch))
 
     def _forward(self, stored: Stored) -> None:
         result = stored.operation.result.forward
         result.metrics.append(types_pb2.Metric(name="loss", value=2.0))
+        result.outputs.append(_logprobs(stored.spec.forward.batch.inline))
 
     def _optim_step(self, stored: Stored) -> None:
         run = self.runs[stored.spec.run_id]
@@ -445,6 +444,12 @@ class FakeCoordinator(
     @staticmethod
     def _abort(context: grpc.ServicerContext, fault: TenSafeFault) -> None:
         context.abort_with_status(rpc_status.to_status(to_status(fault.detail)))
+
+
+def _logprobs(batch: pb.Batch) -> types_pb2.NamedTensor:
+    """The tokens, negated."""
+    logprobs = -decode(batch.input_tokens).astype(np.float32)
+    return types_pb2.NamedTensor(name="logprobs", tensor=encode(logprobs))
 
 
 def _artifact() -> artifacts_pb2.Artifact:

@@ -86,7 +86,7 @@ def test_what_may_have_company(kind, config, expected):
 
 def test_what_may_have_killed_a_worker_goes_alone():
     operation = pending(ops.OPERATION_KIND_FORWARD_BACKWARD)
-    operation.lost_while_running.add("1")
+    operation.losses.add("1", running=True)
     assert work_of(operation, run_of()).kind is None
 
 

@@ -11,7 +11,8 @@ import pytest
 from unit.workers.planned import batch
 
 from tensafe.v1 import training_pb2 as training
-from workers.watchdog import Activity, OperationLimits, Step, Watchdog, tokens_of
+from workers import watchdog
+from workers.watchdog import Activity, OperationLimits, Step, StepClock, Watchdog, tokens_of
 
 
 @contextmanager
@@ -25,12 +26,12 @@ def watching(activity: Activity) -> Iterator[tuple[list[Step], threading.Event]]
         activity.end()
         bit.set()
 
-    watchdog = Watchdog(activity, frozen_limit_s=600, check_s=0.01, bite=bite)
-    watchdog.start()
+    watching = Watchdog(activity, frozen_limit_s=600, check_s=0.01, bite=bite)
+    watching.start()
     try:
         yield bitten, bit
     finally:
-        watchdog.close()
+        watching.close()
 
 
 def test_an_operation_beyond_its_limit_is_bitten():
@@ -50,6 +51,25 @@ def test_many_short_operations_are_not_one_long_one():
         activity.end()
         assert not bit.wait(0.4)
     assert not bitten
+
+
+def test_time_in_which_the_process_stood_still_does_not_count(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    clock = StepClock(most_s=2.0)
+    first, second = Step("op-1", "run-1", 60.0, now), Step("op-2", "run-1", 60.0, now)
+    seen = []
+    for passed_s, step in [
+        (1, first),
+        (1, first),
+        (900, first),
+        (1, first),
+        (1, second),
+        (1, None),
+    ]:
+        now += passed_s
+        seen.append(clock.look(step))
+    assert seen == [0.0, 1.0, 3.0, 4.0, 0.0, 0.0]
 
 
 def sample(prompts: int, **params: int) -> training.OperationSpec:

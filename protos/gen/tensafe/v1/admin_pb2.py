@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from tensafe.v1 import training_pb2 as tensafe_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tensafe/v1/admin.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"R\n\x06Tenant\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.tensafe.v1.KeyKind\x12\x11\n\ttenant_id\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrevoked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"l\n\x13\x43reateTenantRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x36\n\x04name\x18\x02 \x01(\tB(\xbaH%r#2!^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$\":\n\x14\x43reateTenantResponse\x12\"\n\x06tenant\x18\x01 \x01(\x0b\x32\x12.tensafe.v1.Tenant\"\x14\n\x12ListTenantsRequest\":\n\x13ListTenantsResponse\x12#\n\x07tenants\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Tenant\"\x91\x01\n\x10\x43reateKeyRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x13.tensafe.v1.KeyKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x17\n\x06tenant\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x16\n\x04name\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"A\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.tensafe.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"*\n\x0fListKeysRequest\x12\x17\n\x06tenant\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\"1\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.tensafe.v1.Key\"L\n\x10RevokeKeyRequest\x12\x19\n\x06key_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.tensafe.v1.Key\"\x13\n\x11GetStorageRequest\"/\n\nStorageUse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x93\x02\n\x12GetStorageResponse\x12#\n\x03log\x18\x01 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12\x16\n\x0elog_free_bytes\x18\x02 \x01(\x04\x12(\n\x08payloads\x18\x03 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12)\n\tsnapshots\x18\x04 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12)\n\tartifacts\x18\x05 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12%\n\x05other\x18\x06 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12\x19\n\x11\x64\x61maged_snapshots\x18\x07 \x01(\x04*a\n\x07KeyKind\x12\x18\n\x14KEY_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_KIND_TENANT\x10\x01\x12\x12\n\x0eKEY_KIND_ADMIN\x10\x02\x12\x13\n\x0fKEY_KIND_WORKER\x10\x03\x32\xd9\x03\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTenant\x12\x1f.tensafe.v1.CreateTenantRequest\x1a .tensafe.v1.CreateTenantResponse\x12N\n\x0bListTenants\x12\x1e.tensafe.v1.ListTenantsRequest\x1a\x1f.tensafe.v1.ListTenantsResponse\x12H\n\tCreateKey\x12\x1c.tensafe.v1.CreateKeyRequest\x1a\x1d.tensafe.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.tensafe.v1.ListKeysRequest\x1a\x1c.tensafe.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.tensafe.v1.RevokeKeyRequest\x1a\x1d.tensafe.v1.RevokeKeyResponse\x12K\n\nGetStorage\x12\x1d.tensafe.v1.GetStorageRequest\x1a\x1e.tensafe.v1.GetStorageResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tensafe/v1/admin.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19tensafe/v1/training.proto\"R\n\x06Tenant\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\ncreated_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x03Key\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.tensafe.v1.KeyKind\x12\x11\n\ttenant_id\x18\x03 \x01(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nrevoked_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"l\n\x13\x43reateTenantRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x36\n\x04name\x18\x02 \x01(\tB(\xbaH%r#2!^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$\":\n\x14\x43reateTenantResponse\x12\"\n\x06tenant\x18\x01 \x01(\x0b\x32\x12.tensafe.v1.Tenant\"\x14\n\x12ListTenantsRequest\":\n\x13ListTenantsResponse\x12#\n\x07tenants\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Tenant\"\x91\x01\n\x10\x43reateKeyRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x13.tensafe.v1.KeyKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x17\n\x06tenant\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x16\n\x04name\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"A\n\x11\x43reateKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.tensafe.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"*\n\x0fListKeysRequest\x12\x17\n\x06tenant\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\"1\n\x10ListKeysResponse\x12\x1d\n\x04keys\x18\x01 \x03(\x0b\x32\x0f.tensafe.v1.Key\"L\n\x10RevokeKeyRequest\x12\x19\n\x06key_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"1\n\x11RevokeKeyResponse\x12\x1c\n\x03key\x18\x01 \x01(\x0b\x32\x0f.tensafe.v1.Key\"\x13\n\x11GetStorageRequest\"/\n\nStorageUse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x93\x02\n\x12GetStorageResponse\x12#\n\x03log\x18\x01 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12\x16\n\x0elog_free_bytes\x18\x02 \x01(\x04\x12(\n\x08payloads\x18\x03 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12)\n\tsnapshots\x18\x04 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12)\n\tartifacts\x18\x05 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12%\n\x05other\x18\x06 \x01(\x0b\x32\x16.tensafe.v1.StorageUse\x12\x19\n\x11\x64\x61maged_snapshots\x18\x07 \x01(\x04\"\xd0\x01\n\nRunSummary\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12%\n\x06status\x18\x04 \x01(\x0e\x32\x15.tensafe.v1.RunStatus\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11replay_mismatches\x18\x07 \x01(\x04\x12\x14\n\x0csnapshot_seq\x18\x08 \x01(\x04\"\x8a\x01\n\x1b\x41\x64minServiceListRunsRequest\x12\x17\n\x06tenant\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x1b\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12\x17\n\x0finclude_deleted\x18\x04 \x01(\x08\"]\n\x1c\x41\x64minServiceListRunsResponse\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.RunSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x1c\x41\x64minServiceVerifyRunRequest\x12\x19\n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x86\x01\n\x1d\x41\x64minServiceVerifyRunResponse\x12.\n\x08progress\x18\x01 \x01(\x0b\x32\x1a.tensafe.v1.VerifyProgressH\x00\x12*\n\x06report\x18\x02 \x01(\x0b\x32\x18.tensafe.v1.VerifyReportH\x00\x42\t\n\x07message*a\n\x07KeyKind\x12\x18\n\x14KEY_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEY_KIND_TENANT\x10\x01\x12\x12\n\x0eKEY_KIND_ADMIN\x10\x02\x12\x13\n\x0fKEY_KIND_WORKER\x10\x03\x32\x9c\x05\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTenant\x12\x1f.tensafe.v1.CreateTenantRequest\x1a .tensafe.v1.CreateTenantResponse\x12N\n\x0bListTenants\x12\x1e.tensafe.v1.ListTenantsRequest\x1a\x1f.tensafe.v1.ListTenantsResponse\x12H\n\tCreateKey\x12\x1c.tensafe.v1.CreateKeyRequest\x1a\x1d.tensafe.v1.CreateKeyResponse\x12\x45\n\x08ListKeys\x12\x1b.tensafe.v1.ListKeysRequest\x1a\x1c.tensafe.v1.ListKeysResponse\x12H\n\tRevokeKey\x12\x1c.tensafe.v1.RevokeKeyRequest\x1a\x1d.tensafe.v1.RevokeKeyResponse\x12K\n\nGetStorage\x12\x1d.tensafe.v1.GetStorageRequest\x1a\x1e.tensafe.v1.GetStorageResponse\x12]\n\x08ListRuns\x12\'.tensafe.v1.AdminServiceListRunsRequest\x1a(.tensafe.v1.AdminServiceListRunsResponse\x12\x62\n\tVerifyRun\x12(.tensafe.v1.AdminServiceVerifyRunRequest\x1a).tensafe.v1.AdminServiceVerifyRunResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,38 +52,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REVOKEKEYREQUEST'].fields_by_name['key_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_REVOKEKEYREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_REVOKEKEYREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\006r\004\020\010\030@'
-  _globals['_KEYKIND']._serialized_start=1407
-  _globals['_KEYKIND']._serialized_end=1504
-  _globals['_TENANT']._serialized_start=100
-  _globals['_TENANT']._serialized_end=182
-  _globals['_KEY']._serialized_start=185
-  _globals['_KEY']._serialized_end=366
-  _globals['_CREATETENANTREQUEST']._serialized_start=368
-  _globals['_CREATETENANTREQUEST']._serialized_end=476
-  _globals['_CREATETENANTRESPONSE']._serialized_start=478
-  _globals['_CREATETENANTRESPONSE']._serialized_end=536
-  _globals['_LISTTENANTSREQUEST']._serialized_start=538
-  _globals['_LISTTENANTSREQUEST']._serialized_end=558
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=560
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=618
-  _globals['_CREATEKEYREQUEST']._serialized_start=621
-  _globals['_CREATEKEYREQUEST']._serialized_end=766
-  _globals['_CREATEKEYRESPONSE']._serialized_start=768
-  _globals['_CREATEKEYRESPONSE']._serialized_end=833
-  _globals['_LISTKEYSREQUEST']._serialized_start=835
-  _globals['_LISTKEYSREQUEST']._serialized_end=877
-  _globals['_LISTKEYSRESPONSE']._serialized_start=879
-  _globals['_LISTKEYSRESPONSE']._serialized_end=928
-  _globals['_REVOKEKEYREQUEST']._serialized_start=930
-  _globals['_REVOKEKEYREQUEST']._serialized_end=1006
-  _globals['_REVOKEKEYRESPONSE']._serialized_start=1008
-  _globals['_REVOKEKEYRESPONSE']._serialized_end=1057
-  _globals['_GETSTORAGEREQUEST']._serialized_start=1059
-  _globals['_GETSTORAGEREQUEST']._serialized_end=1078
-  _globals['_STORAGEUSE']._serialized_start=1080
-  _globals['_STORAGEUSE']._serialized_end=1127
-  _globals['_GETSTORAGERESPONSE']._serialized_start=1130
-  _globals['_GETSTORAGERESPONSE']._serialized_end=1405
-  _globals['_ADMINSERVICE']._serialized_start=1507
-  _globals['_ADMINSERVICE']._serialized_end=1980
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['tenant']._loaded_options = None
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['tenant']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\005*\003\030\350\007'
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_ADMINSERVICELISTRUNSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_ADMINSERVICEVERIFYRUNREQUEST'].fields_by_name['run_id']._loaded_options = None
+  _globals['_ADMINSERVICEVERIFYRUNREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_KEYKIND']._serialized_start=2077
+  _globals['_KEYKIND']._serialized_end=2174
+  _globals['_TENANT']._serialized_start=127
+  _globals['_TENANT']._serialized_end=209
+  _globals['_KEY']._serialized_start=212
+  _globals['_KEY']._serialized_end=393
+  _globals['_CREATETENANTREQUEST']._serialized_start=395
+  _globals['_CREATETENANTREQUEST']._serialized_end=503
+  _globals['_CREATETENANTRESPONSE']._serialized_start=505
+  _globals['_CREATETENANTRESPONSE']._serialized_end=563
+  _globals['_LISTTENANTSREQUEST']._serialized_start=565
+  _globals['_LISTTENANTSREQUEST']._serialized_end=585
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=587
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=645
+  _globals['_CREATEKEYREQUEST']._serialized_start=648
+  _globals['_CREATEKEYREQUEST']._serialized_end=793
+  _globals['_CREATEKEYRESPONSE']._serialized_start=795
+  _globals['_CREATEKEYRESPONSE']._serialized_end=860
+  _globals['_LISTKEYSREQUEST']._serialized_start=862
+  _globals['_LISTKEYSREQUEST']._serialized_end=904
+  _globals['_LISTKEYSRESPONSE']._serialized_start=906
+  _globals['_LISTKEYSRESPONSE']._serialized_end=955
+  _globals['_REVOKEKEYREQUEST']._serialized_start=957
+  _globals['_REVOKEKEYREQUEST']._serialized_end=1033
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=1035
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=1084
+  _globals['_GETSTORAGEREQUEST']._serialized_start=1086
+  _globals['_GETSTORAGEREQUEST']._serialized_end=1105
+  _globals['_STORAGEUSE']._serialized_start=1107
+  _globals['_STORAGEUSE']._serialized_end=1154
+  _globals['_GETSTORAGERESPONSE']._serialized_start=1157
+  _globals['_GETSTORAGERESPONSE']._serialized_end=1432
+  _globals['_RUNSUMMARY']._serialized_start=1435
+  _globals['_RUNSUMMARY']._serialized_end=1643
+  _globals['_ADMINSERVICELISTRUNSREQUEST']._serialized_start=1646
+  _globals['_ADMINSERVICELISTRUNSREQUEST']._serialized_end=1784
+  _globals['_ADMINSERVICELISTRUNSRESPONSE']._serialized_start=1786
+  _globals['_ADMINSERVICELISTRUNSRESPONSE']._serialized_end=1879
+  _globals['_ADMINSERVICEVERIFYRUNREQUEST']._serialized_start=1881
+  _globals['_ADMINSERVICEVERIFYRUNREQUEST']._serialized_end=1938
+  _globals['_ADMINSERVICEVERIFYRUNRESPONSE']._serialized_start=1941
+  _globals['_ADMINSERVICEVERIFYRUNRESPONSE']._serialized_end=2075
+  _globals['_ADMINSERVICE']._serialized_start=2177
+  _globals['_ADMINSERVICE']._serialized_end=2845
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """Tenants and keys; needs an admin key.
+    """Tenants, keys and what operators look after; needs an admin key.
     """
 
     def __init__(self, channel):
@@ -65,10 +65,20 @@ class AdminServiceStub:
                 request_serializer=tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.FromString,
                 _registered_method=True)
+        self.ListRuns = channel.unary_unary(
+                '/tensafe.v1.AdminService/ListRuns',
+                request_serializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsResponse.FromString,
+                _registered_method=True)
+        self.VerifyRun = channel.unary_stream(
+                '/tensafe.v1.AdminService/VerifyRun',
+                request_serializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
-    """Tenants and keys; needs an admin key.
+    """Tenants, keys and what operators look after; needs an admin key.
     """
 
     def CreateTenant(self, request, context):
@@ -115,6 +125,23 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRuns(self, request, context):
+        """Lists runs of all tenants or of one, newest first, without what tenants wrote
+        into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyRun(self, request, context):
+        """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
+        Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED, UNAVAILABLE
+        NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +175,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.SerializeToString,
             ),
+            'ListRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRuns,
+                    request_deserializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsResponse.SerializeToString,
+            ),
+            'VerifyRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyRun,
+                    request_deserializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tensafe.v1.AdminService', rpc_method_handlers)
@@ -157,7 +194,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """Tenants and keys; needs an admin key.
+    """Tenants, keys and what operators look after; needs an admin key.
     """
 
     @staticmethod
@@ -312,6 +349,60 @@ class AdminService:
             '/tensafe.v1.AdminService/GetStorage',
             tensafe_dot_v1_dot_admin__pb2.GetStorageRequest.SerializeToString,
             tensafe_dot_v1_dot_admin__pb2.GetStorageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.AdminService/ListRuns',
+            tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsRequest.SerializeToString,
+            tensafe_dot_v1_dot_admin__pb2.AdminServiceListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensafe.v1.AdminService/VerifyRun',
+            tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunRequest.SerializeToString,
+            tensafe_dot_v1_dot_admin__pb2.AdminServiceVerifyRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdminServiceStub:
-    """Tenants and keys; needs an admin key."""
+    """Tenants, keys and what operators look after; needs an admin key."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -48,10 +48,19 @@ class AdminServiceStub:
     """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
     GetStorage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]
     """Tells what takes how much disk."""
+    ListRuns: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdminServiceListRunsRequest, _admin_pb2.AdminServiceListRunsResponse]
+    """Lists runs of all tenants or of one, newest first, without what tenants wrote
+    into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    """
+    VerifyRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.AdminServiceVerifyRunRequest, _admin_pb2.AdminServiceVerifyRunResponse]
+    """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
+    Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED, UNAVAILABLE
+    NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
-    """Tenants and keys; needs an admin key."""
+    """Tenants, keys and what operators look after; needs an admin key."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateTenantRequest, _admin_pb2.CreateTenantResponse]  # type: ignore[assignment]
@@ -69,9 +78,18 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
     GetStorage: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]  # type: ignore[assignment]
     """Tells what takes how much disk."""
+    ListRuns: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdminServiceListRunsRequest, _admin_pb2.AdminServiceListRunsResponse]  # type: ignore[assignment]
+    """Lists runs of all tenants or of one, newest first, without what tenants wrote
+    into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    """
+    VerifyRun: _aio.UnaryStreamMultiCallable[_admin_pb2.AdminServiceVerifyRunRequest, _admin_pb2.AdminServiceVerifyRunResponse]  # type: ignore[assignment]
+    """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
+    Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED, UNAVAILABLE
+    NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tenants and keys; needs an admin key."""
+    """Tenants, keys and what operators look after; needs an admin key."""
 
     @_abc_1.abstractmethod
     def CreateTenant(
@@ -123,5 +141,26 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStorageResponse, _abc.Awaitable[_admin_pb2.GetStorageResponse]]:
         """Tells what takes how much disk."""
+
+    @_abc_1.abstractmethod
+    def ListRuns(
+        self,
+        request: _admin_pb2.AdminServiceListRunsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.AdminServiceListRunsResponse, _abc.Awaitable[_admin_pb2.AdminServiceListRunsResponse]]:
+        """Lists runs of all tenants or of one, newest first, without what tenants wrote
+        into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyRun(
+        self,
+        request: _admin_pb2.AdminServiceVerifyRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.AdminServiceVerifyRunResponse], _abc.AsyncIterator[_admin_pb2.AdminServiceVerifyRunResponse]]:
+        """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
+        Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED, UNAVAILABLE
+        NO_WORKER, DATA_LOSS RUN_STATE_LOST.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

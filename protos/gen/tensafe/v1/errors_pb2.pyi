@@ -116,6 +116,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the run has moved to another worker (workers' calls
     only).
     """
+    ERROR_REASON_EXECUTOR_HUNG: _ErrorReason.ValueType  # 42
+    """FAILED_PRECONDITION: the worker has been at something far beyond its limit,
+    and its watchdog has not ended it: it is to end (workers' calls only).
+    """
     ERROR_REASON_RUN_STATE_LOST: _ErrorReason.ValueType  # 50
     """DATA_LOSS: no intact snapshot or artifact of the run is left from which its
     state could be rebuilt.
@@ -242,6 +246,10 @@ over; it never ran.
 ERROR_REASON_STALE_ASSIGNMENT: ErrorReason.ValueType  # 41
 """FAILED_PRECONDITION: the run has moved to another worker (workers' calls
 only).
+"""
+ERROR_REASON_EXECUTOR_HUNG: ErrorReason.ValueType  # 42
+"""FAILED_PRECONDITION: the worker has been at something far beyond its limit,
+and its watchdog has not ended it: it is to end (workers' calls only).
 """
 ERROR_REASON_RUN_STATE_LOST: ErrorReason.ValueType  # 50
 """DATA_LOSS: no intact snapshot or artifact of the run is left from which its

@@ -162,6 +162,7 @@ class Register(_message.Message):
     HELD_RUNS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     GROUP_TOKENS_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for people and logs."""
     backend: _builtins.str
@@ -174,6 +175,10 @@ class Register(_message.Message):
     """Most tokens that it gains by executing together, for different runs'
     operations of one group: with more of them together it is no faster than one
     by one. 0: it gains nothing, and gets no groups.
+    """
+    instance: _builtins.str
+    """Drawn at random when the worker's process starts: who comes back with the
+    same one was cut off, and not lost. A stream that is still open under it ends.
     """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -198,10 +203,11 @@ class Register(_message.Message):
         held_runs: _abc.Iterable[Global___HeldRun] | None = ...,
         fingerprint: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         group_tokens: _builtins.int = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "group_tokens", b"group_tokens", "held_runs", b"held_runs", "models", b"models", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "group_tokens", b"group_tokens", "held_runs", b"held_runs", "instance", b"instance", "models", b"models", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,195 @@
+"""Finds what takes one worker after the other: an operation, or bringing a run's state to them.
+
+What a worker process was at is on disk while it is at it, and taken out when it has come through.
+So nothing is forgotten if the coordinator dies in between, or together with the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+from tensafe.wire.status import ErrorDetail, TenSafeFault
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.operations.ledger import Ledger
+from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
+from tensafe_server.operations.outcomes import Ending
+from tensafe_server.store.base import AttemptRow, Store
+
+Suspect = PendingOperation | RunState
+
+RETURN_S = 15.0
+"""How long a worker takes to come back at most: its own pauses and its channel's are 5 s each."""
+
+
+class Blame:
+    """Counts lost workers against what they were at.
+
+    Args:
+        return_s: how long workers have to come back after a start of the coordinator. Until then,
+            what too many of them have not told the end of is on trial, and nobody gets it.
+
+    Attributes:
+        on_verdict: called with the endings of what was on trial.
+        on_acquitted: called when something on trial may be tried again.
+    """
+
+    def __init__(self, store: Store, ledger: Ledger, return_s: float = RETURN_S) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._return_s = return_s
+        self._suspects: dict[str, Suspect] = {}
+        self._recorded: set[str] = set()
+        self.on_verdict: Callable[[Sequence[Ending]], None] = lambda endings: None
+        self.on_acquitted: Callable[[], None] = lambda: None
+
+    async def load(self) -> None:
+        """Takes up what was on disk: processes that the last coordinator has not seen the end of.
+        They count as lost until they are back."""
+        for row in await self._store.attempts():
+            suspect = self._ledger.pending(row.subject) or self._ledger.runs.get(row.subject)
+            if suspect is None or (isinstance(suspect, RunState) and suspect.deleted):
+                self._store.remove_attempts(row.subject)
+                continue
+            self._recorded.add(row.worker)
+            suspect.attempted = True
+            suspect.losses.add(row.worker, running=row.running)
+            suspect.on_trial = suspect.losses.too_many
+            self._suspects[row.subject] = suspect
+        asyncio.get_running_loop().call_later(self._return_s, self._judge)
+
+    def began(self, link: WorkerLink, operations: Iterable[PendingOperation]) -> None:
+        """A worker has begun these."""
+        self._record(link, [one for one in operations if not one.finishing], running=True)
+
+    def bringing(self, link: WorkerLink, run: RunState) -> None:
+        """A run's state is brought to a worker, which may have much to replay."""
+        run.arriving = True
+        self._record(link, [run], running=False)
+
+    def may_bring(self, run: RunState, link: WorkerLink) -> bool:
+        """Whether a run may be brought now. One that workers were lost with comes alone, so that
+        it is known with what the next one is lost."""
+        coming = [one for one in map(self._ledger.runs.get, link.runs) if one and _is_coming(one)]
+        return not coming or not any(one.losses for one in (run, *coming))
+
+    def arrived(self, run: RunState) -> None:
+        """A run's worker has begun with the run's own work, or is not to take that state on."""
+        if not run.arriving:
+            return
+        run.arriving = run.attempted = False
+        run.losses.clear()
+        self._suspects.pop(run.id, None)
+        self._store.remove_attempts(run.id)
+        self.on_acquitted()
+
+    def lost(
+        self, link: WorkerLink, held: Sequence[PendingOperation], *, checking: bool
+    ) -> list[Suspect]:
+        """Counts the loss of a worker; returns what it is counted against.
+
+        That is what it was running. A crash may be faster than the report of what began: without
+        one, it is held, less heavily, against what was next and what was being brought to it; or
+        against nothing, if it was `checking` a run's log and may have been at that.
+        """
+        running = [one for one in held if one.row.state == RUNNING]
+        suspects: list[Suspect] = [*running]
+        if not (running or checking):
+            head = link.groups.first()
+            suspects += [one for one in held if one.row.id in head] or held[:1]
+            runs = [self._ledger.runs[run_id] for run_id in sorted(link.runs)]
+            suspects += [run for run in runs if run.arriving]
+        for suspect in suspects:
+            suspect.losses.add(link.instance, running=bool(running))
+            self._suspects[_id(suspect)] = suspect
+            if isinstance(suspect, PendingOperation):
+                suspect.work = None
+        self._record(link, suspects, running=bool(running))
+        return suspects
+
+    def verdicts(self, suspects: Iterable[Suspect]) -> list[Ending]:
+        """The endings of what too many workers were lost with; they are void from here on.
+
+        If an operation is among it, a run that came to the same workers may yet be innocent.
+        """
+        guilty = [one for one in suspects if one.losses.too_many]
+        operations = [one for one in guilty if isinstance(one, PendingOperation) and _is_open(one)]
+        endings = [Ending(one, error=_deadly(one)) for one in operations]
+        if not endings:
+            runs = [one for one in guilty if isinstance(one, RunState)]
+            for run in runs:
+                error = _deadly_run(run)
+                endings += [Ending(one, error=error) for one in run.queue if _is_open(one)]
+        for ending in endings:
+            ending.operation.void = True
+        for suspect in guilty:
+            suspect.on_trial = False
+        return endings
+
+    def returned(self, worker: str) -> None:
+        """A process that was cut off is back, or it has handed back what it had: not lost."""
+        if worker not in self._recorded:
+            return
+        self._recorded.discard(worker)
+        self._store.remove_attempts_by(worker)
+        for subject, suspect in list(self._suspects.items()):
+            suspect.losses.forgive(worker)
+            if isinstance(suspect, PendingOperation):
+                suspect.work = None
+            if not suspect.losses or not self._is_known(suspect):
+                del self._suspects[subject]
+            if suspect.on_trial and not suspect.losses.too_many:
+                suspect.on_trial = False
+                self.on_acquitted()
+
+    def _record(self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool) -> None:
+        if not suspects:
+            return
+        for suspect in suspects:
+            suspect.attempted = True
+        self._recorded.add(link.instance)
+        self._store.add_attempts([AttemptRow(_id(one), link.instance, running) for one in suspects])
+
+    def _judge(self) -> None:
+        tried = [one for one in self._suspects.values() if one.on_trial]
+        operations = [one for one in tried if isinstance(one, PendingOperation)]
+        runs = [one for one in tried if isinstance(one, RunState)]
+        self.on_verdict([*self.verdicts(operations), *self.verdicts(runs)])
+        self.on_acquitted()
+
+    def _is_known(self, suspect: Suspect) -> bool:
+        return isinstance(suspect, RunState) or self._ledger.pending(suspect.row.id) is suspect
+
+
+def _id(suspect: Suspect) -> str:
+    return suspect.id if isinstance(suspect, RunState) else suspect.row.id
+
+
+def _is_coming(run: RunState) -> bool:
+    """Whether the run is on its way to its worker, which will tell of it."""
+    waiting = any(not one.void for one in (*run.in_flight, *run.queue))
+    return run.restoring or (run.arriving and waiting)
+
+
+def _is_open(operation: PendingOperation) -> bool:
+    return not (operation.void or operation.finishing)
+
+
+def _deadly(operation: PendingOperation) -> ErrorDetail:
+    return TenSafeFault(
+        "INTERNAL",
+        f"operation {operation.row.id} was running, or next, each of the {len(operation.losses)} "
+        "times when its worker was lost, so it is not tried again; the run goes on from before it. "
+        "Try a smaller batch, and tell the operator",
+        operation_id=operation.row.id,
+    ).detail
+
+
+def _deadly_run(run: RunState) -> ErrorDetail:
+    return TenSafeFault(
+        "INTERNAL",
+        f"the state of run {run.id} was being brought to a worker each of the {len(run.losses)} "
+        "times when that was lost, so what waits of the run is not tried again. Nothing of it is "
+        "lost: once the operator has found why (memory, for one), send the operations again",
+        run_id=run.id,
+    ).detail

@@ -1,0 +1,208 @@
+"""Which losses count against what, and until when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from unit.server.small_store import Small, operation
+
+from tensafe.v1 import worker_pb2 as pb
+from tensafe_server.fleet.blame import Blame
+from tensafe_server.fleet.link import WorkerLink
+from tensafe_server.operations.model import RUNNING, Losses, PendingOperation
+from tensafe_server.operations.outcomes import Ending
+from tensafe_server.store.base import AttemptRow
+
+NO_TIME = 0.0
+
+
+class Court:
+    """Blame over a small store, whose run has two operations with a worker."""
+
+    def __init__(self, small: Small, return_s: float = 3600.0) -> None:
+        self.small = small
+        self.run = small.run_state
+        self.blame = Blame(small.store, small.ledger, return_s)
+        self.verdict: asyncio.Future[Sequence[Ending]] = asyncio.Future()
+        self.acquittals = 0
+        self.blame.on_verdict = self.verdict.set_result
+        self.blame.on_acquitted = self._acquit
+        self.operations = [PendingOperation(operation(seq), None, "m") for seq in (1, 2)]
+        for one in self.operations:
+            small.ledger.reserve(one, self.run)
+        small.ledger.admit(self.operations)
+
+    def _acquit(self) -> None:
+        self.acquittals += 1
+
+    def link(self, instance: str) -> WorkerLink:
+        link = WorkerLink(f"wkr-{instance}", pb.Register(instance=instance))
+        link.runs.add(self.run.id)
+        return link
+
+    def lose(self, instance: str, *, running: bool = False, checking: bool = False) -> list[Ending]:
+        """A worker is lost that had both, and had begun with the first one or not said so."""
+        link = self.link(instance)
+        if running:
+            self.operations[0].row.state = RUNNING
+            self.blame.began(link, self.operations[:1])
+        endings = self.blame.verdicts(self.blame.lost(link, self.operations, checking=checking))
+        self.operations[0].row.state = 1
+        return endings
+
+    async def on_disk(self) -> set[AttemptRow]:
+        await self.small.store.flushed()
+        return set(await self.small.store.attempts())
+
+
+def losses(**workers: bool) -> Losses:
+    counted = Losses()
+    for worker, running in workers.items():
+        counted.add(worker, running=running)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("counted", "too_many"),
+    [
+        (losses(a=True), False),
+        (losses(a=True, b=True), True),
+        (losses(a=True, b=False), False),
+        (losses(a=False, b=False), False),
+        (losses(a=False, b=False, c=False), True),
+        (losses(a=True, b=False, c=False), True),
+    ],
+)
+def test_how_many_are_too_many(counted: Losses, too_many: bool):
+    assert counted.too_many is too_many
+    counted.add("a", running=False)
+    assert counted.too_many is too_many, "the same process counts once, for the worse"
+
+
+def test_what_ran_is_blamed_and_not_what_was_next(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        assert court.lose("one", running=True) == []
+        [ending] = court.lose("two", running=True)
+        assert ending.operation is court.operations[0]
+        assert ending.operation.void
+        assert ending.error is not None
+        assert ending.error.reason == "INTERNAL"
+        assert not court.operations[1].losses
+
+    Small.run(tmp_path, body)
+
+
+def test_a_worker_that_was_checking_a_log_is_held_against_nothing_that_waits(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        for instance in ("one", "two", "three", "four"):
+            assert court.lose(instance, checking=True) == []
+        assert await court.on_disk() == set()
+
+    Small.run(tmp_path, body)
+
+
+def test_what_returns_or_leaves_was_not_lost(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        for instance in ("one", "two", "three"):
+            assert court.lose(instance, running=True) == []
+            court.blame.returned(instance)
+            assert await court.on_disk() == set()
+        assert not court.operations[0].losses
+
+    Small.run(tmp_path, body)
+
+
+def test_a_run_that_arrives_clears_itself_and_one_that_does_not_is_given_up(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        first, second = court.operations
+        for instance in ("one", "two"):
+            court.blame.bringing(court.link(instance), court.run)
+            assert court.lose(instance) == []
+        assert len(court.run.losses) == 2
+        court.blame.arrived(court.run)
+        assert not court.run.losses
+        assert {row.subject for row in await court.on_disk()} == {first.row.id}
+        first.losses.clear()
+        for instance in ("three", "four"):
+            court.blame.bringing(court.link(instance), court.run)
+            assert court.lose(instance) == []
+        court.blame.bringing(court.link("five"), court.run)
+        [ending] = court.lose("five")
+        assert ending.operation is first, "what was next fails by itself first"
+        court.blame.bringing(court.link("six"), court.run)
+        suspects = court.blame.lost(court.link("six"), [second], checking=False)
+        [ending] = court.blame.verdicts(suspects)
+        assert ending.operation is second
+        assert ending.error is not None
+        assert "was being brought to a worker" in ending.error.message
+
+    Small.run(tmp_path, body)
+
+
+def test_a_run_with_losses_is_brought_alone(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        link = court.link("one")
+        assert court.blame.may_bring(court.run, link)
+        court.run.losses.add("before", running=False)
+        court.run.restoring = True
+        other = type(court.run)(**{**_fields(court.run), "restoring": False})
+        assert not court.blame.may_bring(other, link)
+        assert court.blame.may_bring(other, WorkerLink("wkr-free", pb.Register()))
+        court.run.restoring = False
+        assert court.blame.may_bring(other, link), "it has arrived"
+
+    Small.run(tmp_path, body)
+
+
+def _fields(run: object) -> dict[str, object]:
+    return {name: getattr(run, name) for name in run.__slots__}  # type: ignore[attr-defined]
+
+
+def test_a_new_coordinator_goes_on_counting(tmp_path: Path):
+    async def body(small: Small) -> None:
+        before = Court(small)
+        assert before.lose("one", running=True) == []
+        before.blame.began(before.link("two"), before.operations[:1])  # both die
+        await before.on_disk()
+        small.ledger = type(small.ledger)()
+        small.ledger.runs["run-1"] = small.run_state
+        small.run_state.queue.clear()
+        small.run_state.next_seq = 1
+        after = Court(small, return_s=NO_TIME)
+        await after.blame.load()
+        assert after.operations[0].on_trial
+        assert not after.operations[1].on_trial
+        assert [ending.operation for ending in await after.verdict] == after.operations[:1]
+
+    Small.run(tmp_path, body)
+
+
+def test_a_worker_that_is_back_ends_the_trial(tmp_path: Path):
+    async def body(small: Small) -> None:
+        before = Court(small)
+        before.lose("one", running=True)
+        before.blame.began(before.link("two"), before.operations[:1])
+        before.blame.began(before.link("two"), [PendingOperation(operation(9), None, "m")])
+        await before.on_disk()
+        small.ledger = type(small.ledger)()
+        small.ledger.runs["run-1"] = small.run_state
+        small.run_state.queue.clear()
+        small.run_state.next_seq = 1
+        after = Court(small)
+        await after.blame.load()
+        assert after.operations[0].on_trial
+        after.blame.returned("two")
+        assert not after.operations[0].on_trial
+        assert after.acquittals == 1
+        # What is unknown (seq 9) was dropped, and so was what the living one is at.
+        assert await after.on_disk() == {AttemptRow("op-run-1-1", "one", True)}
+
+    Small.run(tmp_path, body)
