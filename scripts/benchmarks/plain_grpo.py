@@ -1,7 +1,7 @@
 """GRPO as a user would write it with `transformers` and `peft`: the baseline of `bench_rlvr.py`.
 
-The same task, warm-up, sampling, clipping and optimizer as the service's, in one process: sampling by
-`generate`, padded batches, logits of every position.
+The same task, warm-up, sampling and optimizer as the service's, in one process: `generate`, padded
+batches, logits of every position.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recipe:
     """What both sides do.
 
     Attributes:
-        warm_up_steps, warm_up_rate: supervised steps on right answers first, `prompts` examples each.
+        warm_up_steps, warm_up_rate: supervised steps on right answers first, of `prompts` examples.
         prompts, group_size, max_tokens: of a batch of rollouts.
         learning_rate: of the updates by reward.
     """

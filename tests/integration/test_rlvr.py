@@ -1,4 +1,4 @@
-"""RLVR through the service, on a tiny model that was trained from scratch: it learns, it resumes."""
+"""RLVR through the service, on a tiny model trained from scratch: it learns, it resumes."""
 
 from __future__ import annotations
 
