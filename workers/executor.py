@@ -31,6 +31,7 @@ from workers.grouping import (
     write_outcome,
 )
 from workers.keeping import HeldRun, SnapshotKeeper
+from workers.operations import SampleChunk
 from workers.progress import Claim, Progress
 from workers.watchdog import Activity, OperationLimits
 
@@ -165,6 +166,11 @@ class Executor:
         """Takes what happened since the last call: operations that began and still run, and
         operations that ended."""
         return self._progress.collect()
+
+    def collect_chunks(self) -> list[tuple[int, SampleChunk]]:
+        """Takes the streamed pieces since the last call, each with its operation's epoch. Call it
+        after `collect` and send what it gives first: an outcome comes behind its pieces."""
+        return self._progress.collect_chunks()
 
     # On the executor's thread.
 

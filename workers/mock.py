@@ -27,6 +27,7 @@ from workers.losses.linear import linear
 from workers.operations import (
     Combine,
     Completion,
+    FinishReason,
     LoadOutcome,
     LossOutcome,
     LossRequest,
@@ -168,7 +169,8 @@ class MockBackend(Backend):
                 text=text,
                 tokens=tokens,
                 logprobs=np.zeros(len(tokens), np.float32),
-                stopped=True,
+                raw_logprobs=np.zeros(len(tokens), np.float32),
+                finish_reason=FinishReason.STOP,
                 prompt_tokens=_prompt_length(prompt),
             )
             for index, prompt in enumerate(request.prompts)

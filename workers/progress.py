@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 from tensafe.v1 import worker_pb2
+from workers.operations import SampleChunk
 
 _Key = tuple[str, int]
 
@@ -40,6 +41,7 @@ class Progress:
         self._waiting: dict[_Key, worker_pb2.PlannedOperation] = {}
         self._cancelled: set[_Key] = set()
         self._done: deque[worker_pb2.OperationDone] = deque()
+        self._chunks: deque[tuple[int, SampleChunk]] = deque()
         self._running: Sequence[worker_pb2.PlannedOperation] = ()
         self._reported: Sequence[worker_pb2.PlannedOperation] = ()
         self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
@@ -100,6 +102,13 @@ class Progress:
         ]
         return started, done
 
+    def collect_chunks(self) -> list[tuple[int, SampleChunk]]:
+        """Takes the streamed pieces since the last call, each with its operation's epoch."""
+        chunks = []
+        while self._chunks:
+            chunks.append(self._chunks.popleft())
+        return chunks
+
     # On the executor's thread.
 
     def claim(self, planned: worker_pb2.PlannedOperation) -> Claim:
@@ -137,6 +146,11 @@ class Progress:
     def tell(self, done: worker_pb2.OperationDone) -> None:
         """Reports an outcome that is not remembered."""
         self._done.append(done)
+        self._on_news()
+
+    def stream(self, epoch: int, chunk: SampleChunk) -> None:
+        """Reports a piece of an operation that runs."""
+        self._chunks.append((epoch, chunk))
         self._on_news()
 
 

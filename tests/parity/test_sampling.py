@@ -75,9 +75,10 @@ def test_end_tokens_and_stop_tokens(backend):
     third = int(free.tokens[2])
     first = free.tokens.tolist().index(third)
     stopped = base_sample(backend, prompt, temperature=0, max_tokens=12, stop=Stop(tokens=(third,)))
-    assert stopped[0].tokens.tolist() == free.tokens[:first].tolist()
+    # The token that ended it is its last.
+    assert stopped[0].tokens.tolist() == free.tokens[: first + 1].tolist()
     assert stopped[0].stopped
-    assert len(stopped[0].logprobs) == first
+    assert len(stopped[0].logprobs) == len(stopped[0].raw_logprobs) == first + 1
     model = next(iter(backend._models.values()))
     model.end_tokens = frozenset({third})
     assert base_sample(backend, prompt, temperature=0, max_tokens=12)[0].stopped
@@ -284,8 +285,8 @@ def test_stop_texts_end_a_completion():
     )
     assert ours.stopped
     assert ours.text == free[0].text[: free[0].text.index(text)]
-    assert ours.tokens.tolist() == free[0].tokens[:at].tolist()
-    assert len(ours.logprobs) == at
+    assert ours.tokens.tolist() == free[0].tokens[: at + 1].tolist()
+    assert len(ours.logprobs) == len(ours.raw_logprobs) == at + 1
     assert beside.tokens.tolist() == free[1].tokens.tolist()
     assert not beside.stopped
 

@@ -20,7 +20,7 @@ from workers.engine.base_model import BaseModel
 from workers.engine.prompts import EncodedPrompt, completion_text
 from workers.engine.randomness import derive, uniform
 from workers.engine.stops import StopRule
-from workers.operations import Completion, SamplingParams
+from workers.operations import Completion, FinishReason, SamplingParams
 
 _KEEP_SHARE = 0.75
 _LEAST_TEMPERATURE = 1e-30
@@ -36,7 +36,9 @@ class _Row:
     limit: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
+    ended_by_token: bool = False
 
     @property
     def ended(self) -> bool:
@@ -165,9 +167,10 @@ def _draw(live: list[_Row], logits: Tensor, params: SamplingParams, stop: StopRu
     """Adds one token to every row that has not ended."""
     uniforms = [uniform(row.key, len(row.tokens)) for row in live]
     tokens, logprobs = pick(logits, params, uniforms)
+    raw = torch.log_softmax(logits, dim=1).gather(1, tokens[:, None])[:, 0]
     # One transfer from the device; a token id is exact in float64.
-    drawn = torch.stack([tokens.double(), logprobs.double()]).tolist()
-    for row, token, logprob in zip(live, *drawn, strict=True):
+    drawn = torch.stack([tokens.double(), logprobs.double(), raw.double()]).tolist()
+    for row, token, logprob, raw_logprob in zip(live, *drawn, strict=True):
         if row.ended:
             continue
         if math.isnan(logprob):
@@ -175,13 +178,11 @@ def _draw(live: list[_Row], logits: Tensor, params: SamplingParams, stop: StopRu
                 "NON_FINITE_LOSS",
                 "the model's logits are NaN or infinite; load an earlier state of the run",
             )
-        if stop.is_end_token(int(token)):
-            row.stopped = True
-            continue
         row.tokens.append(int(token))
         row.logprobs.append(logprob)
-        if stop.completes_text(row.tokens):
-            row.stopped = True
+        row.raw_logprobs.append(raw_logprob)
+        row.ended_by_token = stop.is_end_token(int(token))
+        row.stopped = row.ended_by_token or stop.completes_text(row.tokens)
 
 
 def pick(logits_RV: Tensor, params: SamplingParams, uniforms: list[float]) -> tuple[Tensor, Tensor]:
@@ -226,17 +227,14 @@ def _keep_likely(scaled: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _completion(model: BaseModel, row: _Row, stop: StopRule) -> Completion:
-    tokens, logprobs = row.tokens, row.logprobs
-    text = stop.cut(completion_text(model, row.prompt, tokens))
-    if row.stopped and stop.completes_text(tokens):
-        # The token that completed the stop text is not returned.
-        tokens, logprobs = tokens[:-1], logprobs[:-1]
+    told = row.tokens[:-1] if row.ended_by_token else row.tokens
     return Completion(
         prompt_index=row.prompt.index,
         prompt=row.prompt.text,
-        text=text,
-        tokens=np.asarray(tokens, np.int32),
-        logprobs=np.asarray(logprobs, np.float32),
-        stopped=row.stopped,
+        text=stop.cut(completion_text(model, row.prompt, told)),
+        tokens=np.asarray(row.tokens, np.int32),
+        logprobs=np.asarray(row.logprobs, np.float32),
+        raw_logprobs=np.asarray(row.raw_logprobs, np.float32),
+        finish_reason=FinishReason.STOP if row.stopped else FinishReason.LENGTH,
         prompt_tokens=len(row.prompt.tokens),
     )
