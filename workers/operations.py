@@ -335,10 +335,16 @@ class SampleChunk:
 
 @dataclass(slots=True)
 class SampleOutcome:
-    """Completions, for each prompt in order; `model_step` 0 for a base model."""
+    """Completions, for each prompt in order.
+
+    Attributes:
+        model_step: applied updates of the weights; 0 for a base model.
+        compute_ms: its share of the time of the steps that it was part of.
+    """
 
     completions: list[Completion]
     model_step: int = 0
+    compute_ms: float = 0.0
 
 
 @dataclass(slots=True)

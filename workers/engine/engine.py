@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +43,7 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
+from workers.sampler import OnChunk
 from workers.window import Window
 
 T = TypeVar("T")
@@ -65,6 +66,37 @@ class _Weights:
     adapter: Adapter | None
     step: int
     seed: int
+
+
+class OneByOne:
+    """A `Sampler` that executes an operation as a whole when it is submitted."""
+
+    def __init__(self, sample: Callable[[str | int, SampleRequest], SampleOutcome]) -> None:
+        self._sample = sample
+        self._ended: dict[str, SampleOutcome] = {}
+
+    def submit(
+        self,
+        operation_id: str,
+        key: str | int,
+        request: SampleRequest,
+        on_chunk: OnChunk | None = None,
+    ) -> None:
+        self._ended[operation_id] = self._sample(key, request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._ended)
+
+    def step(self) -> None:
+        pass
+
+    def collect(self) -> list[tuple[str, SampleOutcome | Exception]]:
+        ended, self._ended = list(self._ended.items()), {}
+        return [*ended]
+
+    def cancel(self, operation_id: str) -> None:
+        self._ended.pop(operation_id, None)
 
 
 class TorchBackend(Backend):
@@ -101,6 +133,7 @@ class TorchBackend(Backend):
             run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
         self._runs = Residency(run_bytes, self._new_run, self.fingerprint)
         self._sampled: OrderedDict[str, _Weights] = OrderedDict()
+        self._sampler = OneByOne(self._sample)
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -195,7 +228,11 @@ class TorchBackend(Backend):
         requests = [request for _, request in entries]
         return training.optim_step(list(zip(runs, requests, strict=True)))
 
-    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
+    @property
+    def sampler(self) -> OneByOne:
+        return self._sampler
+
+    def _sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
         with memory_faults("sample"):
             weights = self._weights(request)
             seed = weights.seed
