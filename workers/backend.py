@@ -131,15 +131,19 @@ class Backend(ABC):
         Args:
             key: as `Sampler.submit` takes it.
         """
-        self.sampler.submit(_ALONE, key, request)
-        while True:
-            self.sampler.step()
-            for operation_id, outcome in self.sampler.collect():
-                if operation_id != _ALONE:
-                    raise RuntimeError(f"operation {operation_id} was being sampled")
-                if isinstance(outcome, Exception):
-                    raise outcome
-                return outcome
+        sampler = self.sampler
+        sampler.submit(_ALONE, key, request)
+        try:
+            while not (ended := sampler.collect()):
+                sampler.step()
+        finally:
+            sampler.cancel(_ALONE)
+        ((operation_id, outcome),) = ended
+        if operation_id != _ALONE:
+            raise RuntimeError(f"operation {operation_id} was being sampled")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     @abstractmethod
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
