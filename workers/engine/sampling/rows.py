@@ -70,7 +70,7 @@ class Row:
         self._raw_logprobs: list[float] = []
         self._top_tokens: list[list[int]] = []
         self._top_logprobs: list[list[float]] = []
-        self._stream = TextStream(job.tokenizer, prompt.tokens.tolist())
+        self._stream: TextStream | None = None
         self._text = ""
         self._decoded = 0
         self._told_tokens = self._told_characters = 0
@@ -114,21 +114,26 @@ class Row:
 
     def _end(self, reason: FinishReason, seen: list[int]) -> None:
         """Ends it, with the text of these tokens."""
-        self._decode(seen)
+        stream = self._decode(seen)
         if self.finish_reason is None:
-            self._text += self._stream.finish()
+            self._text += stream.finish()
             self.finish_reason = reason
 
-    def _decode(self, tokens: list[int]) -> None:
+    def _decode(self, tokens: list[int]) -> TextStream:
+        stream = self._stream
+        if stream is None:
+            stream = TextStream(self.job.tokenizer, self.prompt.tokens.tolist())
+            self._stream = stream
         for token in tokens[self._decoded :]:
-            fresh = self._stream.add(token)
+            fresh = stream.add(token)
             self._text += fresh
             self._decoded += 1
             end = self.job.stop.find(self._text, len(fresh))
             if end is not None:
                 self._text = self._text[:end]
                 self.finish_reason = FinishReason.STOP
-                return
+                break
+        return stream
 
     def chunk(self) -> SampleChunk | None:
         """What it has more than at the last call; None if nothing."""
