@@ -55,12 +55,19 @@ class Place(Generic[Owner]):
 
     Attributes:
         length: tokens whose keys and values lie in it.
+        used: most tokens that have lain in it.
     """
 
     pool: Pool[Owner]
     slot: int
     owner: Owner
     length: int = 0
+    used: int = 0
+
+    def hand_over(self, owner: Owner, length: int) -> None:
+        """Gives it to another row that begins with the same tokens."""
+        self.used = max(self.used, self.length)
+        self.owner, self.length = owner, length
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Puts a layer's keys and values [T, G, E] of its first tokens down."""
@@ -110,14 +117,16 @@ class Pool(Generic[Owner]):
     def free(self, place: Place[Owner]) -> None:
         """Gives a slot back; the last row moves into it, so that rows stay neighbours."""
         last = self.places.pop()
+        kept, left = last.length, max(place.used, place.length)
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 if last is not place:
-                    tensor[place.slot, : last.length] = tensor[last.slot, : last.length]
-                    tensor[place.slot, last.length : place.length] = 0
-                tensor[last.slot, : last.length] = 0
+                    tensor[place.slot, :kept] = tensor[last.slot, :kept]
+                    tensor[place.slot, kept:left] = 0
+                tensor[last.slot, : max(last.used, kept)] = 0
         if last is not place:
             last.slot = place.slot
+            last.used = last.length
             self.places[place.slot] = last
 
     def copy(self, source: Place[Owner], target: Place[Owner], length: int) -> None:
@@ -175,10 +184,11 @@ class KeyValueCache(Generic[Owner]):
         try:
             if alone:
                 return self._take_alone(capacity, owner)
-            pool = self._pool(capacity)
-            if len(pool.places) == pool.slots and not self._grow(pool):
-                return None
-            return pool.take(owner)
+            pool = self.pools.get(capacity) or self._new_pool(capacity)
+            if len(pool.places) < pool.slots or self._grow(pool):
+                self.pools[capacity] = pool
+                return pool.take(owner)
+            return None
         except (MemoryError, RuntimeError) as error:
             if not is_memory_error(error):
                 raise
@@ -199,15 +209,13 @@ class KeyValueCache(Generic[Owner]):
     def _take_alone(self, capacity: int, owner: Owner) -> Place[Owner] | None:
         if not self._make_room(capacity):
             return None
-        pool: Pool[Owner] = Pool(capacity, self._shapes, self._dtype, self._device)
+        pool = self._new_pool(capacity)
         pool.resize(1)
         self._alone_tokens += capacity
         return pool.take(owner)
 
-    def _pool(self, capacity: int) -> Pool[Owner]:
-        if capacity not in self.pools:
-            self.pools[capacity] = Pool(capacity, self._shapes, self._dtype, self._device)
-        return self.pools[capacity]
+    def _new_pool(self, capacity: int) -> Pool[Owner]:
+        return Pool(capacity, self._shapes, self._dtype, self._device)
 
     def _grow(self, pool: Pool[Owner]) -> bool:
         if not self._make_room(pool.capacity):

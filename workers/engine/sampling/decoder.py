@@ -56,6 +56,7 @@ class Decoder:
         self._prompt_tokens = prompt_tokens
         self._jobs: dict[str, Job] = {}
         self._tiles: deque[Tile] = deque()
+        self._heirs: list[Row] = []
         self._adapters: RowAdapters | None = None
         self._workspace = Workspace()
         self._ended: list[tuple[Job, Exception | None]] = []
@@ -95,10 +96,11 @@ class Decoder:
     def step(self) -> None:
         """Lets rows in as far as there is room, adds a token to each row of the batch, and works
         for one tile."""
-        entering = self._admit()
+        entering = [*self._heirs, *self._admit()]
+        self._heirs = []
         if entering:
             self._timed(entering, self._enter)
-        rows = self._rows()
+        rows = [row for row in self._rows() if row.tokens]  # heirs have none yet
         if rows:
             self._timed(rows, self._advance)
         if self._tiles:
@@ -233,12 +235,14 @@ class Decoder:
         return {row: own.hidden for row, own in zip(leaders, found, strict=True)}
 
     def _share_prefix(self, row: Row) -> Tensor:
-        """Copies a prompt's keys and values from a row that has them."""
+        """Copies a prompt's keys and values from a row that has them, unless it is the row's own
+        place where they lie."""
         source, hidden = row.prefix.rows[0].place, row.prefix.hidden
         if source is None or row.place is None or hidden is None:
             raise RuntimeError("a prompt that was computed is not there")
-        row.place.pool.copy(source, row.place, len(row.prefix.tokens))
-        row.prefix.rows.append(row)
+        if row not in row.prefix.rows:
+            row.place.pool.copy(source, row.place, len(row.prefix.tokens))
+            row.prefix.rows.append(row)
         return hidden
 
     def _advance(self, rows: list[Row]) -> None:
@@ -304,11 +308,28 @@ class Decoder:
             row.add(drawn, index)
             if row.job.on_chunk is not None and (chunk := row.chunk()) is not None:
                 row.job.on_chunk(chunk)
-            if row.finish_reason is not None:
+            if row.finish_reason is not None and not self._inherited(row):
                 self._release(row)
                 row.job.live -= 1
                 if row.job.ended:
                     self._end(row.job, None)
+
+    def _inherited(self, row: Row) -> bool:
+        """Leaves an ended row's place to the next row of the same prompt, if nobody else has that
+        prompt's keys and values and no operation waits that has no row at all."""
+        pending = row.job.pending
+        if not pending or pending[0].prefix is not row.prefix or len(row.prefix.rows) > 1:
+            return False
+        if row.job.weights.deterministic or pending[0].tokens or row.place is None:
+            return False
+        if any(job.pending and not job.live for job in self._jobs.values()):
+            return False
+        heir = pending.popleft()
+        heir.place, row.place = row.place, None
+        heir.place.hand_over(heir, len(heir.prefix.tokens))
+        heir.prefix.rows[:] = [heir]
+        self._heirs.append(heir)
+        return True
 
     def _give_way(self, rows: Sequence[Row], computed: Sequence[Row]) -> None:
         """The memory did not suffice for what was computed: these rows wait again, and less is
@@ -345,6 +366,7 @@ class Decoder:
         """Takes a job's rows out."""
         job.pending.clear()
         job.live = 0
+        self._heirs = [row for row in self._heirs if row.job is not job]
         for row in job.rows:
             if row.place is not None:
                 self._release(row)

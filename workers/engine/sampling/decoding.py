@@ -77,7 +77,7 @@ class Decoding:
             if first is None:
                 begin = end
                 continue
-            while not alone and end < len(places) and _same_pool(places[end], first):
+            while not alone and end < len(places) and _follows(places[end], first, end - begin):
                 end += 1
             rows = [place for place in places[begin:end] if place is not None]
             capacity = first.pool.capacity
@@ -131,5 +131,5 @@ class Decoding:
         return out_NHE
 
 
-def _same_pool(place: Place[Any] | None, first: Place[Any]) -> bool:
-    return place is not None and place.pool is first.pool
+def _follows(place: Place[Any] | None, first: Place[Any], slots: int) -> bool:
+    return place is not None and place.pool is first.pool and place.slot == first.slot + slots
