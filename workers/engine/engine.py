@@ -14,6 +14,7 @@ import transformers
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Backend
 from workers.engine import checkpoints, training
+from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
@@ -25,6 +26,7 @@ from workers.engine.residency import Residency
 from workers.engine.sampling.sampler import TorchSampler
 from workers.losses import LossCard, LossRegistry
 from workers.operations import (
+    ArtifactWeights,
     LoadOutcome,
     LoraSettings,
     LossOutcome,
@@ -162,7 +164,7 @@ class TorchBackend(Backend):
     def _objective(self, run: training.Run, request: LossRequest) -> Objective:
         def adapter_of(artifact: ArtifactWeights) -> Adapter:
             with memory_faults("reference"):
-                weights = self._artifact_weights(artifact, run.model.name)
+                weights = self._sampler.artifacts.of(artifact, run.model.name)
             if weights.adapter is None or weights.model is not run.model:
                 raise TenSafeFault(
                     "ARTIFACT_MISMATCH",

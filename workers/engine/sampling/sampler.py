@@ -42,7 +42,7 @@ class TorchSampler:
         self._models = models
         self._find_run = find_run
         self.pins = Pins()
-        self._shelf = ArtifactShelf(self._model, check_lora)
+        self.artifacts = ArtifactShelf(self._model, check_lora)
         distinct = list({id(model): model for model in models.values()}.values())
         self._decoders = {
             model.name: Decoder(
@@ -96,7 +96,7 @@ class TorchSampler:
 
     def _weights(self, request: SampleRequest) -> PinnedWeights:
         if request.artifact is not None:
-            return self._shelf.of(request.artifact, request.model_ref)
+            return self.artifacts.of(request.artifact, request.model_ref)
         if request.run_id is not None:
             return self.pins.of(self._find_run(request.run_id))
         return PinnedWeights(self._model(request.model_ref), None, 0, 0, False)
