@@ -259,7 +259,7 @@ class Completion(_message.Message):
     without tokenizer.
     """
     completion: _builtins.str
-    """The generated text."""
+    """The generated text, without the token or the text that ended it."""
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     prompt_tokens: _builtins.int
@@ -268,11 +268,15 @@ class Completion(_message.Message):
     """Which of its prompt's completions it is, from 0."""
     @_builtins.property
     def tokens(self) -> _types_pb2.Tensor:
-        """int32 [G]: the generated tokens, without the one that stopped it."""
+        """int32 [G]: all tokens that were sampled, the one that ended it, or completed
+        the text that did, included: its choice was part of the policy.
+        """
 
     @_builtins.property
     def logprobs(self) -> _types_pb2.Tensor:
-        """float32 [G]: log-probability of each under the distribution sampled from."""
+        """float32 [G]: log-probability of each under the distribution sampled from; 0 at
+        temperature 0.
+        """
 
     @_builtins.property
     def raw_logprobs(self) -> _types_pb2.Tensor:
@@ -293,7 +297,7 @@ class Completion(_message.Message):
     @_builtins.property
     def prompt_logprobs(self) -> _types_pb2.Tensor:
         """float32 [P]: log-probability of each token of the prompt after those before
-        it, under the model itself; 0 for the first. With
+        it, under the model itself; NaN for the first. With
         SamplingParams.prompt_logprobs only.
         """
 

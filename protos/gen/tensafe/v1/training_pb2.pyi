@@ -690,11 +690,11 @@ class Stop(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts that end it; the text itself is not returned."""
+        """Texts that end it; its text ends before the first of them."""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end it; the token itself is not returned."""
+        """Token ids that end it; its text leaves them out."""
 
     def __init__(
         self,
@@ -727,7 +727,7 @@ class SamplingParams(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Longest completion, tokens. Unset: 128."""
+    """Longest completion, tokens, the one that ends it included. Unset: 128."""
     temperature: _builtins.float
     """Divides the logits; 0 takes the likeliest token. Unset: 1."""
     top_p: _builtins.float
