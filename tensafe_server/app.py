@@ -161,7 +161,7 @@ class Coordinator:
             store, self._ledger, restorer, specs, settings.company, self._blame
         )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
-        cancellation = Cancellation(outcomes, self.dispatcher)
+        cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
@@ -193,6 +193,7 @@ class Coordinator:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
+        self._ledger.on_disputed = self.dispatcher.give_back
         self._ledger.on_deadline = cancellation.watch_deadline
         specs.on_read = self.dispatcher.kick
         specs.on_missing = cancellation.give_up

@@ -121,7 +121,7 @@ class Blame:
                 error = _deadly_run(run)
                 endings += [Ending(one, error=error) for one in run.queue if _is_open(one)]
         for ending in endings:
-            ending.operation.void = True
+            self._ledger.void(ending.operation)
         for suspect in guilty:
             suspect.on_trial = False
         return endings

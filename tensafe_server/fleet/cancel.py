@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import ErrorDetail, TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Outcomes, cancellation, expiry, withdrawn
 
@@ -19,7 +20,8 @@ _Why = Callable[[PendingOperation], ErrorDetail]
 class Cancellation:
     """Withdraws operations, wherever they are."""
 
-    def __init__(self, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+    def __init__(self, ledger: Ledger, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
         self._outcomes = outcomes
         self._dispatcher = dispatcher
         self._tasks: set[asyncio.Task[None]] = set()
@@ -35,10 +37,9 @@ class Cancellation:
                 self._ask_worker(operation, cancellation)
         await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 
-    def fail_waiting(self, run: RunState, fault: TenSafeFault) -> None:
-        """Fails whatever of a run no worker has, since its state is lost."""
-        waiting = list(run.queue)
-        self._spawn(self._end_waiting(waiting, lambda _: fault.detail))
+    def fail_waiting(self, operations: Sequence[PendingOperation], fault: TenSafeFault) -> None:
+        """Fails operations that no worker has, since the state that they need is lost."""
+        self._spawn(self._end_waiting(operations, lambda _: fault.detail))
 
     def watch_deadline(self, operation: PendingOperation) -> None:
         """Starts the clock of an operation that has a deadline."""
@@ -78,8 +79,7 @@ class Cancellation:
     async def _end_waiting(self, operations: Iterable[PendingOperation], why: _Why) -> None:
         endings = [withdrawn(one, why(one)) for one in operations if not one.void]
         for ending in endings:
-            # From here on the dispatcher passes it over, even before the outcome is on disk.
-            ending.operation.void = True
+            self._ledger.void(ending.operation)
         await (await self._outcomes.settle(endings))
 
     def _ask_worker(self, operation: PendingOperation, why: _Why) -> None:

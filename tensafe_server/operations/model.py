@@ -77,6 +77,8 @@ class PendingOperation:
         attempted: the store has a record of a worker that began it, or was lost with it.
         on_trial: too many workers have not told its end, but one of them may still come back.
         withdrawn: it was cancelled, or its deadline passed, while a worker had it.
+        sent_under: the assignment of its run under which a worker was last sent it, or may have
+            been; 0: none.
         work: what the planner is told of it; None if that is to be found out.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
     """
@@ -91,6 +93,7 @@ class PendingOperation:
     attempted: bool = False
     on_trial: bool = False
     withdrawn: ErrorDetail | None = None
+    sent_under: int = 0
     fetching: bool = False
     ahead: bool = False
     deadline_timer: asyncio.TimerHandle | None = None
@@ -102,6 +105,11 @@ class PendingOperation:
     @property
     def spec_bytes(self) -> int:
         return self.row.spec_bytes
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it only begins in its run's order: what follows may end before it."""
+        return self.row.kind == ops.OPERATION_KIND_SAMPLE
 
     def wait_finished(self) -> asyncio.Future[None]:
         """Resolves when the outcome is on disk."""
@@ -131,7 +139,8 @@ class RunState:
         next_seq: the lowest seq that has not been accepted yet.
         early: operations that came before an earlier seq did.
         queue: operations in order that no worker has.
-        in_flight: operations in order that the run's worker has.
+        in_flight: operations in order that the run's worker has. A SAMPLE may stay here while later
+            ones end.
         by_seq: unfinished operations, to answer retries.
         worker_id: the worker that holds the run's state; None if none does.
         epoch: number of the newest assignment to a worker.
@@ -148,6 +157,8 @@ class RunState:
         arriving: its state was brought to its worker, which has not begun with what is new.
         losses, attempted, on_trial: of bringing it, as of an operation.
         window_queue_ms: time that the operations since the last applied update waited, ms.
+        disputed: an operation that was sent under the newest assignment has ended here, as if it
+            had never run: whoever holds the run under it may contradict the log.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
         active_s: when its last operation ended, on the monotonic clock; 0 if that was before the
             coordinator.
@@ -163,6 +174,7 @@ class RunState:
     next_seq: int = 1
     executed_seq: int = 0
     worker_id: str | None = None
+    disputed: bool = False
     restoring: bool = False
     early: dict[int, PendingOperation] = field(default_factory=dict)
     queue: deque[PendingOperation] = field(default_factory=deque)
@@ -200,10 +212,27 @@ class RunState:
     def deleted(self) -> bool:
         return self.status == training.RUN_STATUS_DELETED
 
+    @property
+    def open_seq(self) -> int:
+        """The first operation that has not ended, or that is still to come."""
+        return min(self.next_seq, min(self.by_seq, default=self.next_seq))
+
+    @property
+    def reached_seq(self) -> int:
+        """The last operation that was sent to a worker or ended without: what comes after it waits,
+        and so may some before it that were taken back, at the head of the queue."""
+        seq = self.next_seq - 1
+        for operation in reversed(self.queue):
+            if operation.row.seq != seq:
+                break
+            seq -= 1
+        return seq
+
     def begin_epoch(self) -> int:
         """The epoch of a new assignment, which no worker was ever given."""
         self.epoch += 1 + self.epochs_unwritten
         self.epochs_unwritten = 0
+        self.disputed = False
         return self.epoch
 
     @asynccontextmanager
