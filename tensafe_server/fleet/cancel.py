@@ -1,4 +1,5 @@
-"""Cancels and deadlines: what has not started never runs; what has started runs to its end."""
+"""Cancels and deadlines: what has not started never runs; what has started runs to its end, but
+for a sample, which a cancel stops at once."""
 
 from __future__ import annotations
 
@@ -28,12 +29,16 @@ class Cancellation:
 
     async def cancel(self, operation: PendingOperation) -> None:
         """Returns when it is known whether the operation was cancelled, runs, or has ended."""
-        await self._withdraw(operation, cancellation)
+        if operation.is_sample and operation.worker_id is not None:
+            self._ask_worker(operation, cancellation)
+            await operation.wait_finished()
+        else:
+            await self._withdraw(operation, cancellation)
 
     async def cancel_run(self, run: RunState) -> None:
-        """Cancels whatever of a run has not started."""
+        """Cancels whatever of a run has not started, and its samples."""
         for operation in run.in_flight:
-            if operation.row.state != RUNNING:
+            if operation.row.state != RUNNING or operation.is_sample:
                 self._ask_worker(operation, cancellation)
         await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 

@@ -121,7 +121,7 @@ class Dispatcher:
         link = self._links.get(run.worker_id or "")
         for operation in self._ledger.recall_run(run):
             if link is not None:
-                link.outstanding.pop(operation.row.id, None)
+                link.free(operation.row.id)
                 link.groups.ended(operation.row.id)
         if link is not None:
             link.runs.discard(run.id)
@@ -198,7 +198,8 @@ class Dispatcher:
         for operation in lane.values():
             row = operation.row
             work = operation.work or work_of(operation, None)
-            views.append(QueueView(row.id, row.tenant_id, operation.model, [work]))
+            view = QueueView(row.id, row.tenant_id, operation.model, [work], is_lane=True)
+            views.append(view)
         return views, runs, lane
 
     def _last_group(self, run: RunState) -> int:
@@ -335,7 +336,8 @@ class Dispatcher:
         spec = operation.spec or b""
         self._ledger.drop_spec(operation)
         operation.worker_id, operation.sent_under = link.id, epoch
-        link.outstanding[row.id] = None
+        run = self._ledger.runs.get(row.run_id or "")
+        link.give(row.id, operation.work or work_of(operation, run))
         message.operations.append(
             pb.PlannedOperation(
                 operation_id=row.id,

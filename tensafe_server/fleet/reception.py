@@ -207,6 +207,10 @@ class Reception:
                 operation.notify_started()
                 link.groups.started(started.operation_id)
                 begun.append(operation)
+        for drawn in report.chunks:
+            operation = self._current(link, drawn.operation_id, drawn.epoch)
+            if operation is not None and not operation.finishing:
+                operation.take_tokens(drawn.chunk)
         for refused in report.refused:
             await self._refused(link, refused)
         endings: list[Ending] = []
@@ -364,4 +368,4 @@ def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
     operations as it has credits, and after a crash it is asked for those that were not committed.
     """
     for ending in endings:
-        link.outstanding.pop(ending.operation.row.id, None)
+        link.free(ending.operation.row.id)

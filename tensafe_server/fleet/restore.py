@@ -126,8 +126,8 @@ class Restorer:
         later ones are left, the samples before them are lost, and the run is not."""
         try:
             return await self.newest(run, before=run.open_seq), []
-        except TenSafeFault as fault:
-            if fault.detail.reason != "RUN_STATE_LOST":
+        except TenSafeFault as error:
+            if error.detail.reason != "RUN_STATE_LOST":
                 raise
             point = await self.newest(run)
         fault = TenSafeFault(

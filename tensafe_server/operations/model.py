@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import ErrorDetail
+from tensafe_server.operations.transcripts import Transcript
 from tensafe_server.planning.views import Work
 from tensafe_server.store.base import OperationRow, RunRow
 
@@ -26,7 +27,8 @@ CANCELLED = ops.OPERATION_STATE_CANCELLED
 
 
 _MOST_DEATHS = 1
-_MOST_LOSSES = 2
+# A sample is generated for long, and beside everything else: it is less of a suspect.
+_MOST_DEATHS_OF_A_SAMPLE = 3
 
 
 class Losses:
@@ -36,7 +38,8 @@ class Losses:
     against what the process was likely to be at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_deaths: int = _MOST_DEATHS) -> None:
+        self._most_deaths = most_deaths
         self._running: dict[str, bool] = {}
 
     def __len__(self) -> int:
@@ -56,7 +59,8 @@ class Losses:
     @property
     def too_many(self) -> bool:
         """Whether it is not to be tried again."""
-        return sum(self._running.values()) > _MOST_DEATHS or len(self) > _MOST_LOSSES
+        most = self._most_deaths
+        return sum(self._running.values()) > most or len(self) > most + 1
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +85,7 @@ class PendingOperation:
             been; 0: none.
         work: what the planner is told of it; None if that is to be found out.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
+        transcript: what a sample has drawn so far; None if nothing, and nobody asked.
     """
 
     row: OperationRow
@@ -99,8 +104,13 @@ class PendingOperation:
     deadline_timer: asyncio.TimerHandle | None = None
     work: Work | None = None
     ready_s: float = 0.0
+    transcript: Transcript | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.is_sample:
+            self.losses = Losses(_MOST_DEATHS_OF_A_SAMPLE)
 
     @property
     def spec_bytes(self) -> int:
@@ -110,6 +120,12 @@ class PendingOperation:
     def is_sample(self) -> bool:
         """Whether it only begins in its run's order: what follows may end before it."""
         return self.row.kind == ops.OPERATION_KIND_SAMPLE
+
+    def take_tokens(self, chunk: ops.TokenChunk) -> None:
+        """Adds what a sample has drawn."""
+        if self.transcript is None:
+            self.transcript = Transcript()
+        self.transcript.take(chunk)
 
     def wait_finished(self) -> asyncio.Future[None]:
         """Resolves when the outcome is on disk."""

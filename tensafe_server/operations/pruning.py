@@ -168,4 +168,3 @@ class Pruner:
             except Exception:
                 log.exception("pruning results failed; it is tried again later")
             await asyncio.sleep(min(_LONGEST_PAUSE_S, max(1.0, self._retention_s / 10)))
-

@@ -70,9 +70,7 @@ async def _recover_run(
 
 def _pending(row: OperationRow, run: RunState) -> PendingOperation:
     # The worker that holds the run, if there is one, may have it.
-    return PendingOperation(
-        row, None, run.model, void=row.cursor is not None, sent_under=run.epoch
-    )
+    return PendingOperation(row, None, run.model, void=row.cursor is not None, sent_under=run.epoch)
 
 
 async def _lane_operation(
