@@ -123,6 +123,7 @@ class Execution:
             params=wire.sampling_params(sample.params),
             run_id=spec.run_id if source == "current" else None,
             model_ref=planned.model_ref or sample.weights.base_model,
+            stream=sample.stream,
         )
         if source in ("version", "artifact_id"):
             artifact_id = planned.artifact_id or sample.weights.artifact_id

@@ -136,10 +136,10 @@ class Executor:
         self._inbox.put((self._stream, plan))
         self._progress.repeat(plan.operations)
 
-    def cancel(self, operation_id: str) -> None:
-        """Takes back an operation that has not started, and stops a SAMPLE that runs before its
-        next token; anything else that runs goes to its end."""
-        self._progress.cancel(operation_id)
+    def cancel(self, operation_id: str, *, waiting_only: bool = False) -> None:
+        """Takes back an operation that has not started and, unless `waiting_only`, stops a SAMPLE
+        that runs before its next token; anything else that runs goes to its end."""
+        self._progress.cancel(operation_id, waiting_only=waiting_only)
 
     def release(self, run_id: str) -> None:
         """Forgets a run. What is still planned of it has been taken back before."""
@@ -378,9 +378,11 @@ class Executor:
         run = self._runs.get(run_id)
         if run is None or run.epoch != planned.epoch or run.fault is not None or run.refused:
             return
+        if spec.seq <= run.last_seq:
+            return  # it has heard of it: it was told again over a new stream
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
-        run.last_seq = max(run.last_seq, spec.seq)
+        run.last_seq = spec.seq
 
     def _execute(
         self,

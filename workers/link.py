@@ -307,6 +307,7 @@ class Link:
             credits=self._backend.credits,
             held_runs=self._executor.held_runs(),
             group_tokens=self._backend.group_tokens,
+            sample_tokens=self._backend.sample_tokens,
             fingerprint=self._backend.fingerprint(),
             instance=self._instance,
         )
@@ -329,7 +330,8 @@ class Link:
             if kind == "plan":
                 executor.submit(response.plan)
             elif kind == "cancel":
-                executor.cancel(response.cancel.operation_id)
+                cancel = response.cancel
+                executor.cancel(cancel.operation_id, waiting_only=cancel.waiting_only)
             elif kind == "release":
                 executor.release(response.release.run_id)
             elif kind == "drain":

@@ -60,27 +60,29 @@ class Progress:
                 self._waiting[_key(planned)] = planned
 
     def repeat(self, operations: Iterable[worker_pb2.PlannedOperation]) -> None:
-        """Tells anew of what runs already: it was sent again over a new stream, which is to know
-        of it."""
+        """Tells anew of what runs already, and what it has streamed: it was sent again over a new
+        stream, which is to know of it, and has passed over what came before."""
         again = {key for planned in operations if (key := _key(planned)) in self._running}
         if again:
             self._told_starts -= again
+            for key in again:
+                self._told_pieces.pop(key, None)
             self._on_news()
 
     def new_stream(self) -> None:
         """What streams is told from its first piece on."""
         self._told_pieces.clear()
 
-    def cancel(self, operation_id: str) -> None:
-        """Takes back an operation that has not started, and asks for the end of a running one that
-        can be stopped; any other runs to its end."""
+    def cancel(self, operation_id: str, *, waiting_only: bool = False) -> None:
+        """Takes back an operation that has not started and, unless `waiting_only`, asks for the end
+        of a running one that can be stopped; any other runs to its end."""
         for key in dict.fromkeys([*self._waiting, *self._running]):
             if key[0] == operation_id:
-                self._cancel(key)
+                self._cancel(key, waiting_only)
 
-    def _cancel(self, key: _Key) -> None:
+    def _cancel(self, key: _Key, waiting_only: bool) -> None:
         if key in self._running:  # and if it waits too, it was sent again over a new stream
-            if key in self._stoppable:
+            if key in self._stoppable and not waiting_only:
                 self._stops.append(key)
             return
         answered = self._recent.get(key[0])
@@ -89,7 +91,7 @@ class Progress:
         planned = self._waiting.pop(key, None)
         if planned is None:
             if key in self._running:
-                self._cancel(key)  # the executor was faster
+                self._cancel(key, waiting_only)  # the executor was faster
             return
         self.tell(cancelled(planned))
 

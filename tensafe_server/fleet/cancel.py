@@ -78,7 +78,7 @@ class Cancellation:
         if operation.worker_id is None:
             await self._end_waiting([operation], why)
         elif operation.row.state != RUNNING:
-            self._ask_worker(operation, why)
+            self._ask_worker(operation, why, waiting_only=True)
             await operation.wait_started()
 
     async def _end_waiting(self, operations: Iterable[PendingOperation], why: _Why) -> None:
@@ -87,11 +87,13 @@ class Cancellation:
             self._ledger.void(ending.operation)
         await (await self._outcomes.settle(endings))
 
-    def _ask_worker(self, operation: PendingOperation, why: _Why) -> None:
+    def _ask_worker(
+        self, operation: PendingOperation, why: _Why, *, waiting_only: bool = False
+    ) -> None:
         # If the worker is lost before it answers, this says that the operation is not to go on.
-        if operation.withdrawn is None:
+        if operation.withdrawn is None or not waiting_only:
             operation.withdrawn = why(operation)
         link = self._dispatcher.link_of(operation)
         if link is not None:
-            cancel = pb.CancelPlanned(operation_id=operation.row.id)
+            cancel = pb.CancelPlanned(operation_id=operation.row.id, waiting_only=waiting_only)
             link.send(pb.ConnectResponse(cancel=cancel))

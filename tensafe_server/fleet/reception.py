@@ -204,6 +204,8 @@ class Reception:
             operation = self._current(link, started.operation_id, started.epoch)
             if operation is not None:
                 operation.row.state = RUNNING
+                if not _is_to_stop(operation):
+                    operation.withdrawn = None  # that came too late: it is not to be lost by it
                 operation.notify_started()
                 link.groups.started(started.operation_id)
                 begun.append(operation)
@@ -369,3 +371,9 @@ def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
     """
     for ending in endings:
         link.free(ending.operation.row.id)
+
+
+def _is_to_stop(operation: PendingOperation) -> bool:
+    """Whether it is a sample that was cancelled, also if it runs."""
+    why = operation.withdrawn
+    return operation.is_sample and why is not None and why.reason == "OPERATION_CANCELLED"
