@@ -10,7 +10,7 @@ import click
 from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option, print_json
-from tensafe_client.results import SampleResult
+from tensafe_client.samples import SampleResult
 
 
 @examples(
@@ -83,7 +83,7 @@ def sample(
             options["step"] = step
         result = client.training_client(run_id).sample(inputs, **options)
     else:
-        result = client.sample(inputs, artifact=artifact_id, base_model=model_ref, **options)
+        result = client.sample(inputs, artifact=artifact_id, model=model_ref, **options)
     if as_json:
         print_json(result)
     else:

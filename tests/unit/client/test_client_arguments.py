@@ -40,7 +40,7 @@ TOKENS = [5, "text", [1.5], [-1], [2**40], ["a"], None, NONSENSE]
 # How to get a parameter wrong, by its name.
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(["artifact_id", "run_id", "operation_id", "model_ref", "key_id"], TEXT),
-    **dict.fromkeys(["artifact", "from_artifact", "base_model", "tenant", "name", "kind"], TEXT),
+    **dict.fromkeys(["artifact", "from_artifact", "model", "tenant", "name", "kind"], TEXT),
     **dict.fromkeys(["loss_fn", "reduction", "target", "api_key", "profile", "bias"], TEXT),
     **dict.fromkeys(["include_deleted", "include_optimizer", "follow", "drop_last"], FLAG),
     **dict.fromkeys(["make_default", "enabled", "deterministic"], FLAG),
@@ -261,7 +261,7 @@ def refuses(clients: Clients, target: Target, parameter: inspect.Parameter, valu
         parameter.name: value
     }
     if target.name in OF_OTHER_WEIGHTS and parameter.name != "artifact":
-        given = {"base_model": "m", **given}
+        given = {"model": "m", **given}
     with pytest.raises(InvalidArgumentError, match=parameter.name) as caught:
         _finish(target.find(clients)(**given))
     assert caught.value.violations, f"no field is named beside the text: {caught.value}"
