@@ -201,7 +201,7 @@ BAD_ARGUMENTS: dict[str, Callable[[ServiceClient, TrainingClient], Any]] = {
     "prompts[1]": lambda _, tc: tc.sample_async(["a", LONE]),
     "content": lambda _, tc: tc.sample_async([{"role": "user", "content": LONE}]),
     "stop": lambda _, tc: tc.sample_async("a", stop=[LONE]),
-    "base_model": lambda client, _: client.sample_async("a", model=LONE),
+    "model": lambda client, _: client.sample_async("a", model=LONE),
     "metadata.a": lambda _, tc: tc.save_state_async({"a": LONE}),
     "key of metadata": lambda _, tc: tc.save_state_async({LONE: 1}),
     "loss_fn": lambda _, tc: tc.forward({"input_ids": [[1, 2]], "labels": [[1, 2]]}, LONE),
