@@ -19,7 +19,7 @@ from tensafe.v1 import operations_pb2 as pb
 from tensafe_client.backoff import Backoff, retryable
 from tensafe_client.errors import SampleDivergedError, ServerError, TenSafeError, from_rpc_error
 from tensafe_client.futures import OperationFuture
-from tensafe_client.samples import SampleChunk, SampleResult
+from tensafe_client.samples import Sample, SampleChunk, SampleResult
 from tensafe_client.streams import Source
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Received:
             SampleDivergedError: it differs from what came before.
         """
         chunk = SampleChunk.from_proto(message)
-        have = self._completions.setdefault((chunk.prompt_index, chunk.sample_index), _Completion())
+        key = chunk.prompt_index, chunk.sample_index
+        have = self._completions.setdefault(key, _Completion())
         if chunk.position == 0:
             have.coming_tokens = have.coming_text = 0
         if chunk.position != have.coming_tokens:
@@ -62,7 +63,7 @@ class Received:
         known = have.tokens[chunk.position : chunk.position + len(tokens)]
         known_text = have.text[have.coming_text : have.coming_text + len(chunk.text)]
         if known != tokens[: len(known)] or not chunk.text.startswith(known_text):
-            raise self._diverged(chunk, known, tokens)
+            raise self._diverged(key, chunk.position + _first_difference(known, tokens))
         have.tokens += tokens[len(known) :]
         have.text += chunk.text[len(known_text) :]
         have.coming_tokens += len(tokens)
@@ -70,17 +71,25 @@ class Received:
         fresh = chunk.after(len(known), len(known_text))
         return fresh if len(fresh.tokens) or fresh.text else None
 
-    def _diverged(
-        self, chunk: SampleChunk, known: list[int], tokens: list[int]
-    ) -> SampleDivergedError:
-        pairs = zip(known, tokens, strict=False)
-        same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(known))
+    def check(self, result: pb.SampleResult) -> None:
+        """Raises SampleDivergedError if what came is not the result: it came out shorter."""
+        for message in result.completions:
+            key = message.prompt_index, message.sample_index
+            have, whole = self._completions.get(key, _Completion()), Sample.from_proto(message)
+            if have.tokens != whole.tokens.tolist() or have.text != whole.completion:
+                raise self._diverged(key, len(whole.tokens))
+
+    def _diverged(self, key: tuple[int, int], token: int) -> SampleDivergedError:
         return SampleDivergedError(
             f"{self._operation_id} was executed again, since its worker was lost, and came out "
-            f"differently: completion {chunk.sample_index} of prompt {chunk.prompt_index} from "
-            f"token {chunk.position + same} on",
+            f"differently: completion {key[1]} of prompt {key[0]} from token {token} on",
             metadata={"operation_id": self._operation_id},
         )
+
+
+def _first_difference(known: list[int], tokens: list[int]) -> int:
+    pairs = zip(known, tokens, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(known))
 
 
 async def drawn(
@@ -111,6 +120,7 @@ async def drawn(
                 if response.HasField("operation"):
                     session.ended(future, response.operation)
                     future.check()
+                    received.check(response.operation.result.sample)
                     return
         except grpc.aio.AioRpcError as error:
             if not retryable(error):

@@ -85,6 +85,7 @@ class FakeCoordinator(
         watches: the cursor of each Watch call as it came; None if it was unset.
         scripts: what each StreamSample call sends first, in turn; None cuts the stream.
         streams: how many of those calls came.
+        drawn: the completions of samples; unset, a short one for each prompt.
     """
 
     def __init__(self) -> None:
@@ -109,6 +110,7 @@ class FakeCoordinator(
         self.events: list[tuple[str, Any]] = []
         self.metrics: dict[str, list[metrics_pb2.StepMetrics]] = {}
         self.scripts: list[list[ops.TokenChunk | None]] = []
+        self.drawn: list[ops.Completion] = []
         self.streams = 0
         self._cut = 0
         self._server: grpc.Server | None = None
@@ -265,9 +267,8 @@ class FakeCoordinator(
         while context.is_active():
             with self.lock:
                 cut = self._cut
-                self.lock.wait_for(
-                    lambda: stored.operation.state in _FINISHED or self._cut != cut, timeout=1
-                )
+                if stored.operation.state not in _FINISHED:
+                    self.lock.wait(timeout=1)
                 if self._cut != cut:
                     context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
                 if stored.operation.state in _FINISHED:
@@ -426,6 +427,9 @@ class FakeCoordinator(
 
     def _sample(self, stored: Stored) -> None:
         result = stored.operation.result.sample
+        if self.drawn:
+            result.completions.extend(self.drawn)
+            return
         for index, prompt in enumerate(stored.spec.sample.prompts):
             result.completions.add(
                 prompt_index=index,
