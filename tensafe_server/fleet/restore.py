@@ -141,7 +141,7 @@ class Restorer:
 
     async def _onward(self, run: RunState, after: int, epoch: int) -> Onward:
         reached = run.reached_seq
-        waiting = [op for op in run.queue if after < (op.row.seq or 0) <= reached]
+        waiting = [op for op in run.queue if (op.row.seq or 0) <= reached]
         specs = await self._specs(waiting)
         logged = [pair async for pair in self._logged(run, after, epoch, reached)]
         return Onward(reached, logged, specs)
