@@ -168,13 +168,11 @@ class Progress:
         self._on_news()
 
     def stops(self) -> list[worker_pb2.PlannedOperation]:
-        """Running operations whose end was asked for since the last call."""
-        found = []
+        """Running operations whose end was asked for since the last call, each once."""
+        asked: dict[_Key, None] = {}
         while self._stops:
-            planned = self._running.get(self._stops.popleft())
-            if planned is not None:
-                found.append(planned)
-        return found
+            asked[self._stops.popleft()] = None
+        return [self._running[key] for key in asked if key in self._running]
 
     def end(self, outcomes: Iterable[worker_pb2.OperationDone]) -> None:
         """These have ended."""
