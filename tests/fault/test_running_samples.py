@@ -4,6 +4,7 @@ each token comes once, from the weights of its sample's place, and a cancel stop
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from harness.cluster import Process
 from harness.faulty_fleet import FaultyCluster
 from harness.faulty_worker import GATE
 from harness.proxy import TcpProxy
+from local_service import isolated_environment, tensafe_command
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import operations_pb2_grpc
@@ -258,6 +260,24 @@ def test_a_deadline_does_not_stop_what_has_begun(
     assert busy.result(30)
     fleet.let_samples_go(worker)
     assert_right(tc, stream, text, 0)
+
+
+def test_ctrl_c_on_the_command_line_stops_it(
+    fleet: FaultyCluster, client: ServiceClient, tc: TrainingClient
+):
+    command = tensafe_command("sample", "--model", "any", "--prompt", "gate 1", "--stream")
+    environment = {
+        **isolated_environment(fleet.home),
+        "TENSAFE_TARGET": fleet.target,
+        "TENSAFE_API_KEY": client.connection.api_key or "",
+    }
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b" "
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == b""
+    assert process.returncode == 1
+    assert [one.state for one in client.operations(limit=1)] == ["cancelled"]
 
 
 def test_deleting_its_run_stops_it(client: ServiceClient, tc: TrainingClient):
