@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from tensafe_server.api.files import ArtifactUpload
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
+from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import CompanyPolicy, Dispatcher
 from tensafe_server.fleet.link import WorkerLink
@@ -97,11 +99,13 @@ class Worker:
     def __init__(self, blobs: Path) -> None:
         self.backend = _Backend()
         self.executor = Executor(self.backend, _Transfers(blobs), lambda: None)  # type: ignore[arg-type]
+        self.instance = uuid4().hex
 
     def register(self) -> pb.Register:
         self.executor.new_stream()
         return pb.Register(
             name="w",
+            instance=self.instance,
             backend="mock",
             models=["mock"],
             credits=self.backend.credits,
@@ -171,7 +175,10 @@ class Coordinator:
         self.pruner = Pruner(store, blobs, payloads, self.ledger, self.book, 3600.0)
         restorer = Restorer(store, payloads, self.book)
         specs = SpecReader(store, payloads, self.ledger)
-        self.dispatcher = Dispatcher(store, self.ledger, restorer, specs, CompanyPolicy(0.0))
+        self.blame = Blame(store, self.ledger, return_s=3600.0)
+        self.dispatcher = Dispatcher(
+            store, self.ledger, restorer, specs, CompanyPolicy(0.0), self.blame
+        )
         self.cancellation = Cancellation(self.ledger, outcomes, self.dispatcher)
         artifacts = ArtifactBook(store, self.ledger, blobs)
         self.intake = Intake(
@@ -189,6 +196,7 @@ class Coordinator:
             Verifications(self.dispatcher, restorer, comparer, lambda run: None),
             RecoveryPolicy(),
             Liveness(3600.0),
+            self.blame,
         )
         self.ledger.on_ready = specs.on_read = self.dispatcher.kick
         self.ledger.on_disputed = self.dispatcher.give_back
@@ -200,6 +208,7 @@ class Coordinator:
         await self.models.load()
         await self.hub.load()
         await recover(self.store, self.payloads, self.models, self.ledger)
+        await self.blame.load()
         self.dispatcher.kick()
 
 
@@ -357,6 +366,7 @@ class World:
     def finish(self) -> None:
         """Everything goes on to its end."""
         self.do(self.connect())
+        self.do(self._judge())
         for _ in range(10_000):
             moved = self.do(self.deliver())
             moved |= self.worker.execute()
@@ -365,6 +375,10 @@ class World:
             if not moved:
                 break
         assert self.coordinator.ledger.unfinished == 0, self.coordinator.ledger._pending
+
+    async def _judge(self) -> None:
+        """Whoever has not come back by now is lost."""
+        self.coordinator.blame._judge()
 
     def rows(self, run_id: str | None) -> list[OperationRow]:
         """The log of a run, in its order; None: of what belongs to none."""
