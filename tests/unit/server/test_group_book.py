@@ -90,7 +90,7 @@ def test_what_may_have_killed_a_worker_goes_alone():
     assert work_of(operation, run_of()).kind is None
     # A sample is beside everything: it is not to take a plan's place for as long as it lasts.
     sample = pending(ops.OPERATION_KIND_SAMPLE)
-    sample.lost_while_running.add("1")
+    sample.losses.add("1", running=True)
     assert work_of(sample, None).kind is Kind.SAMPLE
 
 
