@@ -92,9 +92,7 @@ def show(service: LocalService, steps: int, batch_size: int) -> None:
 
     title("Before training: what the base model says of functions that no run will see")
     questions = [[dict(pair.example().messages[0])] for pair in data.shown]
-    base = tenants[0].client.sample(
-        questions, base_model=MODEL, max_tokens=MAX_TOKENS, temperature=0
-    )
+    base = tenants[0].client.sample(questions, model=MODEL, max_tokens=MAX_TOKENS, temperature=0)
     for pair, sample in zip(data.shown, base.samples, strict=True):
         print(f"  {question(pair)}\n    {one_line(sample.completion)}")
     for tenant in tenants:

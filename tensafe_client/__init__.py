@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         ResourceExhaustedError,
         RunDeletedError,
         RunNotFoundError,
+        SampleDivergedError,
         SequenceConflictError,
         SequenceGapError,
         ServerError,
@@ -94,13 +95,13 @@ if TYPE_CHECKING:
         ForwardResult,
         LoadStateResult,
         OptimStepResult,
-        Sample,
-        SampleResult,
         SaveStateResult,
         StepMetrics,
     )
+    from tensafe_client.samples import Sample, SampleChunk, SampleResult
     from tensafe_client.schedules import Schedule, constant, cosine, linear
     from tensafe_client.service import ServiceClient
+    from tensafe_client.token_streams import AsyncSampleStream, SampleStream
     from tensafe_client.training import TrainingClient
 
 __all__ = [
@@ -113,6 +114,7 @@ __all__ = [
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "AsyncAdmin",
+    "AsyncSampleStream",
     "AsyncServiceClient",
     "AsyncTrainingClient",
     "AuthenticationError",
@@ -168,7 +170,10 @@ __all__ = [
     "RunNotFoundError",
     "RunSummary",
     "Sample",
+    "SampleChunk",
+    "SampleDivergedError",
     "SampleResult",
+    "SampleStream",
     "SaveStateResult",
     "Schedule",
     "SequenceConflictError",
@@ -210,10 +215,12 @@ _MODULES = {
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",
     "losses": "LossInfo",
     "profiles": "Profile read_profiles save_profile",
-    "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult Sample "
-    "SampleResult SaveStateResult StepMetrics",
+    "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult "
+    "SaveStateResult StepMetrics",
+    "samples": "Sample SampleChunk SampleResult",
     "schedules": "Schedule constant cosine linear",
     "service": "ServiceClient",
+    "token_streams": "AsyncSampleStream SampleStream",
     "training": "TrainingClient",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -73,7 +73,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
-            OperationCancelledError: if it was cancelled before it ran.
+            OperationCancelledError: if it was cancelled.
             ConfigError: for a timeout that is no number of seconds, 0 or more.
             DeadlineExceededError: if its `deadline_s` was over before it ran.
             TenSafeError: what the operation failed with.
@@ -91,16 +91,24 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
-            OperationCancelledError: if it was cancelled before it ran.
+            OperationCancelledError: if it was cancelled.
         """
         self._wait(timeout)
         return super().exception(0)
 
+    def check(self) -> None:
+        """Raises what an operation that has ended failed with; nothing if it succeeded."""
+        error = self.exception(0)
+        if error is not None:
+            raise error
+
     def cancel(self) -> bool:
-        """Cancels the operation on the server, if it has not started; blocks for the answer.
+        """Cancels the operation on the server, if it has not started, and a sample also while it
+        runs; blocks for the answer.
 
         Returns:
-            True only if the operation never ran. A False one goes on or has ended.
+            True only if the operation never ran, or is a sample that was stopped and gives nothing.
+            A False one goes on or has ended.
         """
         if self.done():
             return self.cancelled()
@@ -163,8 +171,9 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         return self.result(0)
 
     def _cancelled_error(self) -> OperationCancelledError:
+        how = "" if self.kind == "sample" else " before it ran"
         return OperationCancelledError(
-            f"{self._name()} was cancelled before it ran",
+            f"{self._name()} was cancelled{how}",
             reason="OPERATION_CANCELLED",
             code="CANCELLED",
             metadata=self._metadata(),

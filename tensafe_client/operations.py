@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tensafe.v1.training_pb2 import OperationSpec
-from tensafe_client import specs
+from tensafe_client import sampling, specs
 from tensafe_client.config import TrainingConfig
 from tensafe_client.custom_loss import (
     CustomBatch,
@@ -26,9 +26,10 @@ from tensafe_client.results import (
     ForwardResult,
     LoadStateResult,
     OptimStepResult,
-    SampleResult,
     SaveStateResult,
 )
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import RunSampling
 from tensafe_client.sequence import Place, RunSequence
 from tensafe_client.session import Session
 from tensafe_client.submission import check_size
@@ -243,28 +244,46 @@ class RunOperations:
         stop: Any = None,
         num_samples: int | None = None,
         *,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
         step: int | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text; the future twin of `sample`, with the same arguments."""
-        weights = specs.run_weights(step, artifact)
-        current = weights.WhichOneof("source") == "current"
-        spec = specs.sample(
+        return self._submit_sample(
+            prompts,
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "step": step,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+        )
+
+    def _submit_sample(
+        self, prompts: Any, options: RunSampling, *, stream: bool = False
+    ) -> OperationFuture[SampleResult]:
+        step, artifact = options.get("step"), options.get("artifact")
+        weights = sampling.run_weights(step, artifact)
+        spec = sampling.sample(
             prompts,
             weights,
+            options,
             run_id=None if artifact is not None else self.run_id,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            num_samples=num_samples,
+            stream=stream,
         )
-        specs.set_deadline(spec, deadline_s)
-        if current:
+        specs.set_deadline(spec, options.get("deadline_s"))
+        if weights.WhichOneof("source") == "current":
             return self._session.submit_numbered(self._sequence, "sample", spec)
         return self._session.submit_unnumbered("sample", spec)
 

@@ -56,7 +56,7 @@ class Session:
         # Ends of operations without seq that came before the answer that tells their ids.
         self._early: dict[str, operations_pb2.Operation] = {}
         self._submitting = False
-        self._awaiting_id: dict[OperationFuture[Any], asyncio.Event] = {}
+        self._awaiting_id: dict[OperationFuture[Any], list[asyncio.Event]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._makers: set[asyncio.Task[None]] = set()
 
@@ -205,7 +205,13 @@ class Session:
         """
         if self._cancel_unmade(future):
             return True
-        operation_id = future.operation_id or await self._id_of(future)
+        try:
+            async with asyncio.timeout(self.connection.timeout_s):
+                operation_id = await self.identified(future)
+        except TimeoutError:
+            raise self._channel.unreachable(
+                "to take the operation that is to be cancelled"
+            ) from None
         if operation_id is None:
             return future.cancelled()
         stubs = await self.stubs()
@@ -214,8 +220,7 @@ class Session:
             operations_pb2.CancelOperationRequest(operation_id=operation_id),
         )
         if response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED:
-            future._finish(response.operation)
-            self.finished(response.operation)
+            self.ended(future, response.operation)
         return future.cancelled()
 
     def _cancel_unmade(self, future: OperationFuture[Any]) -> bool:
@@ -230,6 +235,15 @@ class Session:
             return False
         future._cancel_here()
         return True
+
+    async def identified(self, future: OperationFuture[Any]) -> str | None:
+        """Waits until the submission was answered, and tells the operation's id; None if it was
+        refused; on the loop."""
+        while future.operation_id is None and not future.done():
+            told = asyncio.Event()
+            self._awaiting_id.setdefault(future, []).append(told)
+            await told.wait()
+        return future.operation_id
 
     def follow(self, future: OperationFuture[Any]) -> None:
         """Keeps a rebuilt handle, so that it ends with the session at the latest; on the loop."""
@@ -313,6 +327,11 @@ class Session:
                 self._early[operation.id] = operation
         if future is not None:
             self._finish(future, operation)
+
+    def ended(self, future: OperationFuture[Any], operation: operations_pb2.Operation) -> None:
+        """The operation of this future has ended, as another call than the stream tells."""
+        future._finish(operation)
+        self.finished(operation)
 
     async def reconcile(self) -> None:
         """Reads every open operation anew, after the stream lost its place."""
@@ -412,24 +431,8 @@ class Session:
         if sequence is not None:
             sequence.step = step
 
-    async def _id_of(self, future: OperationFuture[Any]) -> str | None:
-        """Waits until the submission was answered; None if the operation was refused."""
-        told = self._awaiting_id.setdefault(future, asyncio.Event())
-        try:
-            async with asyncio.timeout(self.connection.timeout_s):
-                while future.operation_id is None and not future.done():
-                    await told.wait()
-        except TimeoutError:
-            raise self._channel.unreachable(
-                "to take the operation that is to be cancelled"
-            ) from None
-        finally:
-            self._awaiting_id.pop(future, None)
-        return future.operation_id
-
     def _tell_id(self, future: OperationFuture[Any]) -> None:
-        told = self._awaiting_id.get(future)
-        if told is not None:
+        for told in self._awaiting_id.pop(future, ()):
             told.set()
 
 

@@ -64,6 +64,7 @@ from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.operations.specs import SpecReader
+from tensafe_server.operations.streaming import SampleStreams
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.tls import Certificate
@@ -161,8 +162,9 @@ class Coordinator:
             store, self._ledger, restorer, specs, settings.company, self._blame
         )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
-        cancellation = Cancellation(outcomes, self.dispatcher)
+        cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
+        self._streams = SampleStreams(reader)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
         intake = self._intake = Intake(
@@ -174,7 +176,6 @@ class Coordinator:
             self._artifacts,
             settings.limits,
         )
-        self.dispatcher.on_unrestorable = cancellation.fail_waiting
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
         reception = Reception(
@@ -191,13 +192,7 @@ class Coordinator:
         )
         runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._ledger.on_ready = self.dispatcher.kick
-        self._ledger.on_gap = gaps.update
-        self._ledger.on_deadline = cancellation.watch_deadline
-        specs.on_read = self.dispatcher.kick
-        specs.on_missing = cancellation.give_up
-        outcomes.on_lost_store = self._fail
-        outcomes.on_saved = self._artifacts.news
+        self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
@@ -224,7 +219,9 @@ class Coordinator:
             ),
             (
                 operations_pb2_grpc.add_OperationsServiceServicer_to_server,
-                OperationsServicer(store, self._ledger, reader, cancellation, self._hub),
+                OperationsServicer(
+                    store, self._ledger, reader, cancellation, self._hub, self._streams
+                ),
             ),
             (
                 metrics_pb2_grpc.add_MetricsServiceServicer_to_server,
@@ -255,6 +252,20 @@ class Coordinator:
         reflection.enable_server_reflection(
             [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
+
+    def _connect(
+        self, outcomes: Outcomes, gaps: GapWatch, cancellation: Cancellation, specs: SpecReader
+    ) -> None:
+        """Who hears of what."""
+        self._ledger.on_ready = self.dispatcher.kick
+        self._ledger.on_gap = gaps.update
+        self._ledger.on_disputed = self.dispatcher.give_back
+        self._ledger.on_deadline = cancellation.watch_deadline
+        self.dispatcher.on_unrestorable = cancellation.fail_waiting
+        specs.on_read = self.dispatcher.kick
+        specs.on_missing = cancellation.give_up
+        outcomes.on_lost_store = self._fail
+        outcomes.on_saved = self._artifacts.news
 
     @classmethod
     async def start(cls, settings: Settings) -> Coordinator:
@@ -336,6 +347,7 @@ class Coordinator:
         await self.drain()
         self._hub.close(draining())
         self._reader.drain()
+        self._streams.close()
         self._artifacts.stop()
         self._uploads.stop()
         for link in self.dispatcher.links:

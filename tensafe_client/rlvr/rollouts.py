@@ -9,9 +9,9 @@ import numpy as np
 
 from tensafe.wire.tensors import Array
 from tensafe_client.data import Datum
-from tensafe_client.results import Sample
 from tensafe_client.rlvr.environments import Problem
 from tensafe_client.rlvr.scoring import Failure
+from tensafe_client.samples import Sample
 
 
 @dataclass

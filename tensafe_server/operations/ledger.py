@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tensafe.v1 import operations_pb2 as ops
@@ -19,6 +19,11 @@ _READS_ARTIFACT = {
     ops.OPERATION_KIND_SAMPLE,
     ops.OPERATION_KIND_FORWARD,
     ops.OPERATION_KIND_FORWARD_BACKWARD,
+}
+_CHANGES_RUN = {
+    ops.OPERATION_KIND_FORWARD_BACKWARD,
+    ops.OPERATION_KIND_OPTIM_STEP,
+    ops.OPERATION_KIND_LOAD_STATE,
 }
 SPEC_MEMORY_BYTES = 64 * 2**20
 """Specs of waiting operations in memory, all tenants together; the others are read from the store
@@ -42,6 +47,7 @@ class Ledger:
         total: what all tenants together have waiting.
         on_deadline: called with an accepted operation that has a deadline.
         on_gap: called with a run whose order has, or no longer has, a missing seq.
+        on_disputed: called with a run that a worker holds, and must not go on holding.
     """
 
     def __init__(self, spec_memory_bytes: int = SPEC_MEMORY_BYTES) -> None:
@@ -54,6 +60,7 @@ class Ledger:
         self.lane_in_flight: dict[str, PendingOperation] = {}
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gap: Callable[[RunState], None] = lambda run: None
+        self.on_disputed: Callable[[RunState], None] = lambda run: None
         self._pending: dict[str, PendingOperation] = {}
         self._requests: dict[tuple[str, str], PendingOperation] = {}
         self._ready: set[str] = set()
@@ -186,6 +193,29 @@ class Ledger:
             self._ready.add(run.id)
             self.on_gap(run)
         self.on_ready()
+
+    def resume(self, run: RunState, operations: Sequence[PendingOperation], reached: int) -> None:
+        """Takes up a run's order after a restart: everything up to `reached` was sent to a worker,
+        and of that only these, in order, have not ended."""
+        for operation in operations:
+            self.reserve(operation, run)
+            if operation.row.deadline_ns is not None:
+                self.on_deadline(operation)
+            run.queue.append(operation)
+        run.next_seq = reached + 1
+        self._ready.add(run.id)
+
+    def void(self, operation: PendingOperation) -> None:
+        """Ends an operation where it waits: it is not to run. From here on the dispatcher passes it
+        over, even before its outcome is on disk."""
+        operation.void = True
+        run = self.runs.get(operation.row.run_id or "")
+        if run is None or operation.row.kind not in _CHANGES_RUN:
+            return
+        if operation.worker_id is None and operation.sent_under == run.epoch > 0:
+            run.disputed = True
+            if run.worker_id is not None:
+                self.on_disputed(run)
 
     def retire(self, operation: PendingOperation) -> None:
         """Takes a finished operation out. If no worker had it, its void stays in the order."""

@@ -143,8 +143,9 @@ class _Turn:
         return self._queue.works[self._taken].cost
 
     def find(self, fleet: Mapping[str, Formation]) -> tuple[Formation, Spot] | None:
-        """A place for the next operation. A queue that is bound to no worker goes to the one with
-        the fewest runs, then the most credits."""
+        """A place for the next operation. A run that is bound to no worker goes to the one with
+        the fewest runs, then the most credits; what belongs to no run to the one that has the most
+        room for it."""
         queue, work = self._queue, self._queue.works[self._taken]
         if self._worker_id is not None:
             formation = fleet.get(self._worker_id)
@@ -160,14 +161,16 @@ class _Turn:
         ]
         if not able:
             return None
-        return min(able, key=lambda each: (each[0].runs, -each[0].credits, each[0].worker.id))
+        if queue.is_lane:
+            return min(able, key=lambda each: _by_room(each[0]))
+        return min(able, key=lambda each: _by_runs(each[0]))
 
     def take(self, formation: Formation, spot: Spot) -> Assignment:
         """Gives the next operation away."""
         queue, work = self._queue, self._queue.works[self._taken]
         if self._worker_id is None:
             self._worker_id = formation.worker.id
-            formation.runs += 1
+            formation.runs += not queue.is_lane
         formation.take(spot, work, queue.model, queue.key, head=self._taken == 0)
         self._last_group = spot.number
         return Assignment(formation.worker.id, queue.key, spot.number)
@@ -176,3 +179,11 @@ class _Turn:
         """Turns to the operation after it; False if there is none."""
         self._taken += 1
         return self._taken < len(self._queue.works)
+
+
+def _by_runs(formation: Formation) -> tuple[float, float, str]:
+    return formation.runs, -formation.credits, formation.worker.id
+
+
+def _by_room(formation: Formation) -> tuple[float, float, str]:
+    return -formation.sample_room, -formation.credits, formation.worker.id

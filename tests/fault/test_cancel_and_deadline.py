@@ -241,9 +241,9 @@ def test_a_deadline_that_is_none_is_refused_before_anything_is_sent(
 def test_an_operation_without_a_run_has_a_deadline_too(fleet: FaultyCluster, client: ServiceClient):
     [worker] = fleet.workers
     busy = block(fleet, client)
-    late = client.sample_async("x", base_model="any", deadline_s=SOON_S)
+    late = client.sample_async("x", model="any", deadline_s=SOON_S)
     with pytest.raises(DeadlineExceededError):
         late.result(30)
     fleet.open_gate(worker)
     assert busy.result(30)
-    assert client.sample("x", base_model="any", deadline_s=30).samples
+    assert client.sample("x", model="any", deadline_s=30).samples

@@ -19,6 +19,8 @@ from workers.engine.gated import lean_gates
 from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
 from workers.engine.norms import lean_norms
 from workers.engine.products import Product, SegmentLoop
+from workers.engine.sampling.cache import KeyValueCache, LayerShape
+from workers.engine.sampling.decoding import Decoding
 from workers.operations import LoraSettings
 
 attention.register()
@@ -44,6 +46,7 @@ class BaseModel:
         end_tokens: ids that end a completion.
         references: other names under which tenants may ask for it.
         tokenizer_files: name → content.
+        layer_shapes: what each layer's attention keeps of a token.
     """
 
     name: str
@@ -58,6 +61,7 @@ class BaseModel:
     end_tokens: frozenset[int]
     references: tuple[str, ...] = ()
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    layer_shapes: tuple[LayerShape, ...] = ()
 
     def __post_init__(self) -> None:
         self.scope = LoraScope()
@@ -101,11 +105,11 @@ class BaseModel:
         self,
         ids_N: Tensor,  # noqa: N803 - the suffixes give shapes
         positions_N: Tensor,  # noqa: N803
-        packing: attention.Packing,
+        packing: attention.Layout,
         *,
         frugal: bool = False,
     ) -> Tensor:
-        """Hidden states [N, D] of documents laid end to end.
+        """Hidden states [N, D] of tokens that belong together as their layout says.
 
         Args:
             frugal: keep only the layers' inputs for the backward pass, and compute them again.
@@ -167,6 +171,8 @@ def freeze(
         tokenizer_files=tokenizer_files or {},
     )
     _check_packing(model)
+    model.layer_shapes = _layer_shapes(model)
+    _check_decoding(model)
     return model
 
 
@@ -229,6 +235,50 @@ def _check_packing(model: BaseModel) -> None:
     distance = (packed - expected).float().norm() / expected.float().norm()
     if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
         raise UnsupportedModelError(f"{model.name}: its documents cannot be laid end to end")
+
+
+@torch.no_grad()
+def _layer_shapes(model: BaseModel) -> tuple[LayerShape, ...]:
+    """What a pass shows of each layer's keys and values."""
+    shapes: dict[int, LayerShape] = {}
+
+    def keep(layer: int, k_NGE: Tensor, v_NGE: Tensor) -> None:  # noqa: N803
+        shapes[layer] = LayerShape(k_NGE.shape[1], k_NGE.shape[2], v_NGE.shape[2])
+
+    layout = attention.pack([1], model.device)
+    layout.keep = keep
+    nothing = torch.zeros(1, dtype=torch.int64, device=model.device)
+    try:
+        model.hidden(nothing, nothing, layout)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{model.name}: its attention layers are not numbered: {error}"
+        ) from error
+    if sorted(shapes) != list(range(len(shapes))):
+        raise UnsupportedModelError(f"{model.name}: not all its layers keep keys and values")
+    return tuple(shapes[layer] for layer in range(len(shapes)))
+
+
+@torch.no_grad()
+def _check_decoding(model: BaseModel) -> None:
+    """Some models keep more of the past than keys and values, or share them between layers."""
+    known, count = 4, 7
+    ids = torch.arange(count, device=model.device) % model.vocabulary_size
+    positions = torch.arange(count, device=model.device)
+    expected = model.hidden(ids, positions, attention.pack([count], model.device))
+    cache: KeyValueCache[None] = KeyValueCache(model.layer_shapes, model.dtype, model.device, 2**62)
+    place = cache.take(count, None)
+    assert place is not None
+    layout = attention.pack([known], model.device)
+    layout.keep = place.write
+    found = [model.hidden(ids[:known], positions[:known], layout)]
+    for token in range(known, count):
+        place.length = token
+        one = slice(token, token + 1)
+        found.append(model.hidden(ids[one], positions[one], Decoding([place], model.device)))
+    distance = (torch.cat(found) - expected).float().norm() / expected.float().norm()
+    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
+        raise UnsupportedModelError(f"{model.name}: its tokens cannot be added one by one")
 
 
 def _carry_adapters(module: nn.Module, head: nn.Module, scope: LoraScope) -> dict[str, nn.Linear]:

@@ -13,6 +13,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from tensafe_server.operations import checks
 from tensafe_server.operations.checks import check_identity
+from tensafe_server.operations.validation import check_rules
 from workers.losses import LossRegistry
 
 LOSSES = {card.name: card for card in LossRegistry().cards()}
@@ -164,3 +165,53 @@ def test_a_seq_outside_its_range_is_refused(seq: int):
     with pytest.raises(TenSafeFault) as raised:
         check_identity(pb.OperationSpec(run_id="r", seq=seq, optim_step=pb.OptimStep()))
     assert raised.value.detail.metadata["field"] == "seq"
+
+
+def sample(*prompts: pb.Prompt, **params: int | bool) -> pb.OperationSpec:
+    return pb.OperationSpec(
+        run_id="r", seq=1, sample=pb.Sample(prompts=prompts, params=pb.SamplingParams(**params))
+    )
+
+
+IDS = pb.Prompt(tokens=encode(np.array([1, 2, 3], np.int32)))
+
+
+def test_a_sample_costs_what_it_reads_and_may_write():
+    assert check_content(sample(IDS, max_tokens=2), MODEL) == 5
+    assert check_content(sample(IDS, IDS, max_tokens=2, num_samples=4), MODEL) == 40
+    # The model's context is the other limit.
+    assert check_content(sample(IDS, max_tokens=10_000), MODEL) == MODEL.context_length
+    text = pb.Prompt(text="x" * 40)
+    assert check_content(sample(text, max_tokens=2), Model(name="m")) == pytest.approx(12, abs=2)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": 2**20, "num_samples": 8},
+        {"max_tokens": 2**18, "top_logprobs": 20},
+        {"max_tokens": 1, "num_samples": 1024, "prompt_logprobs": True},
+    ],
+)
+def test_a_sample_whose_result_may_not_fit_into_a_message_is_refused(params: dict[str, int]):
+    long = pb.Prompt(tokens=encode(np.zeros(9000, np.int32)))
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(sample(long, **params), Model(name="m"))
+    assert raised.value.detail.metadata["field"] == "sample"
+    assert "split the prompts" in raised.value.detail.message
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"top_logprobs": 21}, "sample.params.top_logprobs"),
+        ({"max_tokens": 0}, "sample.params.max_tokens"),
+        ({"num_samples": 1025}, "sample.params.num_samples"),
+        ({"temperature": float("nan")}, "sample.params.temperature"),
+        ({"top_p": 0.0}, "sample.params.top_p"),
+    ],
+)
+def test_the_rules_of_sampling_name_their_field(params: dict[str, float], field: str):
+    with pytest.raises(TenSafeFault) as raised:
+        check_rules(sample(IDS, **params))  # type: ignore[arg-type]
+    assert raised.value.detail.metadata["field"] == field
