@@ -24,7 +24,8 @@ from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void_gradient, void_spec
-from tensafe_server.planning.planner import FairShares, plan
+from tensafe_server.planning.fairness import FairShares
+from tensafe_server.planning.planner import plan
 from tensafe_server.planning.views import Assignment, QueueView, WorkerView
 from tensafe_server.store.base import Store
 
