@@ -84,6 +84,7 @@ UNNAMED = {
     "ModelsService/ListModels",
     "ModelsService/GetModel",
     "ModelsService/GetTokenizer",
+    "ModelsService/ListLosses",
 }
 
 

@@ -186,7 +186,9 @@ FUNCTIONS: list[Callable[..., Any]] = [
     tensafe_client.Schedule("linear", 0.1, 10).__call__,
 ]
 # Classes that the SDK makes and users only read.
-READ_ONLY = {"EncodedBatch", "DocstringPair", "Example", "Profile", "AsyncSampleStream"}
+READ_ONLY = {
+    *("AsyncSampleStream", "DocstringPair", "EncodedBatch", "Example", "Logprobs", "Profile"),
+}
 
 
 def targets() -> Iterator[Target]:
