@@ -20,6 +20,7 @@ from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import ScoredBatch
 from workers.engine.dropout import PassDropout, last_dropped, token_keys
+from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.objectives import Objective
 from workers.engine.products import SegmentLoop
@@ -163,6 +164,7 @@ def compute(
     trains: bool,
     drops: bool = True,
     frugal: bool = False,
+    exact: bool = False,
 ) -> list[PortionLoss]:
     """Runs one pass; if it trains, adds to the calls' gradients.
 
@@ -170,6 +172,7 @@ def compute(
         drops: whether dropout acts.
         frugal: keep no activations inside the model's layers, and make them anew for the backward
             pass.
+        exact: use no compiled kernels, which come when they are ready.
 
     Returns:
         What came of each share of the pass, without graph.
@@ -190,7 +193,8 @@ def compute(
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
     )
-    with torch.set_grad_enabled(trains), model.carrying(adapters):
+    kernels = fused(len(work.ids), exact=exact)
+    with torch.set_grad_enabled(trains), model.carrying(adapters), kernels:
         hidden = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
         portions = [
             _portion(calls[share.call], share, reference)
