@@ -59,6 +59,7 @@ _LEAST_TOKENS = 256
 """Of a pass: for fewer, the checks before a compiled call (0.1 ms) cost more than it saves. A step
 of 8 x 16 tokens took 2.5% longer."""
 
+
 @dataclass(slots=True)
 class _Switch:
     """Process-wide, since a GPU's backward pass runs in threads of its own; one thread executes
