@@ -272,7 +272,8 @@ def _everywhere(adapter: Adapter | None, model: BaseModel) -> PassAdapters | Non
     """One adapter for all tokens, without training."""
     if adapter is None:
         return None
-    return PassAdapters([Segment(0, sys.maxsize, adapter)], model.adapter_dtype, SegmentLoop())
+    segment = Segment(0, sys.maxsize, adapter)
+    return PassAdapters([segment], model.adapter_dtype(1), SegmentLoop())
 
 
 def _check_lora(model: BaseModel, lora: LoraSettings) -> None:

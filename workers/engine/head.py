@@ -63,7 +63,8 @@ class _TargetLogprobs(torch.autograd.Function):
             if bias_V is not None:
                 logits_CV += bias_V
             tiles = (
-                whole.split(tile) for whole in (logits_CV, targets_S[part, None], logprobs_S[part])
+                torch.split(whole, tile)
+                for whole in (logits_CV, targets_S[part, None], logprobs_S[part])
             )
             for logits_TV, targets_T1, logprobs_T in zip(*tiles, strict=True):
                 logprobs_T.copy_(_softmax_slope_(logits_TV, targets_T1, wide, wants_grad))

@@ -188,7 +188,7 @@ def compute(
     packing = pack(work.lengths, device)
     adapters = PassAdapters(
         [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
-        model.adapter_dtype,
+        model.adapter_dtype(min(s.tokens.stop - s.tokens.start for s in work.shares)),
         model.product if len(work.shares) > 1 else SegmentLoop(),
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
