@@ -136,7 +136,7 @@ class TorchBackend(Backend):
 
     def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
         """One whose weights are all zero."""
-        model = self._model(settings.model_ref)
+        model = self.base_model(settings.model_ref)
         _check_lora(model, settings.lora)
         adapter = model.new_adapter(settings.lora)
         return training.Run(
@@ -229,14 +229,14 @@ class TorchBackend(Backend):
         if request.run_id is not None:
             run = self._runs[request.run_id]
             return _Weights(run.model, run.adapter, run.window.step, run.seed)
-        return _Weights(self._model(request.model_ref), None, 0, 0)
+        return _Weights(self.base_model(request.model_ref), None, 0, 0)
 
     def _artifact_weights(self, artifact: ArtifactWeights, model_ref: str) -> _Weights:
         if artifact.artifact_id in self._sampled:
             self._sampled.move_to_end(artifact.artifact_id)
             return self._sampled[artifact.artifact_id]
         state = checkpoints.read_state(artifact.directory, model_ref)
-        model = self._model(state["model"])
+        model = self.base_model(state["model"])
         settings = checkpoints.lora_settings(state)
         _check_lora(model, settings)
         adapter = model.new_adapter(settings)
@@ -249,7 +249,12 @@ class TorchBackend(Backend):
             self._sampled.popitem(last=False)
         return weights
 
-    def _model(self, reference: str) -> BaseModel:
+    def base_model(self, reference: str) -> BaseModel:
+        """The model of a name or another reference.
+
+        Raises:
+            TenSafeFault: MODEL_NOT_FOUND.
+        """
         model = self._models.get(reference)
         if model is None:
             raise TenSafeFault(
