@@ -172,9 +172,7 @@ def worker(
         raise click.UsageError(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
-    if backend == "mock" and (
-        pass_tokens or run_memory_mib or plug_ins or compiling != "auto"
-    ):
+    if backend == "mock" and (pass_tokens or run_memory_mib or plug_ins or compiling != "auto"):
         raise click.UsageError(
             "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib, "
             "--loss and --compile"

@@ -238,7 +238,10 @@ def _references(
         for share, begin, end in zip(own, begins[:-1], begins[1:], strict=True)
         if (adapter := calls[share.call].objective.reference) is not None
     ]
-    adapters = PassAdapters(segments, model.adapter_dtype, SegmentLoop()) if segments else None
+    adapters = None
+    if segments:
+        dtype = model.adapter_dtype(min(each.end - each.begin for each in segments))
+        adapters = PassAdapters(segments, dtype, SegmentLoop())
     with model.carrying(adapters):
         hidden = model.hidden(ids, positions, pack(lengths, model.device))
     for index, share, begin in zip(compared, own, begins[:-1], strict=True):
