@@ -82,7 +82,10 @@ def measure(setting: Setting, load: Load) -> dict[str, list[float]]:
         generate = _generate(setting.plain(), Path(name), runs, prompts, load)
         steps = {
             "sampler": lambda: _together(backend, runs, prompts, load),
-            "in turn": lambda: [_together(backend, [r], [p], load) for r, p in zip(runs, prompts, strict=True)],
+            "in turn": lambda: [
+                _together(backend, [run], [own], load)
+                for run, own in zip(runs, prompts, strict=True)
+            ],
             "generate": generate,
         }
         cells: dict[str, list[float]] = {}

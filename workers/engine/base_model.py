@@ -26,6 +26,9 @@ from workers.operations import LoraSettings
 attention.register()
 
 _LARGE_LOGIT = 1000.0
+_LONG_SEGMENT = 128
+"""Tokens from which an adapter's products are faster in bfloat16 on a CPU. One of 63 takes 0.17 ms
+forward and backward either way, of 254 0.33 against 0.54, of 15 0.13 against 0.06."""
 
 
 class UnsupportedModelError(Exception):
@@ -85,12 +88,16 @@ class BaseModel:
         dtype = torch.promote_types(self.dtype, torch.float32)
         return new_adapter(settings, self.layers, self.device, dtype)
 
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        """What adapters compute in: on a CPU the weights' own type, since small products in
-        bfloat16 cost many times their float32 twins there; on a GPU the model's."""
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return wide if self.device == "cpu" else self.dtype
+    def adapter_dtype(self, shortest: int) -> torch.dtype:
+        """What the adapters of a pass compute in: the model's type, but on a CPU float32 at least
+        if a segment is short, since small products in bfloat16 cost many times theirs there.
+
+        Args:
+            shortest: tokens of the shortest segment.
+        """
+        if self.device == "cpu" and shortest < _LONG_SEGMENT:
+            return torch.promote_types(self.dtype, torch.float32)
+        return self.dtype
 
     @contextmanager
     def carrying(self, adapters: PassAdapters | None) -> Iterator[None]:

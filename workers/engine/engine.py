@@ -127,7 +127,7 @@ class TorchBackend(Backend):
 
     def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
         """One whose weights are all zero."""
-        model = self._model(settings.model_ref)
+        model = self.base_model(settings.model_ref)
         _check_lora(model, settings.lora)
         adapter = model.new_adapter(settings.lora)
         return training.Run(
@@ -205,7 +205,12 @@ class TorchBackend(Backend):
         self._sampler.pins.before_change([run])
         return checkpoints.load(run, directory, include_optimizer)
 
-    def _model(self, reference: str) -> BaseModel:
+    def base_model(self, reference: str) -> BaseModel:
+        """The model of a name or another reference.
+
+        Raises:
+            TenSafeFault: MODEL_NOT_FOUND.
+        """
         model = self._models.get(reference)
         if model is None:
             raise TenSafeFault(

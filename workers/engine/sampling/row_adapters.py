@@ -18,7 +18,7 @@ from workers.engine.adapters import Pairs
 from workers.engine.base_model import BaseModel
 from workers.engine.lora import PassAdapters
 from workers.engine.products import Part
-from workers.engine.sampling.weights import PinnedWeights
+from workers.engine.sampling.weights import PinnedWeights, sampling_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +31,14 @@ class _Stack(Part):
 class _StackProduct:
     """See the module. It trains nothing."""
 
-    def forward(self, inputs: Tensor, parts: list[Part], width: int) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
         (stack,) = parts
         low_NR = inputs @ stack.a.t()
         if isinstance(stack, _Stack) and stack.foreign is not None:
             # Not multiplied by 0, which would keep another row's infinity.
             low_NR.masked_fill_(stack.foreign, 0)
-        return low_NR @ stack.scaled_b.t(), []
+        outputs += (low_NR @ stack.scaled_b.t()).to(outputs.dtype)
+        return []
 
     def backward(
         self, inputs: Tensor, parts: list[Part], narrow: list[Tensor], grad: Tensor, wants: bool
@@ -53,7 +54,7 @@ class RowAdapters(PassAdapters):
     """
 
     def __init__(self, model: BaseModel, weights: Sequence[PinnedWeights]) -> None:
-        super().__init__([], model.adapter_dtype, _StackProduct())
+        super().__init__([], sampling_dtype(model), _StackProduct())
         self._weights = [one for one in weights if one.adapter is not None]
         self._device = model.device
         tensors: list[tuple[Pairs, float]] = [
