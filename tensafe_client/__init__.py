@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
     from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
     from tensafe_client.connection import ClientConfig
+    from tensafe_client.custom_loss import Logprobs
     from tensafe_client.data.datum import Datum
     from tensafe_client.data.loader import DataLoader
     from tensafe_client.errors import (
@@ -135,6 +136,7 @@ __all__ = [
     "KeyInfo",
     "LoRAConfig",
     "LoadStateResult",
+    "Logprobs",
     "LossInfo",
     "MaxStepsReachedError",
     "MessageTooLargeError",
@@ -203,6 +205,7 @@ _MODULES = {
     "aio": "AsyncAdmin AsyncServiceClient AsyncTrainingClient",
     "config": "DPConfig LoRAConfig OptimizerConfig TrainingConfig",
     "connection": "ClientConfig",
+    "custom_loss": "Logprobs",
     "data.datum": "Datum",
     "data.loader": "DataLoader",
     "futures": "OperationFuture",

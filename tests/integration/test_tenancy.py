@@ -83,6 +83,7 @@ UNNAMED = {
     "ModelsService/ListModels",
     "ModelsService/GetModel",
     "ModelsService/GetTokenizer",
+    "ModelsService/ListLosses",
 }
 
 

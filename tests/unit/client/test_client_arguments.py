@@ -181,7 +181,7 @@ FUNCTIONS: list[Callable[..., Any]] = [
     tensafe_client.Schedule("linear", 0.1, 10).__call__,
 ]
 # Classes that the SDK makes and users only read.
-READ_ONLY = {"EncodedBatch", "DocstringPair", "Example", "Profile"}
+READ_ONLY = {"EncodedBatch", "DocstringPair", "Example", "Logprobs", "Profile"}
 
 
 def targets() -> Iterator[Target]:
