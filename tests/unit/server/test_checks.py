@@ -164,3 +164,50 @@ def test_a_seq_outside_its_range_is_refused(seq: int):
     with pytest.raises(TenSafeFault) as raised:
         check_identity(pb.OperationSpec(run_id="r", seq=seq, optim_step=pb.OptimStep()))
     assert raised.value.detail.metadata["field"] == "seq"
+
+
+def with_loss(
+    spec: pb.OperationSpec, name: str, options: dict[str, object] | None = None, **inputs: object
+) -> pb.OperationSpec:
+    loss = spec.forward_backward.loss
+    loss.name = name
+    loss.options.update(options or {})
+    for given, values in inputs.items():
+        tensor = encode(np.asarray(values, np.float32))
+        spec.forward_backward.batch.inline.loss_inputs.add(name=given).tensor.CopyFrom(tensor)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "inputs", "reason", "field"),
+    [
+        ("pp0", {}, {}, "UNSUPPORTED_OPTION", "loss.name"),
+        ("ppo", {}, {"logprobs": [0, 0]}, "INVALID_BATCH", "loss_inputs"),
+        ("kl", {}, {"logprobs": [0, 0]}, "INVALID_BATCH", "loss_inputs[1]"),
+        ("linear", {}, {"gradients": [0]}, "INVALID_BATCH", "gradients"),
+        ("linear", {}, {"gradients": [0, np.inf]}, "INVALID_BATCH", "gradients"),
+        ("kl", {"way": 1}, {}, "UNSUPPORTED_OPTION", "loss.options.way"),
+        ("kl", {"direction": [1]}, {}, "INVALID_ARGUMENT", "loss.options.direction"),
+        ("kl", {"direction": None}, {}, "INVALID_ARGUMENT", "loss.options.direction"),
+        ("dpo", {}, {}, "INVALID_BATCH", "weights"),
+    ],
+)
+def test_a_call_that_does_not_fit_its_loss_is_refused_by_field(
+    name: str, options: dict[str, object], inputs: dict[str, object], reason: str, field: str
+):
+    spec = with_loss(forward_backward([1, 2], [0, 2]), name, options, **inputs)
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(spec, MODEL)
+    assert (raised.value.detail.reason, raised.value.detail.code) == (reason, "INVALID_ARGUMENT")
+    assert raised.value.detail.metadata["field"].endswith(field)
+
+
+def test_a_reference_costs_a_forward_pass_more():
+    assert check_content(with_loss(forward_backward([1, 2], [0, 2]), "kl"), MODEL) == 8.0
+    given = {"logprobs": [0, 0], "advantages": [1, -1]}
+    assert check_content(with_loss(forward_backward([1, 2], [0, 2]), "ppo", **given), MODEL) == 6.0
+
+
+def test_a_model_without_cards_leaves_its_losses_to_its_worker():
+    spec = with_loss(forward_backward([1, 2], [0, 2]), "whatever", {"x": 1.0})
+    assert checks.check_content(spec, MODEL, {}) == 6.0
