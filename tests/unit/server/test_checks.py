@@ -217,6 +217,15 @@ def test_the_rules_of_sampling_name_their_field(params: dict[str, float], field:
     assert raised.value.detail.metadata["field"] == field
 
 
+def test_a_token_that_the_model_lacks_cannot_end_a_sample():
+    spec = sample(IDS)
+    spec.sample.params.stop.tokens.extend([1, 100])
+    with pytest.raises(TenSafeFault, match="token 100 at position 1") as raised:
+        check_content(spec, MODEL)
+    assert raised.value.detail.reason == "TOKEN_OUT_OF_RANGE"
+    assert raised.value.detail.metadata["field"] == "sample.params.stop.tokens"
+
+
 def with_loss(
     spec: pb.OperationSpec, name: str, options: dict[str, object] | None = None, **inputs: object
 ) -> pb.OperationSpec:
