@@ -161,7 +161,7 @@ def _check_sample(sample: training.Sample, model: Model) -> float:
     count = params.num_samples if params.HasField("num_samples") else 1
     if params.stop.tokens:
         ending = np.asarray(params.stop.tokens, _INT32)
-        _check_vocabulary(ending, "sample.params.stop.tokens", model)
+        check_vocabulary(ending, "sample.params.stop.tokens", model)
     lengths = [_prompt_length(prompt, i, model) for i, prompt in enumerate(sample.prompts)]
     cost, size = 0, 0
     for length, prompt in zip(lengths, sample.prompts, strict=True):
