@@ -26,11 +26,11 @@ def fill(place: Place[int], length: int) -> None:
 
 
 def assert_whole(place: Place[int]) -> None:
-    for layer in range(len(SHAPES)):
-        for tensors, sign in ((place.pool.keys, 1), (place.pool.values, -1)):
-            row = tensors[layer][place.slot]
-            assert (row[: place.length] == sign * (place.owner + 1)).all()
-            assert not row[place.length :].any()  # and nothing of anybody else behind it
+    for index, tensor in enumerate(place.pool.by_token()):
+        number = (place.owner + 1) * (1 if index < len(SHAPES) else -1)
+        row = tensor[place.slot]
+        assert (row[: place.length] == number).all()
+        assert not row[place.length :].any()  # and nothing of anybody else behind it
 
 
 def assert_wiped(cache: KeyValueCache[int]) -> None:

@@ -71,15 +71,16 @@ class Place(Generic[Owner]):
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Puts a layer's keys and values [T, G, E] of its first tokens down."""
-        self.pool.keys[layer][self.slot, : len(keys)] = keys
-        self.pool.values[layer][self.slot, : len(values)] = values
+        self.pool.keys[layer][self.slot, :, :, : len(keys)] = keys.permute(1, 2, 0)
+        self.pool.values[layer][self.slot, :, : len(values)] = values.transpose(0, 1)
 
 
 class Pool(Generic[Owner]):
     """Slots of one capacity; the first `len(places)` are taken.
 
     Attributes:
-        keys, values: for each layer [S, C, G, E].
+        keys: for each layer [S, G, E, C]: the product with a query takes them as they lie.
+        values: for each layer [S, G, C, E].
         places: the rows, by slot.
     """
 
@@ -90,22 +91,35 @@ class Pool(Generic[Owner]):
         self._shapes = shapes
         self._options = {"dtype": dtype, "device": device}
         self.slots = 0
-        self.keys = [self._tensor(0, shape.groups, shape.key_size) for shape in shapes]
-        self.values = [self._tensor(0, shape.groups, shape.value_size) for shape in shapes]
+        self.keys = [self._keys(0, shape) for shape in shapes]
+        self.values = [self._values(0, shape) for shape in shapes]
         self.places: list[Place[Owner]] = []
 
-    def _tensor(self, slots: int, groups: int, size: int) -> Tensor:
-        # Zeros: what lies behind a row's end is multiplied by probabilities of zero.
-        return torch.zeros(slots, self.capacity, groups, size, **self._options)  # type: ignore[call-overload, no-any-return]
+    # Zeros: what lies behind a row's end is multiplied by probabilities of zero.
+
+    def _keys(self, slots: int, shape: LayerShape) -> Tensor:
+        size = slots, shape.groups, shape.key_size, self.capacity
+        return torch.zeros(size, **self._options)  # type: ignore[call-overload, no-any-return]
+
+    def _values(self, slots: int, shape: LayerShape) -> Tensor:
+        size = slots, shape.groups, self.capacity, shape.value_size
+        return torch.zeros(size, **self._options)  # type: ignore[call-overload, no-any-return]
+
+    def by_token(self) -> list[Tensor]:
+        """All of them as [S, C, G, E], for moving rows."""
+        return [
+            *(keys.permute(0, 3, 1, 2) for keys in self.keys),
+            *(values.permute(0, 2, 1, 3) for values in self.values),
+        ]
 
     def resize(self, slots: int) -> None:
         """Grows or shrinks, layer by layer, so that little is there twice."""
         taken = len(self.places)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                new = self._tensor(slots, *old.shape[2:])
-                new[:taken] = old[:taken]
-                tensors[layer] = new
+        for layer, shape in enumerate(self._shapes):
+            keys, values = self._keys(slots, shape), self._values(slots, shape)
+            keys[:taken] = self.keys[layer][:taken]
+            values[:taken] = self.values[layer][:taken]
+            self.keys[layer], self.values[layer] = keys, values
         self.slots = slots
 
     def take(self, owner: Owner) -> Place[Owner]:
@@ -118,12 +132,11 @@ class Pool(Generic[Owner]):
         """Gives a slot back; the last row moves into it, so that rows stay neighbours."""
         last = self.places.pop()
         kept, left = last.length, max(place.used, place.length)
-        for tensors in (self.keys, self.values):
-            for tensor in tensors:
-                if last is not place:
-                    tensor[place.slot, :kept] = tensor[last.slot, :kept]
-                    tensor[place.slot, kept:left] = 0
-                tensor[last.slot, : max(last.used, kept)] = 0
+        for tensor in self.by_token():
+            if last is not place:
+                tensor[place.slot, :kept] = tensor[last.slot, :kept]
+                tensor[place.slot, kept:left] = 0
+            tensor[last.slot, : max(last.used, kept)] = 0
         if last is not place:
             last.slot = place.slot
             last.used = last.length
@@ -131,10 +144,7 @@ class Pool(Generic[Owner]):
 
     def copy(self, source: Place[Owner], target: Place[Owner], length: int) -> None:
         """Copies the first tokens of a row, of this or another pool, to one of this."""
-        pairs = zip(
-            [*source.pool.keys, *source.pool.values], [*self.keys, *self.values], strict=True
-        )
-        for theirs, ours in pairs:
+        for theirs, ours in zip(source.pool.by_token(), self.by_token(), strict=True):
             ours[target.slot, :length] = theirs[source.slot, :length]
         target.length = length
 

@@ -14,6 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from workers.engine.sampling.cache import Place, Pool
 
 
+_LEAST_ROWS = 4
+
+
 @dataclass(slots=True)
 class _Part:
     """Rows that are attended to in one call: neighbours in the pass and in their pool.
@@ -22,7 +25,7 @@ class _Part:
         begin, end: their tokens in the pass.
         slots: of the pool.
         lengths: of the rows, the newest token among them.
-        places: int64 [n], where their newest tokens lie in the pool's [S·C].
+        own_slots, newest: int64 [n], each row's slot and the newest token's place in it.
     """
 
     pool: Pool[Any]
@@ -30,7 +33,8 @@ class _Part:
     end: int
     slots: slice
     lengths: list[int]
-    places: Tensor
+    own_slots: Tensor
+    newest: Tensor
     _biases: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def first(self, window: int | None) -> int:
@@ -52,7 +56,8 @@ class _Part:
         seen = tokens < ends
         if window is not None:
             seen &= tokens >= ends - window
-        bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        bias = torch.zeros(seen.shape, dtype=wide, device=like.device)
         return bias.masked_fill_(~seen, -torch.inf)[:, None, None]
 
 
@@ -80,8 +85,6 @@ class Decoding:
             while not alone and end < len(places) and _follows(places[end], first, end - begin):
                 end += 1
             rows = [place for place in places[begin:end] if place is not None]
-            capacity = first.pool.capacity
-            written = [place.slot * capacity + place.length for place in rows]
             self._parts.append(
                 _Part(
                     first.pool,
@@ -89,7 +92,8 @@ class Decoding:
                     end,
                     slice(first.slot, first.slot + len(rows)),
                     [place.length + 1 for place in rows],
-                    torch.tensor(written, device=device),
+                    torch.tensor([place.slot for place in rows], device=device),
+                    torch.tensor([place.length for place in rows], device=device),
                 )
             )
             begin = end
@@ -109,18 +113,18 @@ class Decoding:
         for part in self._parts:
             keys, values = part.pool.keys[module.layer_idx], part.pool.values[module.layer_idx]
             tokens = slice(part.begin, part.end)
-            keys.view(-1, *keys.shape[2:]).index_copy_(0, part.places, k_NGE[tokens])
-            values.view(-1, *values.shape[2:]).index_copy_(0, part.places, v_NGE[tokens])
+            keys[part.own_slots, :, :, part.newest] = k_NGE[tokens]
+            values[part.own_slots, :, part.newest] = v_NGE[tokens]
             seen = slice(part.first(window), max(part.lengths))
             # The heads of a group ask for the same keys: they are the queries of one head.
             q_nGhE = q_NHE[tokens].reshape(part.end - part.begin, G, H // G, -1)
-            bias = part.bias(window, q_NHE)
-            out_nGhE = scaled_dot_product_attention(
+            attend = _fused if q_NHE.is_cuda else _plain
+            out_nGhE = attend(
                 q_nGhE,
-                keys[part.slots, seen].transpose(1, 2),
-                values[part.slots, seen].transpose(1, 2),
-                attn_mask=None if bias is None else bias.expand(-1, 1, H // G, -1),
-                scale=scale,
+                keys[part.slots, :, :, seen],
+                values[part.slots, :, seen],
+                part.bias(window, q_NHE),
+                scale,
             )
             found.append(out_nGhE.reshape(part.end - part.begin, H, -1))
         if not self._stray:
@@ -129,6 +133,34 @@ class Decoding:
         for part, own in zip(self._parts, found, strict=True):
             out_NHE[part.begin : part.end] = own
         return out_NHE
+
+
+def _fused(
+    q_nGhE: Tensor, k_nGET: Tensor, v_nGTE: Tensor, bias_n11T: Tensor | None, scale: float
+) -> Tensor:
+    bias = None
+    if bias_n11T is not None:
+        bias = bias_n11T.to(q_nGhE.dtype).expand(-1, 1, q_nGhE.shape[2], -1)
+    k_nGTE = k_nGET.transpose(2, 3)
+    return scaled_dot_product_attention(q_nGhE, k_nGTE, v_nGTE, attn_mask=bias, scale=scale)
+
+
+def _plain(
+    q_nGhE: Tensor, k_nGET: Tensor, v_nGTE: Tensor, bias_n11T: Tensor | None, scale: float
+) -> Tensor:
+    """The products that `attention` has for training on a CPU, in the same types and the same
+    order of sums as far as the library allows, so that rounding goes the same way; and as fast as
+    a fused kernel for one token a row."""
+    n, G, h, E = q_nGhE.shape
+    wide = torch.promote_types(q_nGhE.dtype, torch.float32)
+    # For fewer rows libraries have other kernels.
+    rows = torch.zeros(n * G, max(h, _LEAST_ROWS), E, dtype=wide)
+    rows[:, :h] = q_nGhE.reshape(n * G, h, E)
+    scores = torch.bmm(rows, k_nGET.flatten(0, 1).to(wide))[:, :h].mul_(scale)
+    if bias_n11T is not None:
+        scores.view(n, G, h, -1).add_(bias_n11T)
+    shares = torch.softmax(scores, -1).to(q_nGhE.dtype)
+    return torch.bmm(shares, v_nGTE.flatten(0, 1)).view(n, G, h, -1)
 
 
 def _follows(place: Place[Any] | None, first: Place[Any], slots: int) -> bool:
