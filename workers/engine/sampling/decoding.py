@@ -13,7 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workers.engine.sampling.cache import Place, Pool
 
-
 _LEAST_ROWS = 4
 
 
