@@ -5,6 +5,7 @@ scripts/bench_engine.py --part one          one run against plain transformers +
 scripts/bench_engine.py --part many         runs in one pass, against in turn and swapping
 scripts/bench_engine.py --part memory       peak memory of one run, and what a run more costs
 scripts/bench_engine.py --clock cpu         CPU seconds, for machines that others use too
+scripts/bench_engine.py --compile first     with compiled kernels
 scripts/bench_engine.py --json FILE         also write ratios, raw figures, versions and machine
 """
 
@@ -19,9 +20,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from benchmarks import engine, engine_memory, record
+from benchmarks import engine, engine_memory, engine_products, record
 from transformers import AutoModelForCausalLM
 
+from workers.engine.compiling import Compiling
 from workers.engine.loading import load_backend, pick_dtype
 from workers.engine.model_sources import resolve
 
@@ -48,11 +50,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--compile", choices=["first", "off"], default="off")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
 
     source = resolve(MODEL)
-    backend = load_backend([MODEL], device="auto", dtype=arguments.dtype, threads=arguments.threads)
+    backend = load_backend(
+        [MODEL],
+        device="auto",
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        compiling=Compiling(arguments.compile),
+    )
 
     def plain() -> Any:
         dtype = pick_dtype(arguments.dtype, backend.device)
@@ -80,7 +89,13 @@ def main() -> None:
         raw |= peaks
         ratios |= engine_memory.ratios(peaks)
     dtype = pick_dtype(arguments.dtype, backend.device)
-    print(f"{backend.device}, {torch.get_num_threads()} threads, {dtype}")
+    rate = engine_products.gigaflops(backend.base_model(MODEL))
+    raw["GFLOP/s of products"] = [rate]
+    sets = " ".join(record.machine()["instruction_sets"])
+    print(
+        f"{backend.device} ({sets}), {torch.get_num_threads()} threads, {dtype}, "
+        f"products at {rate:.0f} GFLOP/s"
+    )
     for name, value in ratios.items():
         print(f"{name:<52} {value:8.3f}   goal {GOALS.get(name, '')}")
     if arguments.json is not None:

@@ -92,9 +92,7 @@ def show(service: LocalService, steps: int, batch_size: int) -> None:
 
     title("Before training: what the base model says of functions that no run will see")
     questions = [[dict(pair.example().messages[0])] for pair in data.shown]
-    base = tenants[0].client.sample(
-        questions, base_model=MODEL, max_tokens=MAX_TOKENS, temperature=0
-    )
+    base = tenants[0].client.sample(questions, model=MODEL, max_tokens=MAX_TOKENS, temperature=0)
     for pair, sample in zip(data.shown, base.samples, strict=True):
         print(f"  {question(pair)}\n    {one_line(sample.completion)}")
     for tenant in tenants:
@@ -248,11 +246,10 @@ def take_away(tenant: Tenant, data: Data, directory: Path) -> None:
 
     prompt = [int(token) for token in datum.tokens[: int(scored.argmax()) + 1]]
     sampled = tenant.run.sample([prompt], max_tokens=MAX_TOKENS, temperature=0).samples[0]
-    same = plain.greedy(datum.tokens[: len(prompt)], MAX_TOKENS)[: sampled.tokens_generated]
-    agree = same == sampled.tokens.tolist()
-    print(f"  greedy completion, the same {sampled.tokens_generated} tokens: {agree}")
-    # In bfloat16 two kernels may break a near tie differently; in float32 they must agree.
-    require(agree or dtype != "float32", "plain peft continues differently than the service")
+    behind = plain.behind_greedy(prompt, sampled.tokens.tolist())
+    print(f"  greedy completion: each token within {behind:.1e} of plain peft's likeliest")
+    # Two kernels may break a near tie differently, and only that.
+    require(behind < LOGPROB_TOLERANCE[dtype], "plain peft continues differently than the service")
 
 
 def resume(

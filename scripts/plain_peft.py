@@ -53,10 +53,16 @@ class PlainPeft:
         return logprobs
 
     @torch.inference_mode()
-    def greedy(self, tokens: Array, max_tokens: int) -> list[int]:
-        """Token ids of the likeliest completion."""
-        input_ids = torch.as_tensor(tokens, dtype=torch.long)[None]
-        output = self._model.generate(
-            input_ids=input_ids, max_new_tokens=max_tokens, do_sample=False
-        )
-        return [int(token) for token in output[0, input_ids.shape[1] :]]
+    def behind_greedy(self, prompt: list[int], completion: list[int]) -> float:
+        """How much less likely than the likeliest token a completion's tokens are, at most.
+
+        Returns:
+            Difference of log-probabilities; 0 if `generate` would have chosen each of them.
+        """
+        if not completion:
+            return 0.0
+        input_ids = torch.as_tensor([prompt + completion])
+        logits = self._model(input_ids=input_ids).logits[0, len(prompt) - 1 : -1].float()
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(-1, torch.as_tensor(completion)[:, None])[:, 0]
+        return float((logprobs.amax(-1) - chosen).max())

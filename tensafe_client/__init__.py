@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
     from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
     from tensafe_client.connection import ClientConfig
+    from tensafe_client.custom_loss import Logprobs
     from tensafe_client.data.datum import Datum
     from tensafe_client.data.loader import DataLoader
     from tensafe_client.errors import (
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         ResourceExhaustedError,
         RunDeletedError,
         RunNotFoundError,
+        SampleDivergedError,
         SequenceConflictError,
         SequenceGapError,
         ServerError,
@@ -94,13 +96,13 @@ if TYPE_CHECKING:
         ForwardResult,
         LoadStateResult,
         OptimStepResult,
-        Sample,
-        SampleResult,
         SaveStateResult,
         StepMetrics,
     )
+    from tensafe_client.samples import Sample, SampleChunk, SampleResult
     from tensafe_client.schedules import Schedule, constant, cosine, linear
     from tensafe_client.service import ServiceClient
+    from tensafe_client.token_streams import AsyncSampleStream, SampleStream
     from tensafe_client.training import TrainingClient
 
 __all__ = [
@@ -113,6 +115,7 @@ __all__ = [
     "ArtifactMismatchError",
     "ArtifactNotFoundError",
     "AsyncAdmin",
+    "AsyncSampleStream",
     "AsyncServiceClient",
     "AsyncTrainingClient",
     "AuthenticationError",
@@ -135,6 +138,7 @@ __all__ = [
     "KeyInfo",
     "LoRAConfig",
     "LoadStateResult",
+    "Logprobs",
     "LossInfo",
     "MaxStepsReachedError",
     "MessageTooLargeError",
@@ -168,7 +172,10 @@ __all__ = [
     "RunNotFoundError",
     "RunSummary",
     "Sample",
+    "SampleChunk",
+    "SampleDivergedError",
     "SampleResult",
+    "SampleStream",
     "SaveStateResult",
     "Schedule",
     "SequenceConflictError",
@@ -203,6 +210,7 @@ _MODULES = {
     "aio": "AsyncAdmin AsyncServiceClient AsyncTrainingClient",
     "config": "DPConfig LoRAConfig OptimizerConfig TrainingConfig",
     "connection": "ClientConfig",
+    "custom_loss": "Logprobs",
     "data.datum": "Datum",
     "data.loader": "DataLoader",
     "futures": "OperationFuture",
@@ -210,10 +218,12 @@ _MODULES = {
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",
     "losses": "LossInfo",
     "profiles": "Profile read_profiles save_profile",
-    "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult Sample "
-    "SampleResult SaveStateResult StepMetrics",
+    "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult "
+    "SaveStateResult StepMetrics",
+    "samples": "Sample SampleChunk SampleResult",
     "schedules": "Schedule constant cosine linear",
     "service": "ServiceClient",
+    "token_streams": "AsyncSampleStream SampleStream",
     "training": "TrainingClient",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -41,7 +41,8 @@ from tensafe_client.infos import (
 )
 from tensafe_client.losses import LossInfo
 from tensafe_client.results import StepMetrics
-from tensafe_client.session import RunSequence, Session, new_request_id
+from tensafe_client.sequence import RunSequence
+from tensafe_client.session import Session, new_request_id
 
 _PAGE = 500
 

@@ -293,6 +293,16 @@ class ChecksumMismatchError(TenSafeError):
     """Bytes do not match their checksum."""
 
 
+class SampleDivergedError(TenSafeError):
+    """A sample was executed again after its worker was lost, and drew other tokens than those that
+    its stream had brought."""
+
+    remedy = (
+        "drop what the stream brought: its result() has the valid completions. Runs with "
+        "deterministic=True never diverge on workers of one kind"
+    )
+
+
 class ServerError(TenSafeError):
     """A fault of the server; its log has the id that stands in the message."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from tensafe.v1 import operations_pb2 as pb
@@ -16,7 +16,6 @@ from tensafe_client.errors import (
     OperationCancelledError,
     OperationTimeoutError,
     PreconditionError,
-    TenSafeError,
     from_status,
 )
 from tensafe_client.results import enum_name, result_of
@@ -58,6 +57,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         self._offsets = offsets
         self._operation_id: str | None = None
         self._converted: Any = None
+        # What a result is shown as, where this side knows more of it than the server.
+        self._shown: Callable[[Any], Any] | None = None
 
     @property
     def operation_id(self) -> str | None:
@@ -72,7 +73,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
-            OperationCancelledError: if it was cancelled before it ran.
+            OperationCancelledError: if it was cancelled.
             ConfigError: for a timeout that is no number of seconds, 0 or more.
             DeadlineExceededError: if its `deadline_s` was over before it ran.
             TenSafeError: what the operation failed with.
@@ -81,7 +82,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             self._wait(timeout)
             # Unpacked by whoever asks, so that the I/O thread only hands over.
             operation = super().result(0)
-            self._converted = result_of(cast(pb.Operation, operation), self._offsets)
+            converted = result_of(cast(pb.Operation, operation), self._offsets)
+            self._converted = self._shown(converted) if self._shown is not None else converted
         return cast(T, self._converted)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -89,16 +91,24 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
         Raises:
             OperationTimeoutError: if the wait ends first; the operation goes on.
-            OperationCancelledError: if it was cancelled before it ran.
+            OperationCancelledError: if it was cancelled.
         """
         self._wait(timeout)
         return super().exception(0)
 
+    def check(self) -> None:
+        """Raises what an operation that has ended failed with; nothing if it succeeded."""
+        error = self.exception(0)
+        if error is not None:
+            raise error
+
     def cancel(self) -> bool:
-        """Cancels the operation on the server, if it has not started; blocks for the answer.
+        """Cancels the operation on the server, if it has not started, and a sample also while it
+        runs; blocks for the answer.
 
         Returns:
-            True only if the operation never ran. A False one goes on or has ended.
+            True only if the operation never ran, or is a sample that was stopped and gives nothing.
+            A False one goes on or has ended.
         """
         if self.done():
             return self.cancelled()
@@ -161,8 +171,9 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         return self.result(0)
 
     def _cancelled_error(self) -> OperationCancelledError:
+        how = "" if self.kind == "sample" else " before it ran"
         return OperationCancelledError(
-            f"{self._name()} was cancelled before it ran",
+            f"{self._name()} was cancelled{how}",
             reason="OPERATION_CANCELLED",
             code="CANCELLED",
             metadata=self._metadata(),
@@ -222,15 +233,20 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             if isinstance(error, DeadlineExceededError):
                 self.set_exception(error)
                 return True
-            super().cancel()
-            self.set_running_or_notify_cancel()
+            self._cancel_here()
         else:
             self.set_exception(from_status(operation.error))
         return True
 
-    def _fail(self, error: TenSafeError) -> None:
+    def _fail(self, error: BaseException) -> None:
         if not self.done():
             self.set_exception(error)
+
+    def _cancel_here(self) -> None:
+        """Ends an operation that will never run."""
+        if not self.done():
+            super().cancel()
+            self.set_running_or_notify_cancel()
 
     @classmethod
     def _rebuild(cls, session: Session, operation: pb.Operation) -> OperationFuture[Any]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from tensafe_client import specs
+from tensafe.v1.training_pb2 import OperationSpec
+from tensafe_client import sampling, specs
 from tensafe_client.config import TrainingConfig
+from tensafe_client.custom_loss import (
+    CustomBatch,
+    Logprobs,
+    LossFunction,
+    LossValue,
+    evaluate,
+)
 from tensafe_client.data.batches import encode_batch
-from tensafe_client.errors import TenSafeError
+from tensafe_client.errors import ConfigError, TenSafeError
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
 from tensafe_client.results import (
@@ -17,10 +26,13 @@ from tensafe_client.results import (
     ForwardResult,
     LoadStateResult,
     OptimStepResult,
-    SampleResult,
     SaveStateResult,
 )
-from tensafe_client.session import RunSequence, Session
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import RunSampling
+from tensafe_client.sequence import Place, RunSequence
+from tensafe_client.session import Session
+from tensafe_client.submission import check_size
 
 
 class RunOperations:
@@ -134,6 +146,66 @@ class RunOperations:
             self._poison_window()
             raise
 
+    def forward_backward_custom(
+        self,
+        batch: Any,
+        fn: LossFunction,
+        *,
+        deadline_s: float | None = None,
+    ) -> OperationFuture[ForwardBackwardResult]:
+        """Adds the gradient of a loss of your own, which is computed in this process.
+
+            def loss(logprobs):
+                return -sum(lp.sum() for lp in logprobs.torch())
+
+            future = tc.forward_backward_custom(batch, loss)
+
+        Two operations, one after the other in the run's order: a forward pass with the dropout
+        masks of the next backward pass, whose log-probabilities `fn` gets, and the backward pass
+        of what it gives. Operations that are submitted meanwhile keep their places behind them.
+
+        Args:
+            batch: as for `forward_backward`; a datum's further inputs are not sent, and its weights
+                only say which targets are scored.
+            fn: called once, on a thread of the SDK's, with `Logprobs`: for each datum a NumPy
+                array of its targets' log-probabilities, or with `.torch()` tensors. In torch it
+                returns the loss, or (loss, metrics); in NumPy (loss, gradients), or (loss,
+                gradients, metrics), with an array like the log-probabilities for each datum. What
+                they hold at targets that are not scored has no effect.
+            deadline_s: as for `forward_backward`, of each of the two.
+
+        The window has the `sum` reduction: the loss is what `fn` says, divided by nothing. The
+        result has that loss and those metrics. If `fn` raises, the future raises the same; as with
+        every forward_backward that fails, nothing was added, and the `optim_step` that closes the
+        window fails with `WindowPoisonedError`.
+
+        Raises:
+            BatchError: if the batch is malformed.
+            MessageTooLargeError: if it is larger than one request may be.
+        """
+        try:
+            if not callable(fn):
+                raise ConfigError.of("fn", f"must be a function, got {fn!r}")
+            custom = CustomBatch(encode_batch(batch))
+            check_size("forward_backward", custom.backward_bytes)
+            spec = custom.forward(self.run_id)
+            specs.set_deadline(spec, deadline_s)
+            session, sequence = self._session, self._sequence
+            forward, place = session.submit_before_place(
+                sequence, "forward", spec, "forward_backward", custom.offsets
+            )
+        except Exception:
+            self._poison_window()
+            raise
+
+        async def make() -> None:
+            session.fill(
+                sequence, place, await self._backward(custom, forward, place, fn, deadline_s)
+            )
+
+        session.make(make)
+        return place.future
+
     def optim_step(
         self,
         learning_rate: float | None = None,
@@ -172,28 +244,46 @@ class RunOperations:
         stop: Any = None,
         num_samples: int | None = None,
         *,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
         step: int | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text; the future twin of `sample`, with the same arguments."""
-        weights = specs.run_weights(step, artifact)
-        current = weights.WhichOneof("source") == "current"
-        spec = specs.sample(
+        return self._submit_sample(
+            prompts,
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "step": step,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+        )
+
+    def _submit_sample(
+        self, prompts: Any, options: RunSampling, *, stream: bool = False
+    ) -> OperationFuture[SampleResult]:
+        step, artifact = options.get("step"), options.get("artifact")
+        weights = sampling.run_weights(step, artifact)
+        spec = sampling.sample(
             prompts,
             weights,
+            options,
             run_id=None if artifact is not None else self.run_id,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            num_samples=num_samples,
+            stream=stream,
         )
-        specs.set_deadline(spec, deadline_s)
-        if current:
+        specs.set_deadline(spec, options.get("deadline_s"))
+        if weights.WhichOneof("source") == "current":
             return self._session.submit_numbered(self._sequence, "sample", spec)
         return self._session.submit_unnumbered("sample", spec)
 
@@ -221,6 +311,29 @@ class RunOperations:
         spec = specs.load_state(self.run_id, artifact_id, include_optimizer)
         specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "load_state", spec)
+
+    async def _backward(
+        self,
+        custom: CustomBatch,
+        forward: OperationFuture[ForwardResult],
+        place: Place,
+        fn: LossFunction,
+        deadline_s: float | None,
+    ) -> OperationSpec:
+        """What fills the place behind a forward pass; without a loss, what poisons its window."""
+        try:
+            result = await forward
+        except TenSafeError as error:
+            place.future._fail(error)
+            return specs.refused_forward_backward(self.run_id)
+        value = await asyncio.to_thread(evaluate, fn, Logprobs(result.logprobs))
+        if not isinstance(value, LossValue):
+            place.future._fail(value)
+            return specs.refused_forward_backward(self.run_id)
+        spec = custom.backward(self.run_id, value)
+        specs.set_deadline(spec, deadline_s)
+        place.future._shown = value.shown_in
+        return spec
 
     def __repr__(self) -> str:
         return (

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from google.protobuf import struct_pb2, timestamp_pb2
 
 from tensafe.v1 import metrics_pb2, operations_pb2, types_pb2
 from tensafe.wire.tensors import Array, decode
+from tensafe_client.samples import SampleResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,44 +67,6 @@ class OptimStepResult:
     applied: bool
     learning_rate: float
     grad_norm: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One completion.
-
-    Attributes:
-        prompt: the prompt as the model read it.
-        completion: the generated text.
-        tokens_generated: length of the completion, tokens.
-        finish_reason: "stop" (an end token or a stop condition) or "length".
-        prompt_index: which prompt of the call it continues, from 0.
-        prompt_tokens: length of the prompt, tokens.
-        tokens: int32 [G]: the generated tokens.
-        logprobs: float32 [G]: log-probability of each under the distribution sampled from.
-    """
-
-    prompt: str
-    completion: str
-    tokens_generated: int
-    finish_reason: str
-    prompt_index: int
-    prompt_tokens: int
-    tokens: Array = field(repr=False)
-    logprobs: Array = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class SampleResult:
-    """Result of `sample`.
-
-    Attributes:
-        samples: for each prompt in order, its completions.
-        model_step: applied updates of the weights sampled from; 0 for a base model.
-    """
-
-    samples: list[Sample]
-    model_step: int
 
 
 @dataclass(frozen=True)
@@ -279,25 +241,6 @@ def _optim_step(message: operations_pb2.OptimStepResult) -> OptimStepResult:
     )
 
 
-def _sample(message: operations_pb2.SampleResult) -> SampleResult:
-    return SampleResult([_completion(c) for c in message.completions], message.model_step)
-
-
-def _completion(message: operations_pb2.Completion) -> Sample:
-    tokens = decode(message.tokens) if message.HasField("tokens") else np.zeros(0, np.int32)
-    logprobs = decode(message.logprobs) if message.HasField("logprobs") else np.zeros(0, np.float32)
-    return Sample(
-        prompt=message.prompt,
-        completion=message.completion,
-        tokens_generated=len(tokens),
-        finish_reason=enum_name(operations_pb2.FinishReason, message.finish_reason),
-        prompt_index=message.prompt_index,
-        prompt_tokens=message.prompt_tokens,
-        tokens=tokens,
-        logprobs=logprobs,
-    )
-
-
 def _save_state(message: operations_pb2.SaveStateResult) -> SaveStateResult:
     artifact = message.artifact
     return SaveStateResult(
@@ -322,7 +265,7 @@ _CONVERTERS_BATCH: dict[str, Callable[[Any, Array | None], ForwardResult]] = {
 }
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "optim_step": _optim_step,
-    "sample": _sample,
+    "sample": SampleResult.from_proto,
     "save_state": _save_state,
     "load_state": _load_state,
 }

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
-from tensafe_client import specs
+from tensafe_client import sampling, specs
 from tensafe_client.admin import Admin
 from tensafe_client.api import Api
 from tensafe_client.config import TrainingConfig
@@ -17,8 +17,10 @@ from tensafe_client.downloads import Downloads
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.losses import LossInfo
-from tensafe_client.results import SampleResult
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import OtherSampling
 from tensafe_client.session import Session
+from tensafe_client.token_streams import SampleStream
 from tensafe_client.training import TrainingClient
 from tensafe_client.uploads import Uploads
 
@@ -71,24 +73,38 @@ class ServiceBase:
         stop: Any = None,
         num_samples: int | None = None,
         *,
-        base_model: str | None = None,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
+        model: str | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
     ) -> OperationFuture[SampleResult]:
         """Generates text from weights of no run; the future twin of `sample`."""
-        spec = specs.sample(
+        return self._submit_sample(
             prompts,
-            specs.other_weights(base_model, artifact),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            num_samples=num_samples,
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "model": model,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
         )
-        specs.set_deadline(spec, deadline_s)
+
+    def _submit_sample(
+        self, prompts: Any, options: OtherSampling, *, stream: bool = False
+    ) -> OperationFuture[SampleResult]:
+        weights = sampling.other_weights(options.get("model"), options.get("artifact"))
+        spec = sampling.sample(prompts, weights, options, stream=stream)
+        specs.set_deadline(spec, options.get("deadline_s"))
         return self._session.submit_unnumbered("sample", spec)
 
     def __repr__(self) -> str:
@@ -304,6 +320,16 @@ class ServiceClient(ServiceBase):
         """Fetches a model's tokenizer, name → content: what `data.chat.ChatTokenizer` takes."""
         return self._io.run(self._downloads.tokenizer(model_ref))
 
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[True], **options: Unpack[OtherSampling]
+    ) -> SampleStream: ...
+
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[False] = False, **options: Unpack[OtherSampling]
+    ) -> SampleResult: ...
+
     def sample(
         self,
         prompts: Any,
@@ -316,28 +342,37 @@ class ServiceClient(ServiceBase):
         stop: Any = None,
         num_samples: int | None = None,
         *,
-        base_model: str | None = None,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
+        model: str | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
-    ) -> SampleResult:
-        """Generates text from a base model or an artifact, and waits for it.
+        stream: bool = False,
+    ) -> SampleResult | SampleStream:
+        """Generates text from a base model or an artifact; waits for it, or iterates its tokens.
 
-        The arguments are those of `TrainingClient.sample`; pass either `base_model` or `artifact`.
+        The arguments are those of `TrainingClient.sample`; pass either `model` or `artifact`.
         """
-        return self.sample_async(
+        future = self._submit_sample(
             prompts,
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            stop,
-            num_samples,
-            base_model=base_model,
-            artifact=artifact,
-            deadline_s=deadline_s,
-        ).result()
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "model": model,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+            stream=stream,
+        )
+        return SampleStream(self._session, future) if stream else future.result()
 
     def close(self) -> None:
         """Sends what still waits, then ends the connection; operations go on."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
 from tensafe.v1 import operations_pb2, training_pb2
 from tensafe.wire.tensors import Array
+from tensafe_client import specs
 from tensafe_client.backoff import Backoff
 from tensafe_client.channel import Channel, Stubs
 from tensafe_client.connection import Connection
@@ -29,25 +29,11 @@ from tensafe_client.errors import (
 )
 from tensafe_client.futures import OperationFuture
 from tensafe_client.io_loop import io_loop
+from tensafe_client.sequence import Place, RunSequence
 from tensafe_client.submission import Submission, Submitter, check_size
 from tensafe_client.watching import Watcher
 
 _WAIT_S = 60.0
-
-
-@dataclass
-class RunSequence:
-    """The numbering of one run's operations, shared by all its clients of one session.
-
-    `lost`: why the server may never have seen some of its seqs. Until the run is attached to again
-    nothing more is numbered: the server would only wait for the gap to be filled.
-    """
-
-    run_id: str
-    next_seq: int
-    step: int
-    lost: TenSafeError | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Session:
@@ -70,8 +56,9 @@ class Session:
         # Ends of operations without seq that came before the answer that tells their ids.
         self._early: dict[str, operations_pb2.Operation] = {}
         self._submitting = False
-        self._awaiting_id: dict[OperationFuture[Any], asyncio.Event] = {}
+        self._awaiting_id: dict[OperationFuture[Any], list[asyncio.Event]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._makers: set[asyncio.Task[None]] = set()
 
     # -- calls
 
@@ -136,19 +123,66 @@ class Session:
         """
         self.check_open()
         with sequence.lock:
-            if sequence.lost is not None:
-                raise _gap(sequence.run_id, sequence.lost)
+            return self._submit_numbered(sequence, kind, spec, offsets)
+
+    def submit_before_place(
+        self,
+        sequence: RunSequence,
+        kind: str,
+        spec: training_pb2.OperationSpec,
+        next_kind: str,
+        offsets: Array | None = None,
+    ) -> tuple[OperationFuture[Any], Place]:
+        """As `submit_numbered`, and keeps the place after it for an operation that is made from
+        its result: `fill` gives it that. What is submitted meanwhile waits here, in order."""
+        self.check_open()
+        with sequence.lock:
+            first = self._submit_numbered(sequence, kind, spec, offsets)
             seq = sequence.next_seq
-            spec.seq = seq
-            data = spec.SerializeToString()
-            check_size(kind, len(data))
             sequence.next_seq = seq + 1
             future: OperationFuture[Any] = OperationFuture(
-                self, kind, sequence.run_id, seq, offsets
+                self, next_kind, sequence.run_id, seq, offsets
             )
             self._by_place[sequence.run_id, seq] = future
-            # Inside the lock, so that operations are sent in the order of their seqs.
-            self._put(Submission(data, future))
+            return first, sequence.keep(future)
+
+    def fill(self, sequence: RunSequence, place: Place, spec: training_pb2.OperationSpec) -> bool:
+        """Gives a place its operation; False if it has one already, or is lost."""
+        with sequence.lock:
+            if self._closed or not sequence.is_open(place):
+                return False
+            spec.seq = place.future.seq
+            submission = Submission(spec.SerializeToString(), place.future)
+            sequence.fill(place, submission, self._put)
+            return True
+
+    def make(self, coroutine: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs what will fill a place, on the loop; from any thread. `close` waits for it."""
+
+        def start() -> None:
+            task = self.io.loop.create_task(coroutine())
+            self._makers.add(task)
+            task.add_done_callback(self._makers.discard)
+
+        self.io.loop.call_soon_threadsafe(start)
+
+    def _submit_numbered(
+        self,
+        sequence: RunSequence,
+        kind: str,
+        spec: training_pb2.OperationSpec,
+        offsets: Array | None,
+    ) -> OperationFuture[Any]:
+        if sequence.lost is not None:
+            raise _gap(sequence.run_id, sequence.lost)
+        seq = sequence.next_seq
+        spec.seq = seq
+        data = spec.SerializeToString()
+        check_size(kind, len(data))
+        sequence.next_seq = seq + 1
+        future: OperationFuture[Any] = OperationFuture(self, kind, sequence.run_id, seq, offsets)
+        self._by_place[sequence.run_id, seq] = future
+        sequence.put(Submission(data, future), self._put)
         return future
 
     def submit_unnumbered(
@@ -166,9 +200,18 @@ class Session:
     async def cancel_operation(self, future: OperationFuture[Any]) -> bool:
         """Cancels an operation, also one that still waits to be sent; on the loop.
 
-        Its seq is taken, so it is always submitted first.
+        Its seq is taken, so it is always submitted first; one that is still being made is submitted
+        without content there, and so poisons its window as every cancelled one does.
         """
-        operation_id = future.operation_id or await self._id_of(future)
+        if self._cancel_unmade(future):
+            return True
+        try:
+            async with asyncio.timeout(self.connection.timeout_s):
+                operation_id = await self.identified(future)
+        except TimeoutError:
+            raise self._channel.unreachable(
+                "to take the operation that is to be cancelled"
+            ) from None
         if operation_id is None:
             return future.cancelled()
         stubs = await self.stubs()
@@ -177,9 +220,30 @@ class Session:
             operations_pb2.CancelOperationRequest(operation_id=operation_id),
         )
         if response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED:
-            future._finish(response.operation)
-            self.finished(response.operation)
+            self.ended(future, response.operation)
         return future.cancelled()
+
+    def _cancel_unmade(self, future: OperationFuture[Any]) -> bool:
+        sequence = self._sequences.get(future.run_id)
+        if sequence is None:
+            return False
+        with sequence.lock:
+            place = sequence.open_place(future)
+        if place is None or not self.fill(
+            sequence, place, specs.refused_forward_backward(future.run_id)
+        ):
+            return False
+        future._cancel_here()
+        return True
+
+    async def identified(self, future: OperationFuture[Any]) -> str | None:
+        """Waits until the submission was answered, and tells the operation's id; None if it was
+        refused; on the loop."""
+        while future.operation_id is None and not future.done():
+            told = asyncio.Event()
+            self._awaiting_id.setdefault(future, []).append(told)
+            await told.wait()
+        return future.operation_id
 
     def follow(self, future: OperationFuture[Any]) -> None:
         """Keeps a rebuilt handle, so that it ends with the session at the latest; on the loop."""
@@ -242,9 +306,10 @@ class Session:
             return
         with sequence.lock:
             sequence.lost = error
-            later = self._submitter.take_out(run_id)
-        for submission in later:
-            self.refused(submission.future, "", _gap(run_id, error))
+            later = [submission.future for submission in self._submitter.take_out(run_id)]
+            later += sequence.drop()
+        for future in later:
+            self.refused(future, "", _gap(run_id, error))
 
     def batch_answered(self) -> None:
         """All ids of what was submitted are known: an unknown end is nobody's."""
@@ -262,6 +327,11 @@ class Session:
                 self._early[operation.id] = operation
         if future is not None:
             self._finish(future, operation)
+
+    def ended(self, future: OperationFuture[Any], operation: operations_pb2.Operation) -> None:
+        """The operation of this future has ended, as another call than the stream tells."""
+        future._finish(operation)
+        self.finished(operation)
 
     async def reconcile(self) -> None:
         """Reads every open operation anew, after the stream lost its place."""
@@ -305,13 +375,16 @@ class Session:
             return
         try:
             async with asyncio.timeout(self.connection.timeout_s):
+                while self._makers:
+                    await asyncio.wait(self._makers)
                 await self._submitter.flush()
         except TimeoutError:
             pass  # the futures of what was not sent say so below
         finally:
             self._closed = True
             self._watcher.stop()
-            tasks = [task for task in (self._sender, *self._tasks) if task is not None]
+            everything = (self._sender, *self._tasks, *self._makers)
+            tasks = [task for task in everything if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # the sender puts back its batch
@@ -358,24 +431,8 @@ class Session:
         if sequence is not None:
             sequence.step = step
 
-    async def _id_of(self, future: OperationFuture[Any]) -> str | None:
-        """Waits until the submission was answered; None if the operation was refused."""
-        told = self._awaiting_id.setdefault(future, asyncio.Event())
-        try:
-            async with asyncio.timeout(self.connection.timeout_s):
-                while future.operation_id is None and not future.done():
-                    await told.wait()
-        except TimeoutError:
-            raise self._channel.unreachable(
-                "to take the operation that is to be cancelled"
-            ) from None
-        finally:
-            self._awaiting_id.pop(future, None)
-        return future.operation_id
-
     def _tell_id(self, future: OperationFuture[Any]) -> None:
-        told = self._awaiting_id.get(future)
-        if told is not None:
+        for told in self._awaiting_id.pop(future, ()):
             told.set()
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 from tensafe_client.api import Api
 from tensafe_client.infos import RunInfo
 from tensafe_client.operations import RunOperations
-from tensafe_client.results import LoadStateResult, SampleResult, SaveStateResult, StepMetrics
-from tensafe_client.session import RunSequence, Session
+from tensafe_client.results import LoadStateResult, SaveStateResult, StepMetrics
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import RunSampling
+from tensafe_client.sequence import RunSequence
+from tensafe_client.session import Session
 from tensafe_client.streams import iterate
+from tensafe_client.token_streams import SampleStream
 
 
 class TrainingClient(RunOperations):
@@ -35,6 +39,16 @@ class TrainingClient(RunOperations):
         super().__init__(session, info, sequence)
         self._api = Api(session)
 
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[True], **options: Unpack[RunSampling]
+    ) -> SampleStream: ...
+
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[False] = False, **options: Unpack[RunSampling]
+    ) -> SampleResult: ...
+
     def sample(
         self,
         prompts: Any,
@@ -47,16 +61,24 @@ class TrainingClient(RunOperations):
         stop: Any = None,
         num_samples: int | None = None,
         *,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
         step: int | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
-    ) -> SampleResult:
-        """Generates text and waits for it. What is None is left to the server's default.
+        stream: bool = False,
+    ) -> SampleResult | SampleStream:
+        """Generates text; waits for it, or iterates its tokens as they are drawn. What is None is
+        left to the server's default.
+
+        It begins at its place in the run's order, on a copy of the weights that it finds there: a
+        sample behind an `optim_step` has the stepped weights, and what is submitted behind it may
+        train meanwhile. With `step` or `artifact` it waits for nothing of the run.
 
         Args:
             prompts: one prompt or a list; a prompt is text, a list of token ids, or a list of chat
                 messages (`{"role": …, "content": …}`).
-            max_tokens: longest completion, tokens. Default 128.
+            max_tokens: longest completion, tokens, the one that ends it included. Default 128.
             temperature: divides the logits; 0 takes the likeliest token. Default 1.
             top_p: the smallest set of tokens with this probability. Default 1.
             top_k: only the k likeliest; 0 for all. Default 0.
@@ -65,25 +87,34 @@ class TrainingClient(RunOperations):
             stop: texts or token ids that end a completion. Default: the model's end token; what is
                 passed replaces it, so that an empty list never stops early.
             num_samples: completions for each prompt. Default 1.
+            top_logprobs: also tell the k likeliest tokens at each place, at most 20. Default 0.
+            prompt_logprobs: also tell the log-probability of each token of the prompts.
             step: sample the weights as saved after this step, instead of the current ones.
             artifact: sample an artifact, instead of the current weights.
             deadline_s: how long it may wait on the server, seconds: if it has not started by then,
                 it never runs and ends with DeadlineExceededError. Default: for ever.
+            stream: return a `SampleStream` at once.
         """
-        return self.sample_async(
+        future = self._submit_sample(
             prompts,
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            stop,
-            num_samples,
-            step=step,
-            artifact=artifact,
-            deadline_s=deadline_s,
-        ).result()
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "step": step,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+            stream=stream,
+        )
+        return SampleStream(self._session, future) if stream else future.result()
 
     def save_state(
         self,

@@ -64,6 +64,7 @@ from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.operations.specs import SpecReader
+from tensafe_server.operations.streaming import SampleStreams
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.tls import Certificate
@@ -160,11 +161,10 @@ class Coordinator:
         self.dispatcher = Dispatcher(
             store, self._ledger, restorer, specs, settings.company, self._blame
         )
-        gaps = self._gaps = GapWatch(
-            store, self._ledger, self._hub, outcomes, settings.gap_timeout_s
-        )
-        cancellation = self._cancellation = Cancellation(outcomes, self.dispatcher)
+        gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
+        cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
+        self._streams = SampleStreams(reader)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
         intake = self._intake = Intake(
@@ -176,10 +176,9 @@ class Coordinator:
             self._artifacts,
             settings.limits,
         )
-        self.dispatcher.on_unrestorable = cancellation.fail_waiting
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
-        reception = self._reception = Reception(
+        reception = Reception(
             self._ledger,
             self._models,
             outcomes,
@@ -191,15 +190,9 @@ class Coordinator:
             Liveness(settings.worker_silence_s),
             self._blame,
         )
-        runs = self._runs = RunBook(store, self._ledger, self._models)
+        runs = RunBook(store, self._ledger, self._models)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._ledger.on_ready = self.dispatcher.kick
-        self._ledger.on_gap = gaps.update
-        self._ledger.on_deadline = cancellation.watch_deadline
-        specs.on_read = self.dispatcher.kick
-        specs.on_missing = cancellation.give_up
-        outcomes.on_lost_store = self._fail
-        outcomes.on_saved = self._artifacts.news
+        self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
@@ -226,7 +219,9 @@ class Coordinator:
             ),
             (
                 operations_pb2_grpc.add_OperationsServiceServicer_to_server,
-                OperationsServicer(store, self._ledger, reader, cancellation, self._hub),
+                OperationsServicer(
+                    store, self._ledger, reader, cancellation, self._hub, self._streams
+                ),
             ),
             (
                 metrics_pb2_grpc.add_MetricsServiceServicer_to_server,
@@ -257,6 +252,20 @@ class Coordinator:
         reflection.enable_server_reflection(
             [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
+
+    def _connect(
+        self, outcomes: Outcomes, gaps: GapWatch, cancellation: Cancellation, specs: SpecReader
+    ) -> None:
+        """Who hears of what."""
+        self._ledger.on_ready = self.dispatcher.kick
+        self._ledger.on_gap = gaps.update
+        self._ledger.on_disputed = self.dispatcher.give_back
+        self._ledger.on_deadline = cancellation.watch_deadline
+        self.dispatcher.on_unrestorable = cancellation.fail_waiting
+        specs.on_read = self.dispatcher.kick
+        specs.on_missing = cancellation.give_up
+        outcomes.on_lost_store = self._fail
+        outcomes.on_saved = self._artifacts.news
 
     @classmethod
     async def start(cls, settings: Settings) -> Coordinator:
@@ -338,6 +347,7 @@ class Coordinator:
         await self.drain()
         self._hub.close(draining())
         self._reader.drain()
+        self._streams.close()
         self._artifacts.stop()
         self._uploads.stop()
         for link in self.dispatcher.links:

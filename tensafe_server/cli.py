@@ -68,6 +68,12 @@ _LOCAL_LISTEN = "127.0.0.1:50052"
     help="Given to every worker: see `tensafe worker --help`.",
 )
 @click.option(
+    "--compile",
+    "compiling",
+    type=click.Choice(["auto", "background", "first", "off"]),
+    help="Given to every worker: see `tensafe worker --help`.",
+)
+@click.option(
     "--profile",
     default="local",
     show_default=True,
@@ -90,6 +96,7 @@ def up(
     dtype: str,
     group_tokens: int | None,
     plug_ins: tuple[str, ...],
+    compiling: str | None,
     profile: str,
     no_profile: bool,
     operation_limit_s: float | None,
@@ -124,6 +131,8 @@ def up(
         arguments = [[*one, "--group-tokens", str(group_tokens)] for one in arguments]
     for plug_in in plug_ins:
         arguments = [[*one, "--loss", plug_in] for one in arguments]
+    if compiling is not None:
+        arguments = [[*one, "--compile", compiling] for one in arguments]
     local = LocalSettings(settings, arguments, None if no_profile else profile)
     _run(serve_locally(local, _announce, _tell_secret))
 

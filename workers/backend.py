@@ -21,6 +21,9 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
+from workers.sampler import Sampler
+
+_ALONE = "alone"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +53,8 @@ class Backend(ABC):
         credits: most operations that may wait with this worker.
         group_tokens: most tokens that it gains by executing together, for different runs'
             operations of one kind; 0: it gains nothing.
+        sample_tokens: most tokens, of prompts and completions, that its sampler holds at once; 0:
+            it samples in no time.
         instant: operations take microseconds, so starts are not worth a report.
     """
 
@@ -57,6 +62,7 @@ class Backend(ABC):
     device: str
     credits: int
     group_tokens: int = 0
+    sample_tokens: int = 0
     instant: bool = False
 
     @abstractmethod
@@ -114,15 +120,30 @@ class Backend(ABC):
         """Several at once, of different runs."""
         return [_outcome(self.optim_step, *entry) for entry in entries]
 
+    @property
     @abstractmethod
-    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
-        """Generates text.
+    def sampler(self) -> Sampler:
+        """What generates text, always the same one. Training may go on between its steps."""
 
-        Draws come from `params.seed`. Without one, they come from the run's seed and `operation`
-        (its seq) for current weights; from the saved run's seed and step for an artifact or a
-        saved version, so that the same call gives the same text; and from `operation` (its id)
-        for a base model.
+    def sample(self, key: str | int, request: SampleRequest) -> SampleOutcome:
+        """Generates text from beginning to end, while nothing else does.
+
+        Args:
+            key: as `Sampler.submit` takes it.
         """
+        sampler = self.sampler
+        sampler.submit(_ALONE, key, request)
+        try:
+            while not (ended := sampler.collect()):
+                sampler.step()
+        finally:
+            sampler.cancel(_ALONE)
+        ((operation_id, outcome),) = ended
+        if operation_id != _ALONE:
+            raise RuntimeError(f"operation {operation_id} was being sampled")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     @abstractmethod
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:

@@ -97,6 +97,15 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     "workers.losses.loss decorates, or the name of an entry point in the group tensafe.losses. "
     "Repeat it for several. Workers of one model need the same.",
 )
+@click.option(
+    "--compile",
+    "compiling",
+    type=click.Choice(["auto", "background", "first", "off"]),
+    default="auto",
+    show_default=True,
+    help="torch.compile of the element-wise kernels: beside the work, before the worker registers, "
+    "or never; auto is background on a GPU and off on a CPU. Deterministic runs never use them.",
+)
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
     "--operation-limit-s",
@@ -136,6 +145,7 @@ def worker(
     pass_tokens: int | None,
     run_memory_mib: float | None,
     plug_ins: tuple[str, ...],
+    compiling: str,
     name: str | None,
     operation_limit_s: float,
     token_limit_ms: float,
@@ -162,10 +172,10 @@ def worker(
         raise click.UsageError(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
-    if backend == "mock" and (pass_tokens or run_memory_mib or plug_ins):
+    if backend == "mock" and (pass_tokens or run_memory_mib or plug_ins or compiling != "auto"):
         raise click.UsageError(
-            "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib and "
-            "--loss"
+            "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib, "
+            "--loss and --compile"
         )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
@@ -189,8 +199,9 @@ def worker(
     try:
         if follow_stdin:
             threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+        run_bytes = None if run_memory_mib is None else int(run_memory_mib * 2**20)
         loaded = _backend(
-            backend, models, device, dtype, chosen, pass_tokens, run_memory_mib, plug_ins
+            backend, models, device, dtype, chosen, pass_tokens, run_bytes, plug_ins, compiling
         )
         if group_tokens is not None:
             loaded.group_tokens = group_tokens
@@ -224,8 +235,9 @@ def _backend(
     dtype: str,
     threads: int,
     pass_tokens: int | None,
-    run_memory_mib: float | None,
+    run_bytes: int | None,
     plug_ins: tuple[str, ...],
+    compiling: str,
 ) -> Backend:
     if kind == "mock":
         from workers.mock import MockBackend
@@ -238,6 +250,7 @@ def _backend(
         losses = load_losses(plug_ins)
     except LossLoadError as error:
         raise click.ClickException(str(error)) from error
+    from workers.engine.compiling import Compiling
     from workers.engine.loading import ModelLoadError, load_backend
 
     try:
@@ -247,8 +260,9 @@ def _backend(
             dtype=dtype,
             threads=threads,
             token_budget=pass_tokens,
-            run_bytes=None if run_memory_mib is None else int(run_memory_mib * 2**20),
+            run_bytes=run_bytes,
             losses=losses,
+            compiling=Compiling(compiling),
         )
     except ModelLoadError as error:
         # Never a mock in place of a model that does not load.

@@ -79,7 +79,8 @@ class Execution:
         planned: worker_pb2.PlannedOperation,
         done: worker_pb2.OperationDone,
     ) -> None:
-        """Fills in what came of an operation in a run's order, applied to `run_id`."""
+        """Fills in what came of an operation in a run's order, applied to `run_id`. A SAMPLE is
+        not among them: it goes on beside others (`workers/samples.py`)."""
         backend = self._backend
         if kind == "forward_backward":
             try:
@@ -99,8 +100,6 @@ class Execution:
         elif kind == "forward":
             loss = backend.forward(run_id, self._loss_request(spec.forward))
             done.result.CopyFrom(wire.forward_result(loss))
-        elif kind == "sample":
-            done.result.CopyFrom(self.sample(spec, planned))
         elif kind == "save_state":
             done.result.CopyFrom(self._save(spec, planned))
         elif kind == "load_state":
@@ -113,9 +112,10 @@ class Execution:
     ) -> LossRequest:
         return wire.loss_request(message, self._artifacts.directory)
 
-    def sample(
+    def sample_request(
         self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
-    ) -> operations_pb2.OperationResult:
+    ) -> tuple[SampleRequest, str | int]:
+        """What the sampler is asked, and what draws come from beside a seed."""
         sample = spec.sample
         source = sample.weights.WhichOneof("source") or "current"
         request = SampleRequest(
@@ -123,12 +123,12 @@ class Execution:
             params=wire.sampling_params(sample.params),
             run_id=spec.run_id if source == "current" else None,
             model_ref=planned.model_ref or sample.weights.base_model,
+            stream=sample.stream,
         )
         if source in ("version", "artifact_id"):
             artifact_id = planned.artifact_id or sample.weights.artifact_id
             request.artifact = ArtifactWeights(artifact_id, self._artifacts.directory(artifact_id))
-        key = spec.seq if source == "current" else planned.operation_id
-        return wire.sample_result(self._backend.sample(key, request))
+        return request, spec.seq if source == "current" else planned.operation_id
 
     def _save(
         self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
@@ -175,3 +175,9 @@ def as_fault(error: Exception, what: str) -> TenSafeFault:
         "whose log has the details",
         error_id=error_id,
     )
+
+
+def fail(done: worker_pb2.OperationDone, error: Exception) -> None:
+    """Fills in why an operation failed."""
+    fault = as_fault(error, f"operation {done.operation_id}")
+    done.error.CopyFrom(to_status(fault.detail))

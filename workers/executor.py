@@ -1,7 +1,8 @@
 """One thread that executes planned operations in order and keeps their outcomes for the link.
 
-The link (an event loop) submits plans, cancels and collects; the backend is called from the
-executor's thread alone.
+A SAMPLE begins in its turn, on the weights that it finds, and goes on beside what follows. The
+link (an event loop) submits plans, cancels and collects; the backend is called from the executor's
+thread alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from collections.abc import Callable, Sequence
 
 from tensafe import failpoints
 from tensafe.v1 import training_pb2, worker_pb2
-from tensafe.wire.status import to_status
 from workers import wire
 from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
-from workers.execution import Execution, SnapshotLoadError, as_fault
+from workers.execution import Execution, SnapshotLoadError, as_fault, fail
 from workers.grouping import (
     Member,
     PassCount,
@@ -31,7 +31,10 @@ from workers.grouping import (
     write_outcome,
 )
 from workers.keeping import HeldRun, SnapshotKeeper
+from workers.operations import SampleChunk
 from workers.progress import Claim, Progress
+from workers.samples import Samples
+from workers.turns import Turns
 from workers.watchdog import Activity, OperationLimits
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class Executor:
         self.activity = Activity()
         self._limits = limits or OperationLimits()
         self._leaving = False
+        self._farewell_due = False
         self._backend = backend
         self._transfers = transfers
         self._artifacts = ArtifactCache(transfers)
@@ -80,6 +84,10 @@ class Executor:
         self._submitted = 0
         self._finished = 0
         self._progress = Progress(2 * backend.credits, backend.instant, on_progress)
+        self._samples = Samples(
+            backend.sampler, self._execution, self._progress, self.activity, self._limits
+        )
+        self._turns = Turns()
         self._refused: deque[worker_pb2.RefusedSnapshot] = deque()
         self._runs: dict[str, HeldRun] = {}
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
@@ -105,7 +113,8 @@ class Executor:
     @property
     def idle(self) -> bool:
         """Whether everything that was submitted has been executed."""
-        return self._submitted == self._finished
+        done = self._submitted == self._finished
+        return done and not (self._samples.busy or self._farewell_due)
 
     def held_runs(self) -> list[worker_pb2.HeldRun]:
         """The runs held and how far each is."""
@@ -118,6 +127,7 @@ class Executor:
     def new_stream(self) -> None:
         """From here on plans come over a new stream, which numbers its groups anew."""
         self._stream += 1
+        self._progress.new_stream()
 
     def submit(self, plan: worker_pb2.Plan) -> None:
         """Queues a plan."""
@@ -126,9 +136,10 @@ class Executor:
         self._inbox.put((self._stream, plan))
         self._progress.repeat(plan.operations)
 
-    def cancel(self, operation_id: str) -> None:
-        """Takes back an operation that has not started; one that has runs to its end."""
-        self._progress.cancel(operation_id)
+    def cancel(self, operation_id: str, *, waiting_only: bool = False) -> None:
+        """Takes back an operation that has not started and, unless `waiting_only`, stops a SAMPLE
+        that runs before its next token; anything else that runs goes to its end."""
+        self._progress.cancel(operation_id, waiting_only=waiting_only)
 
     def release(self, run_id: str) -> None:
         """Forgets a run. What is still planned of it has been taken back before."""
@@ -166,40 +177,52 @@ class Executor:
         operations that ended."""
         return self._progress.collect()
 
+    def collect_chunks(self) -> list[tuple[int, SampleChunk]]:
+        """Takes the streamed pieces since the last call, each with its operation's epoch. Call it
+        after `collect` and send what it gives first: an outcome comes behind its pieces."""
+        return self._progress.collect_chunks()
+
     # On the executor's thread.
 
     def _work(self) -> None:
-        while self.execute_next():
-            continue
-
-    def execute_next(self) -> bool:
-        """Executes what is next, and waits for something if there is nothing; False: the end."""
-        if not self._fill():
-            return False
-        items = self._agenda.take()
-        self._group(items)
-        self._finished += len(items)
-        self._on_progress()
-        return True
+        while self._fill():
+            begin = time.perf_counter()
+            trains = bool(self._agenda)
+            if self._turns.training_is_next(trains=trains, samples=self._samples.busy):
+                items = self._agenda.take()
+                self._group(items)
+                self._finished += len(items)
+                self._turns.trained(time.perf_counter() - begin)
+                self._on_progress()
+            else:
+                ended = self._samples.step()
+                self._turns.sampled(time.perf_counter() - begin)
+                if ended:
+                    self._on_progress()
+            if self._farewell_due and not self._samples.busy:
+                self._say_farewell()
 
     def _fill(self) -> bool:
         """Takes in all that has come; waits for it if there is nothing to do. False: the end."""
-        while not (self._agenda and self._inbox.empty()):
-            item = self._inbox.get()
+        while True:
+            try:
+                item = self._inbox.get(block=not (self._agenda or self._samples.busy))
+            except queue.Empty:
+                return True
             if item is None:
                 return False
             self._agenda.put(*item)
-        return True
 
     def _group(self, items: Sequence[Item]) -> None:
         """Executes a group, or what a plan has without a group."""
         members: list[Member] = []
         for item in items:
             if isinstance(item, Farewell):
-                self._farewell()
+                self._prepare_farewell()
             elif self._closing or self._leaving:
                 continue
             elif isinstance(item, Release):
+                self._samples.drop_run(item.run_id)
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
                 self.snapshots.forget(item.run_id)
@@ -224,6 +247,7 @@ class Executor:
         held = self._runs.get(assignment.run_id)
         if held is not None and held.epoch == assignment.epoch and held.fault is None:
             return
+        self._samples.drop_run(assignment.run_id)
         run = HeldRun(
             assignment.epoch,
             assignment.config.model_ref,
@@ -254,8 +278,8 @@ class Executor:
         finally:
             self.activity.end()
 
-    def _claim(self, planned: worker_pb2.PlannedOperation) -> bool:
-        claim = self._progress.claim(planned)
+    def _claim(self, planned: worker_pb2.PlannedOperation, kind: str = "") -> bool:
+        claim = self._progress.claim(planned, stoppable=kind == "sample")
         if claim is Claim.CANCELLED:
             self._void(planned)
         return claim is Claim.MINE
@@ -264,32 +288,45 @@ class Executor:
         if planned.void:
             self._void(planned)
             return
-        if not (planned.replay or self._claim(planned)):
+        spec = training_pb2.OperationSpec.FromString(planned.spec)
+        kind = spec.WhichOneof("operation") or ""
+        if planned.replay:
+            self._replay(spec, kind, planned)
             return
-        if not planned.replay:
-            self._progress.begin([planned])
+        if not self._claim(planned, kind):
+            return
+        self._progress.begin()
         done = _done(planned)
-        spec = training_pb2.OperationSpec()
         begin = time.perf_counter()
         try:
-            spec.ParseFromString(planned.spec)
-            self._execute(spec, planned, done)
+            if self._execute(spec, kind, planned, done):
+                return
         except _RefusedRunError:
-            if not planned.replay:
-                self._progress.end([])
+            self._progress.abandon(planned)
             return
         except Exception as error:
-            _fail(done, error)
-        finally:
-            self.activity.end()
+            fail(done, error)
         done.compute_ms = (time.perf_counter() - begin) * 1e3
-        if not planned.replay:
-            self._progress.end([done])
-        else:
-            done.replay = True
-            done.run_id = planned.run_id or spec.run_id
-            if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
-                self._progress.tell(done)
+        self._progress.end([done])
+        self.snapshots.after(spec, planned, done)
+
+    def _replay(
+        self, spec: training_pb2.OperationSpec, kind: str, planned: worker_pb2.PlannedOperation
+    ) -> None:
+        """Executes an operation for its effect; what it gives is compared with the log."""
+        done = _done(planned)
+        done.replay = True
+        done.run_id = planned.run_id or spec.run_id
+        begin = time.perf_counter()
+        try:
+            self._execute(spec, kind, planned, done)
+        except _RefusedRunError:
+            return
+        except Exception as error:
+            fail(done, error)
+        done.compute_ms = (time.perf_counter() - begin) * 1e3
+        if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
+            self._progress.tell(done)
         self.snapshots.after(spec, planned, done)
 
     def _together(self, members: Sequence[Member]) -> None:
@@ -297,7 +334,7 @@ class Executor:
         claimed = [member for member in members if self._claim(member.planned)]
         if not claimed:
             return
-        self._progress.begin([member.planned for member in claimed])
+        self._progress.begin()
         limit_s = sum(self._limits.of(member.spec) for member in claimed)
         self.activity.begin(claimed[0].planned.operation_id, claimed[0].spec.run_id, limit_s)
         ready, refused = [], []
@@ -319,6 +356,7 @@ class Executor:
         ended = []
         for member in claimed:
             if member in refused:
+                self._progress.abandon(member.planned)
                 continue
             done = _done(member.planned)
             done.compute_ms = member.compute_ms
@@ -327,7 +365,7 @@ class Executor:
             try:
                 write_outcome(member, done)
             except Exception as error:
-                _fail(done, error)
+                fail(done, error)
             ended.append((member, done))
         self.activity.end()
         self._progress.end([done for _, done in ended])
@@ -341,7 +379,7 @@ class Executor:
         if run is None or run.epoch != planned.epoch or run.fault is not None or run.refused:
             return
         if spec.seq <= run.last_seq:
-            return  # sent again after a broken stream: its window may be closed by now
+            return  # it has heard of it: it was told again over a new stream
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
         run.last_seq = spec.seq
@@ -349,22 +387,26 @@ class Executor:
     def _execute(
         self,
         spec: training_pb2.OperationSpec,
+        kind: str,
         planned: worker_pb2.PlannedOperation,
         done: worker_pb2.OperationDone,
-    ) -> None:
-        kind = spec.WhichOneof("operation")
+    ) -> bool:
+        """Fills in what came of an operation. True: it goes on beside others."""
         self.activity.begin(planned.operation_id, spec.run_id, self._limits.of(spec))
-        if not spec.HasField("seq"):
-            # Fills in `done.result`; an operation without seq is a SAMPLE.
-            done.result.CopyFrom(self._execution.sample(spec, planned))
-            return
-        run_id = planned.run_id or spec.run_id
-        run = self._held(spec, planned)
+        run = self._held(spec, planned) if spec.HasField("seq") else None
         try:
-            if not (planned.replay and kind in _REPLAY_SKIPS):
-                self._execution.numbered(kind or "", run_id, spec, planned, done)
+            if planned.replay and kind in _REPLAY_SKIPS:
+                return False
+            if kind == "sample":
+                self._samples.begin(spec, planned)
+                return True
+            run_id = planned.run_id or spec.run_id
+            self._execution.numbered(kind, run_id, spec, planned, done)
+            return False
         finally:
-            run.last_seq = spec.seq
+            if run is not None:
+                run.last_seq = spec.seq
+            self.activity.end()
 
     def _held(
         self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
@@ -382,10 +424,16 @@ class Executor:
             raise RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
         return run
 
-    def _farewell(self) -> None:
+    def _prepare_farewell(self) -> None:
+        """Nothing changes the runs any more, so their snapshots go out while samples end."""
         self.snapshots.flush()
+        self._farewell_due = True
+
+    def _say_farewell(self) -> None:
         if not self.snapshots.wait_stored(_FAREWELL_S):
             log.warning("not all snapshots were stored before leaving; more is to be replayed")
+        self._farewell_due = False
+        self._on_progress()
 
 
 class _RefusedRunError(Exception):
@@ -394,8 +442,3 @@ class _RefusedRunError(Exception):
 
 def _done(planned: worker_pb2.PlannedOperation) -> worker_pb2.OperationDone:
     return worker_pb2.OperationDone(operation_id=planned.operation_id, epoch=planned.epoch)
-
-
-def _fail(done: worker_pb2.OperationDone, error: Exception) -> None:
-    fault = as_fault(error, f"operation {done.operation_id}")
-    done.error.CopyFrom(to_status(fault.detail))

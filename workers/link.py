@@ -13,7 +13,7 @@ import random
 import secrets
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from tensafe.wire.tls import Address, find_mismatch, open_channel
 from workers import wire
 from workers.backend import Backend
 from workers.executor import Executor
+from workers.operations import SampleChunk
 from workers.snapshots import SnapshotPolicy
 from workers.transfers import GrpcTransfers
 from workers.watchdog import OperationLimits, StepClock, Watchdog, end_with_stacks
@@ -306,6 +307,7 @@ class Link:
             credits=self._backend.credits,
             held_runs=self._executor.held_runs(),
             group_tokens=self._backend.group_tokens,
+            sample_tokens=self._backend.sample_tokens,
             fingerprint=self._backend.fingerprint(),
             instance=self._instance,
         )
@@ -328,7 +330,8 @@ class Link:
             if kind == "plan":
                 executor.submit(response.plan)
             elif kind == "cancel":
-                executor.cancel(response.cancel.operation_id)
+                cancel = response.cancel
+                executor.cancel(cancel.operation_id, waiting_only=cancel.waiting_only)
             elif kind == "release":
                 executor.release(response.release.run_id)
             elif kind == "drain":
@@ -353,6 +356,10 @@ class Link:
             if refused := self._executor.collect_refused():
                 self._unsent.append(worker_pb2.Report(refused=refused))
             self._unsent.extend(_reports(*self._executor.collect()))
+            # Taken after the outcomes and sent before them: an outcome comes behind its tokens.
+            # They are not kept for another stream, which gets them from the first on.
+            for report in _chunk_reports(self._executor.collect_chunks()):
+                await call.write(worker_pb2.ConnectRequest(report=report))
             while self._unsent:
                 await call.write(worker_pb2.ConnectRequest(report=self._unsent[0]))
                 self._unsent.popleft()
@@ -386,6 +393,19 @@ def _reports(
             reports.append(report)
         report.done.append(outcome)
     return reports
+
+
+def _chunk_reports(chunks: Iterable[tuple[int, SampleChunk]]) -> Iterator[worker_pb2.Report]:
+    """Streamed tokens in as few reports as message size allows."""
+    report, size = worker_pb2.Report(), 0
+    for epoch, chunk in chunks:
+        report.chunks.append(wire.sample_chunk(epoch, chunk))
+        size += report.chunks[-1].ByteSize()
+        if size > _REPORT_BYTES:
+            yield report
+            report, size = worker_pb2.Report(), 0
+    if report.chunks:
+        yield report
 
 
 async def _raise_status(call: grpc.aio.StreamStreamCall) -> None:  # type: ignore[type-arg]

@@ -24,16 +24,15 @@ from workers.backend import Backend
 from workers.losses import LossRegistry
 from workers.losses.cross_entropy import cross_entropy
 from workers.losses.linear import linear
+from workers.mock_sampler import MockSampler, mock_completions
 from workers.operations import (
     Combine,
-    Completion,
     LoadOutcome,
     LossOutcome,
     LossRequest,
     Metric,
     ModelCard,
     Output,
-    Prompt,
     RunSettings,
     SampleOutcome,
     SampleRequest,
@@ -88,6 +87,7 @@ class MockBackend(Backend):
 
     def __init__(self) -> None:
         self._runs: dict[str, _Run] = {}
+        self._sampler = MockSampler(self._sample)
 
     def models(self) -> Sequence[ModelCard]:
         return [ModelCard(name="mock", architecture="mock", accepts_any_reference=True)]
@@ -152,29 +152,18 @@ class MockBackend(Backend):
         run.norms.clear()
         return StepOutcome(run.window.applied(), True, rate, norm, closed.metrics(norm, rate, 0.0))
 
-    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
+    @property
+    def sampler(self) -> MockSampler:
+        return self._sampler
+
+    def _sample(self, request: SampleRequest) -> SampleOutcome:
         if request.artifact is not None:
             step = int(_read(request.artifact.directory)["window"]["step"])
         elif request.run_id is not None:
             step = self._runs[request.run_id].window.step
         else:
             step = 0
-        text = f" [Mock completion for step {step}]"
-        tokens = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
-        completions = [
-            Completion(
-                prompt_index=index,
-                prompt=_prompt_text(prompt),
-                text=text,
-                tokens=tokens,
-                logprobs=np.zeros(len(tokens), np.float32),
-                stopped=True,
-                prompt_tokens=_prompt_length(prompt),
-            )
-            for index, prompt in enumerate(request.prompts)
-            for _ in range(request.params.num_samples)
-        ]
-        return SampleOutcome(completions, step)
+        return SampleOutcome(mock_completions(request, step), step)
 
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
         run = self._runs[run_id]
@@ -271,15 +260,3 @@ def _read(directory: Path) -> dict[str, Any]:
 def _restore(run: _Run, state: dict[str, Any]) -> None:
     run.window.restore(state["window"])
     run.norms = [float(norm) for norm in state["grad_norms"]]
-
-
-def _prompt_text(prompt: Prompt) -> str:
-    if prompt.text is not None:
-        return prompt.text
-    if prompt.chat is not None:
-        return "\n".join(f"{message.role}: {message.content}" for message in prompt.chat)
-    return ""
-
-
-def _prompt_length(prompt: Prompt) -> int:
-    return len(prompt.tokens) if prompt.tokens is not None else len(_prompt_text(prompt).encode())

@@ -1,13 +1,13 @@
 """What a backend is asked to do and what it answers, free of protos and gRPC.
 
-Shapes: N tokens of a batch end to end, B datums, G generated tokens.
+Shapes: N tokens of a batch end to end, B datums, P tokens of a prompt, T sampled tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What ends a completion; neither the text nor the token is returned."""
+    """What ends a completion. Empty: nothing does but its length.
+
+    Attributes:
+        strings: the completion's text ends before the first of them.
+        tokens: ids; the text leaves them out.
+    """
 
     strings: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -168,8 +173,16 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose the next token. `seed` None: from the run's seed and the operation;
-    `stop` None: at the model's end tokens."""
+    """How to choose the next token, and what is told of it.
+
+    Attributes:
+        max_tokens: most sampled tokens, the one that ends a completion among them.
+        top_k: 0 for all tokens.
+        seed: None: from the run's seed and the operation.
+        stop: None: at the model's end tokens.
+        top_logprobs: k, how many of the likeliest tokens to tell at each position.
+        prompt_logprobs: whether to tell the log-probabilities of the prompt's tokens.
+    """
 
     max_tokens: int = 128
     temperature: float = 1.0
@@ -179,6 +192,8 @@ class SamplingParams:
     seed: int | None = None
     stop: Stop | None = None
     num_samples: int = 1
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
 
 @dataclass(slots=True)
@@ -189,6 +204,7 @@ class SampleRequest:
         run_id: the run whose weights, or whose saved version, is meant; None without a run.
         model_ref: the base model of an operation without run, else empty.
         artifact: sample from these; None for the run's weights or, without run, the base model.
+        stream: tell of new tokens as they come.
     """
 
     prompts: list[Prompt]
@@ -196,6 +212,7 @@ class SampleRequest:
     run_id: str | None = None
     model_ref: str = ""
     artifact: ArtifactWeights | None = None
+    stream: bool = False
 
 
 @dataclass(slots=True)
@@ -245,26 +262,89 @@ class StepOutcome:
     metrics: list[Metric] = field(default_factory=list)
 
 
+class FinishReason(StrEnum):
+    """Why a completion ended: an end or stop token or a stop string; or a limit of length."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
 @dataclass(slots=True)
 class Completion:
-    """One completion; `tokens` int32 [G] without the one that stopped it, `logprobs` float32 [G]
-    under the distribution sampled from. `stopped` False: it ran into a length limit."""
+    """One completion.
+
+    `tokens` are all that were sampled. If a token ended it, that one is the last, since its choice
+    was part of the policy; if a stop string did, the last is the one that completed the string.
+    `text` has neither the token nor the string. So T is at least 1.
+
+    Attributes:
+        prompt: as the model read it.
+        tokens: int32 [T].
+        logprobs: float32 [T], of each under the distribution sampled from, after temperature and
+            filters; 0 at temperature 0.
+        raw_logprobs: float32 [T], log softmax of the model's own logits: what FORWARD computes.
+        prompt_tokens: P.
+        top_tokens, top_logprobs: int32 and float32 [T, k], the likeliest first, by the model's own
+            logits; None unless asked for.
+        prompt_logprobs: float32 [P], raw, of each token of the prompt given those before; NaN for
+            the first. The same array for all samples of a prompt; None unless asked for.
+    """
 
     prompt_index: int
     prompt: str
     text: str
     tokens: Int32
     logprobs: Float32
-    stopped: bool
+    raw_logprobs: Float32
+    finish_reason: FinishReason
     prompt_tokens: int
+    top_tokens: Int32 | None = None
+    top_logprobs: Float32 | None = None
+    prompt_logprobs: Float32 | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended by itself."""
+        return self.finish_reason is FinishReason.STOP
+
+
+@dataclass(frozen=True, slots=True)
+class SampleChunk:
+    """What one completion has more than its chunk before.
+
+    Chunks of a completion come in order and add up to it, tokens and text. Text lags behind tokens
+    where it may still change or be cut: an unfinished character, or what could become a stop
+    string. A sample that begins anew on another worker begins at position 0 again.
+
+    Attributes:
+        sample: which of the prompt's samples, from 0.
+        position: tokens of the completion before this chunk.
+        tokens: int32 [n], as in `Completion`; n is 0 if only text was still to come.
+        logprobs, raw_logprobs: float32 [n].
+    """
+
+    operation_id: str
+    prompt_index: int
+    sample: int
+    position: int
+    tokens: Int32
+    logprobs: Float32
+    raw_logprobs: Float32
+    text: str
 
 
 @dataclass(slots=True)
 class SampleOutcome:
-    """Completions, for each prompt in order; `model_step` 0 for a base model."""
+    """Completions, for each prompt in order.
+
+    Attributes:
+        model_step: applied updates of the weights; 0 for a base model.
+        compute_ms: its share of the time of the steps that it was part of.
+    """
 
     completions: list[Completion]
     model_step: int = 0
+    compute_ms: float = 0.0
 
 
 @dataclass(slots=True)

@@ -7,10 +7,11 @@ single operations are atomic, so that neither side ever waits for a lock.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 from tensafe.v1 import worker_pb2
+from workers.operations import SampleChunk
 
 _Key = tuple[str, int]
 
@@ -18,7 +19,8 @@ _Key = tuple[str, int]
 class Claim(Enum):
     """Whether an operation is to be executed now."""
 
-    MINE = "it is"
+    MINE = "it is, and runs from here on"
+    RUNS = "it runs already; its answer comes when it has ended"
     ANSWERED = "it has been; its answer is sent again"
     CANCELLED = "it was cancelled"
 
@@ -38,11 +40,16 @@ class Progress:
         self._on_news = on_news
         # Claimed (popped) by the executor to run, or by a cancel: whoever pops it owns it.
         self._waiting: dict[_Key, worker_pb2.PlannedOperation] = {}
-        self._cancelled: set[_Key] = set()
         self._done: deque[worker_pb2.OperationDone] = deque()
-        self._running: Sequence[worker_pb2.PlannedOperation] = ()
-        self._reported: Sequence[worker_pb2.PlannedOperation] = ()
+        self._running: dict[_Key, worker_pb2.PlannedOperation] = {}
+        self._stoppable: set[_Key] = set()
+        self._stops: deque[_Key] = deque()
         self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
+        # Pieces of what streams, all from the first on: a new stream gets them again.
+        self._pieces: dict[_Key, list[SampleChunk]] = {}
+        # The link's own.
+        self._told_starts: set[_Key] = set()
+        self._told_pieces: dict[_Key, int] = {}
 
     # Called by the link.
 
@@ -53,34 +60,40 @@ class Progress:
                 self._waiting[_key(planned)] = planned
 
     def repeat(self, operations: Iterable[worker_pb2.PlannedOperation]) -> None:
-        """Tells anew of what runs already: it was sent again over a new stream, which is to know
-        of it."""
-        if any(self._runs_already(_key(planned)) for planned in operations):
-            self._reported = ()
+        """Tells anew of what runs already, and what it has streamed: it was sent again over a new
+        stream, which is to know of it, and has passed over what came before."""
+        again = {key for planned in operations if (key := _key(planned)) in self._running}
+        if again:
+            self._told_starts -= again
+            for key in again:
+                self._told_pieces.pop(key, None)
             self._on_news()
 
-    def cancel(self, operation_id: str) -> None:
-        """Takes back an operation that has not started; one that has runs to its end."""
-        for key in list(self._waiting):
-            if key[0] == operation_id:
-                self._cancel(key)
+    def new_stream(self) -> None:
+        """What streams is told from its first piece on."""
+        self._told_pieces.clear()
 
-    def _cancel(self, key: _Key) -> None:
+    def cancel(self, operation_id: str, *, waiting_only: bool = False) -> None:
+        """Takes back an operation that has not started and, unless `waiting_only`, asks for the end
+        of a running one that can be stopped; any other runs to its end."""
+        for key in dict.fromkeys([*self._waiting, *self._running]):
+            if key[0] == operation_id:
+                self._cancel(key, waiting_only)
+
+    def _cancel(self, key: _Key, waiting_only: bool) -> None:
+        if key in self._running:  # and if it waits too, it was sent again over a new stream
+            if key in self._stoppable and not waiting_only:
+                self._stops.append(key)
+            return
         answered = self._recent.get(key[0])
-        if self._runs_already(key) or (answered is not None and answered.epoch == key[1]):
-            return  # it was sent again over a new stream, and has begun already
+        if answered is not None and answered.epoch == key[1]:
+            return  # sent again; its answer is
         planned = self._waiting.pop(key, None)
         if planned is None:
+            if key in self._running:
+                self._cancel(key, waiting_only)  # the executor was faster
             return
-        self._cancelled.add(key)
-        self.tell(
-            worker_pb2.OperationDone(
-                operation_id=planned.operation_id, epoch=planned.epoch, cancelled=True
-            )
-        )
-
-    def _runs_already(self, key: _Key) -> bool:
-        return any(_key(planned) == key for planned in self._running)
+        self.tell(cancelled(planned))
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
@@ -88,56 +101,110 @@ class Progress:
         done = []
         while self._done:
             done.append(self._done.popleft())
-        running = self._running
-        if not running or running is self._reported or self._instant:
+        if self._instant:
             return [], done
-        self._reported = running
         ended = {outcome.operation_id for outcome in done}
+        running = list(self._running)
+        self._told_starts.intersection_update(running)
+        begun = [key for key in running if key not in self._told_starts]
+        self._told_starts.update(begun)
         started = [
-            worker_pb2.OperationStarted(operation_id=planned.operation_id, epoch=planned.epoch)
-            for planned in running
-            if planned.operation_id not in ended
+            worker_pb2.OperationStarted(operation_id=operation_id, epoch=epoch)
+            for operation_id, epoch in begun
+            if operation_id not in ended
         ]
         return started, done
 
+    def collect_chunks(self) -> list[tuple[int, SampleChunk]]:
+        """Takes the streamed pieces since the last call, each with its operation's epoch."""
+        chunks: list[tuple[int, SampleChunk]] = []
+        for key in list(self._pieces):
+            runs = key in self._running  # asked first: an ended one gets no more pieces
+            told, pieces = self._told_pieces.get(key, 0), self._pieces[key]
+            fresh = pieces[told:]
+            chunks += [(key[1], piece) for piece in fresh]
+            if runs:
+                self._told_pieces[key] = told + len(fresh)
+            else:
+                del self._pieces[key]
+                self._told_pieces.pop(key, None)
+        return chunks
+
     # On the executor's thread.
 
-    def claim(self, planned: worker_pb2.PlannedOperation) -> Claim:
-        """Whether the operation is to be executed; if so, no cancel reaches it any more."""
+    def claim(self, planned: worker_pb2.PlannedOperation, *, stoppable: bool = False) -> Claim:
+        """Whether the operation is to be executed.
+
+        Args:
+            stoppable: a cancel reaches it while it runs, by `stops`; none reaches any other.
+        """
         key = _key(planned)
-        claimed = self._waiting.pop(key, None)
+        if key in self._running:
+            self._waiting.pop(key, None)
+            return Claim.RUNS
         answered = self._recent.get(planned.operation_id)
         if answered is not None and answered.epoch == planned.epoch:
             # Sent again after a broken stream: the answer may have been lost.
+            self._waiting.pop(key, None)
             self._done.append(answered)
             return Claim.ANSWERED
-        if claimed is None:
-            self._cancelled.discard(key)
+        if stoppable:
+            self._stoppable.add(key)
+        # Before it leaves the waiting ones, so that a cancel finds it in one of the two.
+        self._running[key] = planned
+        if self._waiting.pop(key, None) is None:
+            self._drop(key)
             return Claim.CANCELLED
         return Claim.MINE
 
-    def begin(self, operations: Sequence[worker_pb2.PlannedOperation]) -> None:
-        """These are being executed from here on; a new sequence each time."""
-        self._running = operations
+    def begin(self) -> None:
+        """What was claimed is being executed from here on."""
         if not self._instant:
             self._on_news()
 
+    def stream(self, planned: worker_pb2.PlannedOperation, chunk: SampleChunk) -> None:
+        """Reports a piece of an operation that runs."""
+        self._pieces.setdefault(_key(planned), []).append(chunk)
+        self._on_news()
+
+    def stops(self) -> list[worker_pb2.PlannedOperation]:
+        """Running operations whose end was asked for since the last call, each once."""
+        asked: dict[_Key, None] = {}
+        while self._stops:
+            asked[self._stops.popleft()] = None
+        return [self._running[key] for key in asked if key in self._running]
+
     def end(self, outcomes: Iterable[worker_pb2.OperationDone]) -> None:
-        """What was begun has ended. An operation without an outcome is left to its next
-        assignment."""
+        """These have ended."""
         for done in outcomes:
             self._recent[done.operation_id] = done
             if len(self._recent) > self._remembered:
                 self._recent.popitem(last=False)
             self._done.append(done)
-        self._running = ()
+            self._drop((done.operation_id, done.epoch))
         if not self._instant:
             self._on_news()
+
+    def abandon(self, planned: worker_pb2.PlannedOperation) -> None:
+        """An operation that runs ends without an outcome: it is left to its next assignment."""
+        self._pieces.pop(_key(planned), None)
+        self._drop(_key(planned))
+
+    def _drop(self, key: _Key) -> None:
+        self._running.pop(key, None)
+        self._stoppable.discard(key)
 
     def tell(self, done: worker_pb2.OperationDone) -> None:
         """Reports an outcome that is not remembered."""
         self._done.append(done)
         self._on_news()
+
+
+def cancelled(planned: worker_pb2.PlannedOperation) -> worker_pb2.OperationDone:
+    """What is told of an operation that was cancelled."""
+    return worker_pb2.OperationDone(
+        operation_id=planned.operation_id, epoch=planned.epoch, cancelled=True
+    )
 
 
 def _key(planned: worker_pb2.PlannedOperation) -> _Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from tensafe.v1 import models_pb2, operations_pb2, training_pb2, types_pb2, work
 from tensafe.wire.loss_messages import card_message, option_values, reduction_of
 from tensafe.wire.losses import LossCard
 from tensafe.wire.status import TenSafeFault
-from tensafe.wire.tensors import TensorError, decode, encode
+from tensafe.wire.tensors import Array, TensorError, decode, encode
 from workers.operations import (
     ArtifactWeights,
     Batch,
     ChatMessage,
     Completion,
+    FinishReason,
     LoadOutcome,
     LoraSettings,
     LossOutcome,
@@ -29,6 +31,7 @@ from workers.operations import (
     Prompt,
     Reference,
     RunSettings,
+    SampleChunk,
     SampleOutcome,
     SamplingParams,
     StepOutcome,
@@ -45,6 +48,10 @@ _Wanted = tuple[np.dtype[Any], int]
 _INT32: _Wanted = (np.dtype("<i4"), types_pb2.DATA_TYPE_INT32)
 _INT64: _Wanted = (np.dtype("<i8"), types_pb2.DATA_TYPE_INT64)
 _FLOAT32: _Wanted = (np.dtype("<f4"), types_pb2.DATA_TYPE_FLOAT32)
+_FINISH_REASONS = {
+    FinishReason.STOP: operations_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: operations_pb2.FINISH_REASON_LENGTH,
+}
 _ADAM_ONLY = ("beta1", "beta2", "eps")
 _DEFAULTS = {"adamw": (0.9, 0.999, 1e-8), "adam": (0.9, 0.999, 1e-8)}
 
@@ -226,6 +233,8 @@ def sampling_params(message: training_pb2.SamplingParams) -> SamplingParams:
         seed=_or(message, "seed", None),
         stop=stop,
         num_samples=_or(message, "num_samples", defaults.num_samples),
+        top_logprobs=message.top_logprobs,
+        prompt_logprobs=message.prompt_logprobs,
     )
 
 
@@ -295,27 +304,49 @@ def optim_step_result(outcome: StepOutcome) -> operations_pb2.OperationResult:
 
 def sample_result(outcome: SampleOutcome) -> operations_pb2.OperationResult:
     """Packs a SAMPLE's outcome."""
-    return operations_pb2.OperationResult(
-        sample=operations_pb2.SampleResult(
-            completions=[_completion(item) for item in outcome.completions],
-            model_step=outcome.model_step,
-        )
-    )
+    result = operations_pb2.SampleResult(model_step=outcome.model_step)
+    seen: Counter[int] = Counter()
+    for item in outcome.completions:
+        result.completions.append(_completion(item, seen[item.prompt_index]))
+        seen[item.prompt_index] += 1
+    return operations_pb2.OperationResult(sample=result)
 
 
-def _completion(item: Completion) -> operations_pb2.Completion:
+def _completion(item: Completion, sample_index: int) -> operations_pb2.Completion:
     return operations_pb2.Completion(
         prompt_index=item.prompt_index,
+        sample_index=sample_index,
         prompt=item.prompt,
         completion=item.text,
         tokens=encode(item.tokens),
         logprobs=encode(item.logprobs),
-        finish_reason=(
-            operations_pb2.FINISH_REASON_STOP
-            if item.stopped
-            else operations_pb2.FINISH_REASON_LENGTH
-        ),
+        raw_logprobs=encode(item.raw_logprobs),
+        top_tokens=_encode_if(item.top_tokens),
+        top_logprobs=_encode_if(item.top_logprobs),
+        prompt_logprobs=_encode_if(item.prompt_logprobs),
+        finish_reason=_FINISH_REASONS[item.finish_reason],
         prompt_tokens=item.prompt_tokens,
+    )
+
+
+def _encode_if(array: Array | None) -> types_pb2.Tensor | None:
+    return None if array is None else encode(array)
+
+
+def sample_chunk(epoch: int, chunk: SampleChunk) -> worker_pb2.SampleChunk:
+    """Packs what a running SAMPLE has drawn."""
+    return worker_pb2.SampleChunk(
+        operation_id=chunk.operation_id,
+        epoch=epoch,
+        chunk=operations_pb2.TokenChunk(
+            prompt_index=chunk.prompt_index,
+            sample_index=chunk.sample,
+            position=chunk.position,
+            tokens=encode(chunk.tokens),
+            logprobs=encode(chunk.logprobs),
+            raw_logprobs=encode(chunk.raw_logprobs),
+            text=chunk.text,
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.engine_products import frozen_products
 from benchmarks.engine_rows import MIXED, Rows, make_rows
 from tensafe.wire.status import TenSafeFault
 from workers.engine.engine import TorchBackend
@@ -56,6 +57,7 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
         steps = {
             f"one/{name}/engine": lambda rows=rows: _in_turn(setting.backend, ["one"], [rows]),
             f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
+            f"one/{name}/products": lambda rows=rows: _products(setting, [rows]),
         }
         _take_turns(steps, setting, cells)
     setting.backend.close_run("one")
@@ -76,6 +78,7 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
             f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
             f"{cell}/in_turn": lambda rows=rows: _in_turn(setting.backend, names, rows),
             f"{cell}/swapping": lambda rows=rows: peft_step(rows),
+            f"{cell}/products": lambda rows=rows: _products(setting, rows),
         }
         _take_turns(steps, setting, cells)
     for name in names:
@@ -93,7 +96,18 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
             found[f"{cell} engine/plain"] = seconds / middle[f"{cell}/engine"]
         elif who in ("in_turn", "swapping"):
             found[f"{cell} together/{who}"] = seconds / middle[f"{cell}/together"]
+        elif who == "products":
+            # As if the engine did nothing but these.
+            slower = middle.get(f"{cell}/plain") or middle[f"{cell}/in_turn"]
+            found[f"{cell} bound by frozen products alone"] = slower / seconds
     return found
+
+
+def _products(setting: Setting, rows: list[Rows]) -> None:
+    weights = [own.ours.batch.weights for own in rows]
+    scored = sum(int((own != 0).sum()) for own in weights if own is not None)
+    tokens = sum(len(own.ours.batch.input_tokens) for own in rows)
+    frozen_products(setting.backend.base_model(setting.model), tokens, scored)
 
 
 def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[float]]) -> None:

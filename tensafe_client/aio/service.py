@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 from tensafe_client.aio.admin import AsyncAdmin
 from tensafe_client.aio.training import AsyncTrainingClient
@@ -14,8 +14,10 @@ from tensafe_client.connection import ClientConfig
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.losses import LossInfo
-from tensafe_client.results import SampleResult
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import OtherSampling
 from tensafe_client.service import ServiceBase
+from tensafe_client.token_streams import AsyncSampleStream
 
 
 class AsyncServiceClient(ServiceBase):
@@ -141,6 +143,16 @@ class AsyncServiceClient(ServiceBase):
         """Fetches a model's tokenizer, name → content."""
         return await self._io.bridge(self._downloads.tokenizer(model_ref))
 
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[True], **options: Unpack[OtherSampling]
+    ) -> AsyncSampleStream: ...
+
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[False] = False, **options: Unpack[OtherSampling]
+    ) -> OperationFuture[SampleResult]: ...
+
     def sample(
         self,
         prompts: Any,
@@ -153,25 +165,35 @@ class AsyncServiceClient(ServiceBase):
         stop: Any = None,
         num_samples: int | None = None,
         *,
-        base_model: str | None = None,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
+        model: str | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
-    ) -> OperationFuture[SampleResult]:
-        """Generates text from a base model or an artifact; await the result."""
-        return self.sample_async(
+        stream: bool = False,
+    ) -> OperationFuture[SampleResult] | AsyncSampleStream:
+        """Generates text from a base model or an artifact: await the result, or iterate an
+        `AsyncSampleStream` with `stream=True`."""
+        future = self._submit_sample(
             prompts,
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            stop,
-            num_samples,
-            base_model=base_model,
-            artifact=artifact,
-            deadline_s=deadline_s,
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "model": model,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+            stream=stream,
         )
+        return AsyncSampleStream(self._session, future) if stream else future
 
     async def close(self) -> None:
         """Sends what still waits, then ends the connection; operations go on."""

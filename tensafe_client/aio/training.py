@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, Unpack, overload
 
 from tensafe_client.api import Api
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
 from tensafe_client.operations import RunOperations
-from tensafe_client.results import LoadStateResult, SampleResult, SaveStateResult, StepMetrics
-from tensafe_client.session import RunSequence, Session
+from tensafe_client.results import LoadStateResult, SaveStateResult, StepMetrics
+from tensafe_client.samples import SampleResult
+from tensafe_client.sampling import RunSampling
+from tensafe_client.sequence import RunSequence
+from tensafe_client.session import Session
 from tensafe_client.streams import iterate_async
+from tensafe_client.token_streams import AsyncSampleStream
 
 
 class AsyncTrainingClient(RunOperations):
@@ -26,6 +30,16 @@ class AsyncTrainingClient(RunOperations):
         super().__init__(session, info, sequence)
         self._api = Api(session)
 
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[True], **options: Unpack[RunSampling]
+    ) -> AsyncSampleStream: ...
+
+    @overload
+    def sample(
+        self, prompts: Any, *, stream: Literal[False] = False, **options: Unpack[RunSampling]
+    ) -> OperationFuture[SampleResult]: ...
+
     def sample(
         self,
         prompts: Any,
@@ -38,25 +52,34 @@ class AsyncTrainingClient(RunOperations):
         stop: Any = None,
         num_samples: int | None = None,
         *,
+        top_logprobs: int | None = None,
+        prompt_logprobs: bool | None = None,
         step: int | None = None,
         artifact: str | None = None,
         deadline_s: float | None = None,
-    ) -> OperationFuture[SampleResult]:
-        """Generates text; await the result."""
-        return self.sample_async(
+        stream: bool = False,
+    ) -> OperationFuture[SampleResult] | AsyncSampleStream:
+        """Generates text: await the result, or iterate an `AsyncSampleStream`, with `stream`."""
+        future = self._submit_sample(
             prompts,
-            max_tokens,
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            seed,
-            stop,
-            num_samples,
-            step=step,
-            artifact=artifact,
-            deadline_s=deadline_s,
+            {
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "seed": seed,
+                "stop": stop,
+                "num_samples": num_samples,
+                "top_logprobs": top_logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "step": step,
+                "artifact": artifact,
+                "deadline_s": deadline_s,
+            },
+            stream=stream,
         )
+        return AsyncSampleStream(self._session, future) if stream else future
 
     def save_state(
         self,

@@ -9,13 +9,15 @@ import click
 
 from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.lazy import examples
-from tensafe_client.cli.output import json_option, print_json
-from tensafe_client.results import SampleResult
+from tensafe_client.cli.output import json_option, print_json, print_line
+from tensafe_client.samples import SampleResult
+from tensafe_client.token_streams import SampleStream
 
 
 @examples(
     "tensafe sample --model smollm2-135m --chat 'What is the capital of France?'",
     "tensafe sample --artifact ARTIFACT --prompt 'Once upon a time' --temperature 0",
+    "tensafe sample --model smollm2-135m --prompt 'Once upon a time' --stream",
     "tensafe sample --run RUN --step 100 --prompt 'def add(' --num-samples 4",
     "echo 'Once upon a time' | tensafe sample --model smollm2-135m --prompt -",
 )
@@ -41,6 +43,19 @@ from tensafe_client.results import SampleResult
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text.")
 @click.option("--stop", "stops", multiple=True, help="Text that ends a completion; repeatable.")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--top-logprobs",
+    type=click.IntRange(1, 20),
+    help="With --json: also the likeliest tokens at each place.",
+)
+@click.option(
+    "--prompt-logprobs", is_flag=True, help="With --json: also of each token of the prompts."
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Print text as it is drawn; with --json a line for each piece, then one for the result.",
+)
 @json_option
 @click.pass_context
 def sample(
@@ -54,6 +69,8 @@ def sample(
     chats: tuple[str, ...],
     system: str | None,
     stops: tuple[str, ...],
+    prompt_logprobs: bool,
+    stream: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -61,6 +78,8 @@ def sample(
 
     Name one of --run, --artifact and --model. --run without --step takes a place in the run's
     order, so leave it to the process that trains the run, or use --step with saved weights.
+
+    Ctrl-C while it streams stops the sample.
     """
     if sum(source is not None for source in (run_id, artifact_id, model_ref)) != 1:
         raise click.UsageError("name exactly one of --run, --artifact and --model")
@@ -74,20 +93,42 @@ def sample(
         raise click.UsageError("--prompt and --chat cannot be mixed in one call")
     if system is not None and not chats:
         raise click.UsageError("--system needs --chat")
+    if not as_json and (options["top_logprobs"] or prompt_logprobs):
+        raise click.UsageError("--top-logprobs and --prompt-logprobs are printed with --json only")
+    if stream and not as_json and len(inputs) * options["num_samples"] > 1:
+        raise click.UsageError("several texts at once are streamed with --json only")
     options = {name: value for name, value in options.items() if value is not None}
+    options["prompt_logprobs"] = prompt_logprobs or None
+    options["stream"] = stream
     if stops:
         options["stop"] = list(stops)
     client = connect(ctx)
+    result: SampleResult | SampleStream
     if run_id is not None:
         if step is not None:
             options["step"] = step
         result = client.training_client(run_id).sample(inputs, **options)
     else:
-        result = client.sample(inputs, artifact=artifact_id, base_model=model_ref, **options)
-    if as_json:
+        result = client.sample(inputs, artifact=artifact_id, model=model_ref, **options)
+    if isinstance(result, SampleStream):
+        _print_stream(result, as_json=as_json)
+    elif as_json:
         print_json(result)
     else:
         _print(result)
+
+
+def _print_stream(stream: SampleStream, *, as_json: bool) -> None:
+    with stream:
+        for chunk in stream:
+            if as_json:
+                print_line(chunk)
+            else:
+                click.echo(chunk.text, nl=False)
+        if as_json:
+            print_line(stream.result())
+        else:
+            click.echo()
 
 
 def _text(value: str) -> str:

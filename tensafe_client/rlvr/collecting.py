@@ -12,11 +12,11 @@ from tensafe_client.data.chat import ChatTokenizer
 from tensafe_client.data.datum import token_array
 from tensafe_client.errors import ConfigError
 from tensafe_client.futures import OperationFuture
-from tensafe_client.results import SampleResult
 from tensafe_client.rlvr.environments import Environment, Prompt
 from tensafe_client.rlvr.rewards.weighted import total
 from tensafe_client.rlvr.rollouts import Rollout
 from tensafe_client.rlvr.scoring import Failure, ScoringPool
+from tensafe_client.samples import SampleResult
 from tensafe_client.training import TrainingClient
 
 

@@ -29,8 +29,6 @@ _COUNTS_FROM_1 = (
 _NUMBERS = {
     "temperature": (0.0, math.inf),
     "top_p": (0.0, 1.0),
-    "kl_coef": (0.0, math.inf),
-    "entropy_coef": (0.0, math.inf),
     "max_failed_rewards": (0.0, 1.0),
     "eval_temperature": (0.0, math.inf),
     "pass_reward": (-math.inf, math.inf),
@@ -40,6 +38,8 @@ _OPTIONAL = {
     "grad_clip_norm": (0.0, math.inf),
     "clip_low": (0.0, 1.0),
     "clip_high": (1.0, math.inf),
+    "kl_coef": (0.0, math.inf),
+    "entropy_coef": (0.0, math.inf),
     "baseline_decay": (0.0, 1.0),
 }
 
@@ -63,9 +63,9 @@ class RLVRConfig:
         inner_epochs: how often each batch is gone through.
         minibatches: updates in each of them.
         clip_low, clip_high: bounds of the importance ratio. None: 0.8 and 1.2. Grpo and ppo only.
-        kl_coef: weight of the KL divergence from the reference; 0: none.
+        kl_coef: weight of the KL divergence from the reference. 0 only measures it; None: neither.
         reference: artifact that the KL is to. None: the base model.
-        entropy_coef: weight of the entropy bonus; 0: none.
+        entropy_coef: weight of the entropy bonus. 0 only measures the entropy; None: neither.
         aggregate: how tokens weigh: "token" (all the same), "sequence" (all rollouts the same) or
             "constant" (divided by max_tokens · max_turns, so that length has no bias; Liu et al.
             2025, arXiv 2503.20783).
@@ -111,9 +111,9 @@ class RLVRConfig:
     minibatches: int = 1
     clip_low: float | None = None
     clip_high: float | None = None
-    kl_coef: float = 0.0
+    kl_coef: float | None = None
     reference: str | None = None
-    entropy_coef: float = 0.0
+    entropy_coef: float | None = None
     aggregate: str = "token"
     scale: str | None = None
     baseline: str | None = None
@@ -172,16 +172,10 @@ class RLVRConfig:
         """What the algorithm is."""
         return ALGORITHMS[self.algorithm]
 
-    def loss_options(self) -> dict[str, float]:
+    def loss_config(self) -> dict[str, float | str]:
         """Options of the service's loss."""
-        options: dict[str, float] = {}
-        for name in ("clip_low", "clip_high"):
-            if (bound := getattr(self, name)) is not None:
-                options[name] = bound
-        for name in ("kl_coef", "entropy_coef"):
-            if coefficient := getattr(self, name):
-                options[name] = coefficient
-        return options
+        names = ("clip_low", "clip_high", "kl_coef", "entropy_coef", "reference")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _refuse_what_has_no_effect(self) -> None:
         rules, name = self.rules, self.algorithm
@@ -199,7 +193,7 @@ class RLVRConfig:
             raise ConfigError.of("baseline_decay", "is of the baseline 'moving_average' only")
         if rules.compares_in_groups and self.group_size < 2:
             raise ConfigError.of("group_size", f"must be 2 or more: {name} compares within groups")
-        if self.reference is not None and not self.kl_coef:
+        if self.reference is not None and self.kl_coef is None:
             raise ConfigError.of("reference", "has no effect without kl_coef")
         if self.max_batches > 1 and not self.filter_equal_groups:
             raise ConfigError.of("max_batches", "has no effect without filter_equal_groups")

@@ -107,13 +107,10 @@ def _update(
         item.rollout.datum(item.advantage, weight)
         for item, weight in zip(items, weights, strict=True)
     ]
-    options: dict[str, object] = {**config.loss_options()}
-    if config.reference is not None:
-        options["reference"] = config.reference
     for part in _calls(datums):
         updates.passes.append(
             run.forward_backward(
-                part, loss_fn=config.rules.loss, loss_config=options, reduction="sum"
+                part, loss_fn=config.rules.loss, loss_config=config.loss_config(), reduction="sum"
             )
         )
     updates.steps.append(

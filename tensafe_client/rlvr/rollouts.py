@@ -9,9 +9,9 @@ import numpy as np
 
 from tensafe.wire.tensors import Array
 from tensafe_client.data import Datum
-from tensafe_client.results import Sample
 from tensafe_client.rlvr.environments import Problem
 from tensafe_client.rlvr.scoring import Failure
+from tensafe_client.samples import Sample
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Rollout:
         tokens = sample.tokens.tolist()
         self.tokens += tokens
         self.written += [True] * len(tokens)
-        self.logprobs += sample.logprobs.tolist()
+        self.logprobs += sample.raw_logprobs.tolist()
         self.completions.append(sample.completion)
         self.version = version if self.version is None else min(self.version, version)
         self.truncated |= sample.finish_reason == "length"

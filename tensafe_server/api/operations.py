@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from tensafe.v1 import operations_pb2 as pb
@@ -14,6 +15,7 @@ from tensafe_server.events.translate import bare_operation
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.streaming import SampleStreams
 from tensafe_server.store.base import EventScope, Store
 
 _DEFAULT_WAIT_S = 30.0
@@ -27,12 +29,14 @@ class OperationsServicer(rpc.OperationsServiceServicer):
         reader: OperationReader,
         cancellation: Cancellation,
         hub: EventHub,
+        streams: SampleStreams,
     ) -> None:
         self._store = store
         self._ledger = ledger
         self._reader = reader
         self._cancellation = cancellation
         self._hub = hub
+        self._streams = streams
 
     async def GetOperation(
         self, request: pb.GetOperationRequest, context: Any
@@ -93,3 +97,11 @@ class OperationsServicer(rpc.OperationsServiceServicer):
         cursor = request.cursor if request.HasField("cursor") else None
         async for events, after in self._hub.stream(scope, cursor):
             yield pb.WatchResponse(events=events, cursor=after)
+
+    async def StreamSample(
+        self, request: pb.StreamSampleRequest, context: Any
+    ) -> AsyncIterator[pb.StreamSampleResponse]:
+        stream = self._streams.stream(caller().tenant_id, request.operation_id)
+        async with aclosing(stream) as responses:
+            async for response in responses:
+                yield response

@@ -90,24 +90,32 @@ class Blame:
     ) -> list[Suspect]:
         """Counts the loss of a worker; returns what it is counted against.
 
-        That is what it was running. A crash may be faster than the report of what began: without
-        one, it is held, less heavily, against what was next and what was being brought to it; or
-        against nothing, if it was `checking` a run's log and may have been at that.
+        That is what it was running, and the samples that it generated beside that. A crash may be
+        faster than the report of what began: without one, it is held, less heavily, against what
+        was next and what was being brought to it; or against nothing, if it was `checking` a run's
+        log and may have been at that.
         """
         running = [one for one in held if one.row.state == RUNNING]
+        beside = [one for one in running if one.is_sample and link.sample_cost]
+        running = [one for one in running if one not in beside]
         suspects: list[Suspect] = [*running]
         if not (running or checking):
             head = link.groups.first()
-            suspects += [one for one in held if one.row.id in head] or held[:1]
+            ahead = [one for one in held if one not in beside]
+            suspects += [one for one in ahead if one.row.id in head] or ahead[:1]
             runs = [self._ledger.runs[run_id] for run_id in sorted(link.runs)]
             suspects += [run for run in runs if run.arriving]
+        self._suspect(link, suspects, running=bool(running))
+        self._suspect(link, beside, running=True)
+        return [*suspects, *beside]
+
+    def _suspect(self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool) -> None:
         for suspect in suspects:
-            suspect.losses.add(link.instance, running=bool(running))
+            suspect.losses.add(link.instance, running=running)
             self._suspects[_id(suspect)] = suspect
             if isinstance(suspect, PendingOperation):
                 suspect.work = None
-        self._record(link, suspects, running=bool(running))
-        return suspects
+        self._record(link, suspects, running=running)
 
     def verdicts(self, suspects: Iterable[Suspect]) -> list[Ending]:
         """The endings of what too many workers were lost with; they are void from here on.
@@ -123,7 +131,7 @@ class Blame:
                 error = _deadly_run(run)
                 endings += [Ending(one, error=error) for one in run.queue if _is_open(one)]
         for ending in endings:
-            ending.operation.void = True
+            self._ledger.void(ending.operation)
         for suspect in guilty:
             suspect.on_trial = False
         return endings

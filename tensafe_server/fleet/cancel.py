@@ -1,15 +1,17 @@
-"""Cancels and deadlines: what has not started never runs; what has started runs to its end."""
+"""Cancels and deadlines: what has not started never runs; what has started runs to its end, but
+for a sample, which a cancel stops at once."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import ErrorDetail, TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
+from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Outcomes, cancellation, expiry, withdrawn
 
@@ -19,26 +21,30 @@ _Why = Callable[[PendingOperation], ErrorDetail]
 class Cancellation:
     """Withdraws operations, wherever they are."""
 
-    def __init__(self, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+    def __init__(self, ledger: Ledger, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
         self._outcomes = outcomes
         self._dispatcher = dispatcher
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def cancel(self, operation: PendingOperation) -> None:
         """Returns when it is known whether the operation was cancelled, runs, or has ended."""
-        await self._withdraw(operation, cancellation)
+        if operation.is_sample and operation.worker_id is not None:
+            self._ask_worker(operation, cancellation)
+            await operation.wait_finished()
+        else:
+            await self._withdraw(operation, cancellation)
 
     async def cancel_run(self, run: RunState) -> None:
-        """Cancels whatever of a run has not started."""
+        """Cancels whatever of a run has not started, and its samples."""
         for operation in run.in_flight:
-            if operation.row.state != RUNNING and not operation.void:
+            if operation.row.state != RUNNING or operation.is_sample:
                 self._ask_worker(operation, cancellation)
         await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 
-    def fail_waiting(self, run: RunState, fault: TenSafeFault) -> None:
-        """Fails whatever of a run no worker has, since its state is lost."""
-        waiting = list(run.queue)
-        self._spawn(self._end_waiting(waiting, lambda _: fault.detail))
+    def fail_waiting(self, operations: Sequence[PendingOperation], fault: TenSafeFault) -> None:
+        """Fails operations that no worker has, since the state that they need is lost."""
+        self._spawn(self._end_waiting(operations, lambda _: fault.detail))
 
     def watch_deadline(self, operation: PendingOperation) -> None:
         """Starts the clock of an operation that has a deadline."""
@@ -72,21 +78,22 @@ class Cancellation:
         if operation.worker_id is None:
             await self._end_waiting([operation], why)
         elif operation.row.state != RUNNING:
-            self._ask_worker(operation, why)
+            self._ask_worker(operation, why, waiting_only=True)
             await operation.wait_started()
 
     async def _end_waiting(self, operations: Iterable[PendingOperation], why: _Why) -> None:
         endings = [withdrawn(one, why(one)) for one in operations if not one.void]
         for ending in endings:
-            # From here on the dispatcher passes it over, even before the outcome is on disk.
-            ending.operation.void = True
+            self._ledger.void(ending.operation)
         await (await self._outcomes.settle(endings))
 
-    def _ask_worker(self, operation: PendingOperation, why: _Why) -> None:
+    def _ask_worker(
+        self, operation: PendingOperation, why: _Why, *, waiting_only: bool = False
+    ) -> None:
         # If the worker is lost before it answers, this says that the operation is not to go on.
-        if operation.withdrawn is None:
+        if operation.withdrawn is None or not waiting_only:
             operation.withdrawn = why(operation)
         link = self._dispatcher.link_of(operation)
         if link is not None:
-            cancel = pb.CancelPlanned(operation_id=operation.row.id)
+            cancel = pb.CancelPlanned(operation_id=operation.row.id, waiting_only=waiting_only)
             link.send(pb.ConnectResponse(cancel=cancel))

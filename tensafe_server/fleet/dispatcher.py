@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -18,13 +18,14 @@ from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.link import WorkerLink
-from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.restore import Onward, Restorer
 from tensafe_server.fleet.works import company, work_of
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void_gradient, void_spec
-from tensafe_server.planning.planner import FairShares, plan
+from tensafe_server.planning.fairness import FairShares
+from tensafe_server.planning.planner import plan
 from tensafe_server.planning.views import Assignment, QueueView, WorkerView
 from tensafe_server.store.base import Store
 
@@ -51,7 +52,8 @@ class Dispatcher:
     """Gives operations to workers.
 
     Attributes:
-        on_unrestorable: called with a run whose state is lost; what waits of it cannot run.
+        on_unrestorable: called with operations that cannot run, since the state of their run that
+            they need is lost, and why.
     """
 
     def __init__(
@@ -75,7 +77,8 @@ class Dispatcher:
         self._kicked = False
         self._arrival = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.on_unrestorable: Callable[[RunState, TenSafeFault], None] = lambda run, fault: None
+        self.on_unrestorable: Callable[[Sequence[PendingOperation], TenSafeFault], None]
+        self.on_unrestorable = lambda operations, fault: None
 
     @property
     def links(self) -> list[WorkerLink]:
@@ -119,7 +122,7 @@ class Dispatcher:
         link = self._links.get(run.worker_id or "")
         for operation in self._ledger.recall_run(run):
             if link is not None:
-                link.outstanding.pop(operation.row.id, None)
+                link.free(operation.row.id)
                 link.groups.ended(operation.row.id)
         if link is not None:
             link.runs.discard(run.id)
@@ -202,7 +205,8 @@ class Dispatcher:
         for operation in lane.values():
             row = operation.row
             work = operation.work or work_of(operation, None)
-            views.append(QueueView(row.id, row.tenant_id, operation.model, [work]))
+            view = QueueView(row.id, row.tenant_id, operation.model, [work], is_lane=True)
+            views.append(view)
         return views, runs, lane
 
     def _last_group(self, run: RunState) -> int:
@@ -228,22 +232,61 @@ class Dispatcher:
 
     async def _restore(self, run: RunState, link: WorkerLink, epoch: int) -> None:
         try:
-            message = await self._restorer.plan(run, epoch)
+            onward = await self._restorer.plan(run, epoch)
         except Exception as error:
             if run.worker_id == link.id and run.epoch == epoch:
                 self.give_back(run)
                 self._cannot_restore(run, error)
             return
         if run.worker_id == link.id and run.epoch == epoch:
-            link.send_plan(message)
+            self.bring(run, link, onward)
             run.restoring = False
             self._blame.bringing(link, run)
             self.kick()
 
+    def bring(self, run: RunState, link: WorkerLink, onward: Onward) -> None:
+        """Sends a worker to where a run stands: what is logged, and between it what was sent before
+        and has not ended."""
+        message = pb.Plan()
+        if onward.assignment is not None:
+            message.runs.append(onward.assignment)
+        for operation, fault in onward.lost:
+            run.queue.remove(operation)
+            self.on_unrestorable([operation], fault)
+        logged = deque(onward.logged)
+        while run.queue and (run.queue[0].row.seq or 0) <= onward.reached:
+            operation = run.queue.popleft()
+            seq = operation.row.seq or 0
+            while logged and logged[0][0] < seq:
+                message.operations.append(logged.popleft()[1])
+            if logged and logged[0][0] == seq:  # it was void, and is in the log by now
+                logged.popleft()
+            self._bring_waiting(run, operation, onward.specs.get(operation.row.id), link, message)
+        message.operations.extend(planned for _, planned in logged)
+        if message.runs or message.operations:
+            link.send_plan(message)
+
+    def _bring_waiting(
+        self,
+        run: RunState,
+        operation: PendingOperation,
+        spec: bytes | None,
+        link: WorkerLink,
+        message: pb.Plan,
+    ) -> None:
+        if spec is None and not operation.void:
+            self._specs.on_missing(operation)
+        if operation.void or spec is None:
+            _add_void(operation, run, message, 0)
+            return
+        self._ledger.hold(operation, spec)
+        run.in_flight.append(operation)
+        self._hand_over(operation, link, message, run.epoch, 0)
+
     def _cannot_restore(self, run: RunState, error: Exception) -> None:
         if isinstance(error, TenSafeFault) and error.detail.reason == "RUN_STATE_LOST":
             log.error("%s", error.detail.message)
-            self.on_unrestorable(run, error)
+            self.on_unrestorable(list(run.queue), error)
             return
         # Nothing is lost by waiting: a disk may come back.
         log.error("the state of %s cannot be read; trying again", run.id, exc_info=error)
@@ -253,19 +296,7 @@ class Dispatcher:
         self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment
     ) -> None:
         while run.queue and run.queue[0].void:
-            void = run.queue.popleft()
-            if is_void_gradient(void.row):
-                run.in_flight.append(void)
-                run.pass_voids()
-                message.operations.append(
-                    pb.PlannedOperation(
-                        operation_id=void.row.id,
-                        epoch=run.epoch,
-                        spec=void_spec(void.row),
-                        void=True,
-                        group=place.group,
-                    )
-                )
+            _add_void(run.queue.popleft(), run, message, place.group)
         if not run.queue:
             return
         if run.queue[0].spec is None:
@@ -309,8 +340,9 @@ class Dispatcher:
         row = operation.row
         spec = operation.spec or b""
         self._ledger.drop_spec(operation)
-        operation.worker_id = link.id
-        link.outstanding[row.id] = None
+        operation.worker_id, operation.sent_under = link.id, epoch
+        run = self._ledger.runs.get(row.run_id or "")
+        link.give(row.id, operation.work or work_of(operation, run))
         message.operations.append(
             pb.PlannedOperation(
                 operation_id=row.id,
@@ -318,6 +350,20 @@ class Dispatcher:
                 spec=spec,
                 artifact_id=row.artifact_id or "",
                 model_ref=operation.model if epoch == 0 else "",
+                group=group,
+            )
+        )
+
+
+def _add_void(operation: PendingOperation, run: RunState, message: pb.Plan, group: int) -> None:
+    """Adds the hole that an operation leaves in its window, if it leaves one."""
+    if is_void_gradient(operation.row):
+        message.operations.append(
+            pb.PlannedOperation(
+                operation_id=operation.row.id,
+                epoch=run.epoch,
+                spec=void_spec(operation.row),
+                void=True,
                 group=group,
             )
         )

@@ -17,9 +17,16 @@ class _Group:
 
 
 class GroupBook:
-    """Which operation is in which group of one worker, until it has ended."""
+    """Which operation is in which group of one worker, until it has ended.
 
-    def __init__(self) -> None:
+    Args:
+        generates: the worker goes on with its other groups while it generates samples: a sample
+            that has begun is in no group any more.
+    """
+
+    def __init__(self, *, generates: bool = False) -> None:
+        self._beside = frozenset([Kind.UPDATE, Kind.SAMPLE] if generates else [Kind.UPDATE])
+        self._generates = generates
         self._groups: dict[int, _Group] = {}
         self._numbers: dict[str, int] = {}
         self._last = 0
@@ -31,8 +38,8 @@ class GroupBook:
 
     @property
     def plans(self) -> int:
-        """How many groups are more than updates."""
-        return sum(group.kind is not Kind.UPDATE for group in self._groups.values())
+        """How many groups are more than updates, and samples that are generated beside others."""
+        return sum(group.kind not in self._beside for group in self._groups.values())
 
     def number_of(self, operation_id: str) -> int:
         """The group of an operation; 0 if it is in none."""
@@ -49,8 +56,11 @@ class GroupBook:
     def started(self, operation_id: str) -> None:
         """The worker has begun the operation's group: nothing joins it any more."""
         group = self._groups.get(self.number_of(operation_id))
-        if group is not None:
-            group.begun = True
+        if group is None:
+            return
+        group.begun = True
+        if self._generates and group.kind is Kind.SAMPLE:
+            self.ended(operation_id)
 
     def ended(self, operation_id: str) -> None:
         """The worker has no more to do for the operation."""

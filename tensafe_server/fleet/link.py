@@ -10,9 +10,13 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.groups import GroupBook
 from tensafe_server.operations.checks import BACKWARD_FACTOR
 from tensafe_server.operations.comparison import fingerprint_digest
-from tensafe_server.planning.views import Arrivals, WorkerView
+from tensafe_server.planning.views import Arrivals, Kind, SampleRoom, Work, WorkerView
 
 _MESSAGE_BYTES = 16 * 2**20
+# Samples that lie at a worker: as many as it generates at once, and as many to follow them. They
+# stay long, so that some credits are never theirs.
+_TIMES_FULL = 2
+_CREDITS_FOR_SAMPLES = 0.5
 
 
 class WorkerLink:
@@ -23,8 +27,9 @@ class WorkerLink:
         digest: of its fingerprint; workers of one digest give the same results.
         runs: ids of the runs whose state it holds.
         group_cost: most cost that it gains by executing together; 0: it takes no groups.
+        sample_cost: most cost of samples that it generates at once; 0: it executes them one by one.
         groups: what it has, in the order in which it executes it.
-        outstanding: ids of operations that the worker has and that have not ended, in the order in
+        outstanding: operations that the worker has and that have not ended, by id, in the order in
             which they were sent.
         draining: it takes no new work.
         departing: it has said goodbye.
@@ -45,8 +50,11 @@ class WorkerLink:
         self.fingerprint = dict(register.fingerprint)
         self.digest = fingerprint_digest(self.fingerprint)
         self.group_cost = BACKWARD_FACTOR * register.group_tokens
-        self.groups = GroupBook()
-        self.outstanding: dict[str, None] = {}
+        self.sample_cost = float(register.sample_tokens)
+        self.groups = GroupBook(generates=self.sample_cost > 0)
+        self.outstanding: dict[str, Work] = {}
+        self._samples = 0
+        self._samples_cost = 0.0
         self.runs: set[str] = set()
         self.draining = False
         self.departing = False
@@ -81,12 +89,34 @@ class WorkerLink:
             self.idle,
             company,
             arrivals,
+            self._sample_room(),
         )
 
     @property
     def idle(self) -> bool:
-        """Whether it takes groups and has none to do."""
-        return self.group_cost > 0 and not self.groups.first()
+        """Whether it takes groups and has nothing to do."""
+        return self.group_cost > 0 and not (self.groups.first() or self._samples)
+
+    def give(self, operation_id: str, work: Work) -> None:
+        """Notes an operation that is sent."""
+        self.outstanding[operation_id] = work
+        if work.kind is Kind.SAMPLE:
+            self._samples += 1
+            self._samples_cost += work.cost
+
+    def free(self, operation_id: str) -> None:
+        """Gives the worker back the credit of an operation that is over."""
+        work = self.outstanding.pop(operation_id, None)
+        if work is not None and work.kind is Kind.SAMPLE:
+            self._samples -= 1
+            self._samples_cost -= work.cost
+
+    def _sample_room(self) -> SampleRoom | None:
+        if not self.sample_cost:
+            return None
+        most = max(1, round(_CREDITS_FOR_SAMPLES * self.credits))
+        room = _TIMES_FULL * self.sample_cost - self._samples_cost
+        return SampleRoom(room, most - self._samples)
 
     def heard(self) -> None:
         """Notes a sign of life."""

@@ -114,7 +114,7 @@ class Reception:
         for operation in held:
             operation.row.state = QUEUED
             if operation.withdrawn is not None and not operation.void:
-                operation.void = True
+                self._ledger.void(operation)
                 endings.append(withdrawn(operation, operation.withdrawn))
         await self._outcomes.settle(endings)
 
@@ -204,9 +204,15 @@ class Reception:
             operation = self._current(link, started.operation_id, started.epoch)
             if operation is not None:
                 operation.row.state = RUNNING
+                if not _is_to_stop(operation):
+                    operation.withdrawn = None  # that came too late: it is not to be lost by it
                 operation.notify_started()
                 link.groups.started(started.operation_id)
                 begun.append(operation)
+        for drawn in report.chunks:
+            operation = self._current(link, drawn.operation_id, drawn.epoch)
+            if operation is not None and not operation.finishing:
+                operation.take_tokens(drawn.chunk)
         for refused in report.refused:
             await self._refused(link, refused)
         endings: list[Ending] = []
@@ -303,12 +309,11 @@ class Reception:
         if run is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
-        voids = await self._restorer.voids(run)
-        if run.worker_id is None and run.epoch == held.epoch:
+        onward = await self._restorer.catch_up(run, held.last_seq)
+        if self._holds_rightly(run, held):
             run.worker_id = link.id
             link.runs.add(run.id)
-            if voids.operations:
-                link.send_plan(voids)
+            self._dispatcher.bring(run, link, onward)
 
     def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
         # It may be ahead of what was reported: operations that are sent again it answers from
@@ -318,6 +323,7 @@ class Reception:
             and run.worker_id is None
             and not run.in_flight
             and held.epoch == run.epoch
+            and not run.disputed
             and held.last_seq >= run.executed_seq
         )
 
@@ -328,7 +334,7 @@ class _Turns:
     A worker that was away goes on with what it had, and tells of an operation that we have just
     sent again before it answers the one before that from memory. Taken in as it comes, a crash
     between the two would leave a log whose replay lacks the first. It is answered once more in its
-    turn.
+    turn. A SAMPLE changes nothing, so that nobody waits for its turn to end.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -341,15 +347,11 @@ class _Turns:
         if run is None or operation.row.seq is None:
             return True
         if run.id not in self._waiting:
-            self._waiting[run.id] = deque(
-                one for one in run.in_flight if not (one.finishing or one.void)
-            )
+            self._waiting[run.id] = deque(op for op in run.in_flight if not op.finishing)
         waiting = self._waiting[run.id]
-        if cancelled and operation in waiting:
+        first = next((one for one in waiting if not one.is_sample or one is operation), None)
+        if first is operation or (cancelled and operation in waiting):
             waiting.remove(operation)
-            return True
-        if waiting and waiting[0] is operation:
-            waiting.popleft()
             return True
         return False
 
@@ -368,4 +370,10 @@ def _free(link: WorkerLink, endings: Sequence[Ending]) -> None:
     operations as it has credits, and after a crash it is asked for those that were not committed.
     """
     for ending in endings:
-        link.outstanding.pop(ending.operation.row.id, None)
+        link.free(ending.operation.row.id)
+
+
+def _is_to_stop(operation: PendingOperation) -> bool:
+    """Whether it is a sample that was cancelled, also if it runs."""
+    why = operation.withdrawn
+    return operation.is_sample and why is not None and why.reason == "OPERATION_CANCELLED"

@@ -8,15 +8,16 @@ relied upon; what is damaged is passed over, in the log and counted.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
-from tensafe_server.operations.model import SUCCEEDED, RunState
+from tensafe_server.operations.model import SUCCEEDED, PendingOperation, RunState
 from tensafe_server.operations.snapshots import SnapshotBook
 from tensafe_server.operations.voids import is_void_gradient, void_spec
 from tensafe_server.store.base import OperationRow, SnapshotRow, Store
@@ -60,6 +61,29 @@ class RecoveryPoint:
         return f"artifact {self.artifact_id} at seq {self.seq}" if self.artifact_id else "its start"
 
 
+@dataclass(slots=True)
+class Onward:
+    """How a worker comes to where a run stands.
+
+    Between the logged operations lie the waiting ones that were sent before and have not ended,
+    while later ones did: a SAMPLE that a lost worker was at has to begin again from the weights of
+    its place in the order.
+
+    Attributes:
+        reached: the last operation that it takes the run to.
+        logged: what is in the log, by seq.
+        specs: of the waiting operations up to `reached`, by id; not of those whose spec is gone.
+        assignment: what to take on first; None for a worker that has the run.
+        lost: waiting samples whose weights cannot be had any more, and why.
+    """
+
+    reached: int
+    logged: list[tuple[int, pb.PlannedOperation]]
+    specs: dict[str, bytes]
+    assignment: pb.RunAssignment | None = None
+    lost: list[tuple[PendingOperation, TenSafeFault]] = field(default_factory=list)
+
+
 class Restorer:
     """Finds recovery points, and what is to be replayed after them."""
 
@@ -70,39 +94,84 @@ class Restorer:
 
     def needed(self, run: RunState) -> bool:
         """Whether the run has a past."""
-        return settled_seq(run) > 0
+        return run.reached_seq > 0
 
-    async def plan(self, run: RunState, epoch: int) -> pb.Plan:
-        """The assignment and every logged operation after the recovery point that changed the run.
+    async def plan(self, run: RunState, epoch: int) -> Onward:
+        """The assignment, and all that comes after its recovery point up to where the run stands.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
         await self.settled(run)
         async with run.past_kept():
-            point = await self.newest(run)
-            message = pb.Plan(runs=[point.assignment(run, run.id, epoch)])
-            message.operations.extend([op async for op in self.history(run, point.seq, epoch)])
+            point, lost = await self._begin(run)
+            onward = await self._onward(run, point.seq, epoch)
+        onward.assignment = point.assignment(run, run.id, epoch)
+        onward.lost = lost
         log.info(
             "restoring %s under epoch %d from %s and %d operations after it",
-            *(run.id, epoch, point, len(message.operations)),
+            *(run.id, epoch, point, len(onward.logged)),
         )
-        return message
+        return onward
+
+    async def catch_up(self, run: RunState, seq: int) -> Onward:
+        """What a worker may lack that still has the run as of `seq`: the holes after it."""
+        await self.settled(run)
+        return await self._onward(run, seq, run.epoch)
+
+    async def _begin(
+        self, run: RunState
+    ) -> tuple[RecoveryPoint, list[tuple[PendingOperation, TenSafeFault]]]:
+        """The recovery point to begin at. Its state has no operation that has not ended: where only
+        later ones are left, the samples before them are lost, and the run is not."""
+        try:
+            return await self.newest(run, before=run.open_seq), []
+        except TenSafeFault as error:
+            if error.detail.reason != "RUN_STATE_LOST":
+                raise
+            point = await self.newest(run)
+        fault = TenSafeFault(
+            "RUN_STATE_LOST",
+            f"the weights that this sample of run {run.id} was to use cannot be rebuilt: no intact "
+            f"snapshot before {point} is left. The run itself goes on; send the sample again",
+            run_id=run.id,
+        )
+        waiting = [op for op in run.queue if (op.row.seq or 0) <= point.seq and not op.void]
+        return point, [(operation, fault) for operation in waiting]
+
+    async def _onward(self, run: RunState, after: int, epoch: int) -> Onward:
+        reached = run.reached_seq
+        waiting = [op for op in run.queue if (op.row.seq or 0) <= reached]
+        specs = await self._specs(waiting)
+        logged = [pair async for pair in self._logged(run, after, epoch, reached)]
+        return Onward(reached, logged, specs)
+
+    async def _specs(self, operations: Sequence[PendingOperation]) -> dict[str, bytes]:
+        """Those that are there; an operation whose spec is gone cannot run."""
+        places = await self._store.specs([op.row.id for op in operations]) if operations else {}
+        specs = {}
+        for operation_id, place in places.items():
+            with suppress(BlobNotFoundError, DamagedPayloadError):
+                specs[operation_id] = await self._payloads.load(*place)
+        return specs
 
     async def settled(self, run: RunState) -> None:
         """Waits until outcomes that are on their way to the disk are there: their operations are
         not executed again, so that a replay must have them."""
-        for operation in [one for one in run.in_flight if one.finishing and not one.void]:
+        for operation in [one for one in run.in_flight if one.finishing]:
             await operation.wait_finished()
         await self._store.flushed()
 
-    async def newest(self, run: RunState) -> RecoveryPoint:
-        """The newest intact recovery point from which the log reaches to the present.
+    async def newest(self, run: RunState, before: int | None = None) -> RecoveryPoint:
+        """The newest intact recovery point from which the log reaches to the present, of those
+        before a seq if one is given.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
         for point in await self._points(run):
+            if before is not None and point.seq >= before:
+                continue
             if point.seq >= run.pruned_seq and await self._is_intact(run, point):
                 return point
         raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
@@ -118,14 +187,6 @@ class Restorer:
                 return point
         raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
 
-    async def voids(self, run: RunState) -> pb.Plan:
-        """The holes after the last executed operation, for a worker that still has the run."""
-        await self.settled(run)
-        message = pb.Plan()
-        after = self.history(run, run.executed_seq, run.epoch)
-        message.operations.extend([op async for op in after])
-        return message
-
     async def history(
         self, run: RunState, after: int, epoch: int, end: int | None = None
     ) -> AsyncIterator[pb.PlannedOperation]:
@@ -135,11 +196,17 @@ class Restorer:
             TenSafeFault: RUN_STATE_LOST.
         """
         end = settled_seq(run) if end is None else end
+        async for _, planned in self._logged(run, after, epoch, end):
+            yield planned
+
+    async def _logged(
+        self, run: RunState, after: int, epoch: int, end: int
+    ) -> AsyncIterator[tuple[int, pb.PlannedOperation]]:
         while after < end:
             rows = await self._store.history(run.id, after, _PAGE)
             for row in rows:
                 if (row.seq or 0) <= end and changed_state(row):
-                    yield await self._planned(run, row, epoch)
+                    yield row.seq or 0, await self._planned(run, row, epoch)
             if len(rows) < _PAGE:
                 break
             after = rows[-1].seq or end
@@ -203,7 +270,7 @@ def changed_state(row: OperationRow) -> bool:
 def settled_seq(run: RunState) -> int:
     """The last seq of the run that is finished together with all before it."""
     # An outcome on its way to the disk counts: who reads the log waits for it (`settled`).
-    open_ones = (one for one in run.in_flight if not (one.finishing or one.void))
+    open_ones = (operation for operation in run.in_flight if not operation.finishing)
     first = next(open_ones, run.queue[0] if run.queue else None)
     return (first.row.seq or 1) - 1 if first is not None else run.next_seq - 1
 

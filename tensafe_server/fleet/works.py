@@ -11,19 +11,20 @@ from tensafe_server.planning.views import Kind, Work
 _KINDS: dict[int, Kind] = {
     ops.OPERATION_KIND_FORWARD_BACKWARD: Kind.GRADIENT,
     ops.OPERATION_KIND_OPTIM_STEP: Kind.UPDATE,
+    ops.OPERATION_KIND_SAMPLE: Kind.SAMPLE,
 }
 
 
 def work_of(operation: PendingOperation, run: RunState | None) -> Work:
     """An operation as the planner sees it, which it keeps as `work`.
 
-    Gradients of a deterministic run go alone. So does what was running when a worker was lost: if
-    it takes another one, it takes no other operation with it.
+    Gradients of a deterministic run go alone. So does what was running when a worker was lost,
+    unless it is a sample: if it takes another one, it takes no other operation with it.
     """
-    kind = _KINDS.get(operation.row.kind) if run is not None else None
-    if kind is Kind.GRADIENT and run is not None and run.config.deterministic:
+    kind = _KINDS.get(operation.row.kind)
+    if kind is Kind.GRADIENT and (run is None or run.config.deterministic):
         kind = None
-    if operation.losses:
+    if operation.losses and kind is not Kind.SAMPLE:
         kind = None
     operation.work = Work(operation.row.cost, kind)
     return operation.work

@@ -38,6 +38,10 @@ _FIELDS = {
 _MAX_METADATA_BYTES = 64 * 1024
 _MAX_METADATA_DEPTH = 16
 _LARGEST_SEQ = 2**53 - 1
+_MAX_SAMPLE_BYTES = 32 * 2**20
+# A sampled token with its two log-probabilities and its text; about what one is in a text.
+_TOLD_BYTES = 16
+_BYTES_OF_A_TOKEN = 4
 
 
 BACKWARD_FACTOR = 3.0
@@ -152,32 +156,58 @@ def _check_batch(
 
 
 def _check_sample(sample: training.Sample, model: Model) -> float:
-    wanted = sample.params.max_tokens if sample.params.HasField("max_tokens") else 128
-    cost = 0.0
-    for index, prompt in enumerate(sample.prompts):
-        length = 16
-        if prompt.WhichOneof("content") == "tokens":
-            field = f"sample.prompts[{index}].tokens"
-            try:
-                tokens = decode(prompt.tokens)
-            except TensorError as error:
-                raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
-            if tokens.ndim != 1 or tokens.dtype != _INT32 or not len(tokens):
-                raise TenSafeFault(
-                    "INVALID_BATCH", "must be an int32 vector with at least one token", field=field
+    params = sample.params
+    wanted = params.max_tokens if params.HasField("max_tokens") else 128
+    count = params.num_samples if params.HasField("num_samples") else 1
+    if params.stop.tokens:
+        ending = np.asarray(params.stop.tokens, _INT32)
+        check_vocabulary(ending, "sample.params.stop.tokens", model)
+    lengths = [_prompt_length(prompt, i, model) for i, prompt in enumerate(sample.prompts)]
+    cost, size = 0, 0
+    for length, prompt in zip(lengths, sample.prompts, strict=True):
+        drawn = wanted
+        if model.context_length:
+            drawn = max(1, min(wanted, model.context_length - length))
+        cost += count * (length + drawn)
+        told = drawn * (_TOLD_BYTES + 8 * params.top_logprobs)
+        told += length * 4 if params.prompt_logprobs else 0
+        size += count * (told + prompt.ByteSize())
+    if size > _MAX_SAMPLE_BYTES:
+        raise refused(
+            [
+                (
+                    "sample",
+                    f"its result may need {size} bytes, by max_tokens, num_samples and what is "
+                    f"asked for of each token; the limit is {_MAX_SAMPLE_BYTES}: ask for fewer, or "
+                    "split the prompts over several calls",
                 )
-            check_vocabulary(tokens, field, model)
-            length = len(tokens)
-            if model.context_length and length >= model.context_length:
-                raise TenSafeFault(
-                    "CONTEXT_EXCEEDED",
-                    f"prompt {index} has {length} tokens, the context of {model.name} is "
-                    f"{model.context_length}: nothing can follow it; cut it",
-                    field=field,
-                )
-        cost += length + wanted
-    count = sample.params.num_samples if sample.params.HasField("num_samples") else 1
-    return cost * count
+            ]
+        )
+    return float(cost)
+
+
+def _prompt_length(prompt: training.Prompt, index: int, model: Model) -> int:
+    """Its tokens; of text, which only the worker can count, about as many."""
+    if prompt.WhichOneof("content") != "tokens":
+        return 1 + prompt.ByteSize() // _BYTES_OF_A_TOKEN
+    field = f"sample.prompts[{index}].tokens"
+    try:
+        tokens = decode(prompt.tokens)
+    except TensorError as error:
+        raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
+    if tokens.ndim != 1 or tokens.dtype != _INT32 or not len(tokens):
+        raise TenSafeFault(
+            "INVALID_BATCH", "must be an int32 vector with at least one token", field=field
+        )
+    check_vocabulary(tokens, field, model)
+    if model.context_length and len(tokens) >= model.context_length:
+        raise TenSafeFault(
+            "CONTEXT_EXCEEDED",
+            f"prompt {index} has {len(tokens)} tokens, the context of {model.name} is "
+            f"{model.context_length}: nothing can follow it; cut it",
+            field=field,
+        )
+    return len(tokens)
 
 
 def _offsets(tensor: Tensor) -> Array:

@@ -57,7 +57,7 @@ class GapWatch:
         endings = [Ending(operation, error=_fault(run, missing[0]).detail) for operation in waiting]
         placeholders = [self._placeholder(run, seq) for seq in missing]
         for operation in waiting:
-            operation.void = True
+            self._ledger.void(operation)
         for operation in placeholders:
             self._ledger.reserve(operation, run)
         await self._outcomes.settle(endings)

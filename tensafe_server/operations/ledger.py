@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
-from tensafe_server.operations.voids import is_void_gradient
 
 _READS_ARTIFACT = {
     ops.OPERATION_KIND_LOAD_STATE,
     ops.OPERATION_KIND_SAMPLE,
     ops.OPERATION_KIND_FORWARD,
     ops.OPERATION_KIND_FORWARD_BACKWARD,
+}
+_CHANGES_RUN = {
+    ops.OPERATION_KIND_FORWARD_BACKWARD,
+    ops.OPERATION_KIND_OPTIM_STEP,
+    ops.OPERATION_KIND_LOAD_STATE,
 }
 SPEC_MEMORY_BYTES = 64 * 2**20
 """Specs of waiting operations in memory, all tenants together; the others are read from the store
@@ -43,6 +47,7 @@ class Ledger:
         total: what all tenants together have waiting.
         on_deadline: called with an accepted operation that has a deadline.
         on_gap: called with a run whose order has, or no longer has, a missing seq.
+        on_disputed: called with a run that a worker holds, and must not go on holding.
     """
 
     def __init__(self, spec_memory_bytes: int = SPEC_MEMORY_BYTES) -> None:
@@ -55,6 +60,7 @@ class Ledger:
         self.lane_in_flight: dict[str, PendingOperation] = {}
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gap: Callable[[RunState], None] = lambda run: None
+        self.on_disputed: Callable[[RunState], None] = lambda run: None
         self._pending: dict[str, PendingOperation] = {}
         self._requests: dict[tuple[str, str], PendingOperation] = {}
         self._ready: set[str] = set()
@@ -192,18 +198,39 @@ class Ledger:
             self.on_gap(run)
         self.on_ready()
 
+    def resume(self, run: RunState, operations: Sequence[PendingOperation], reached: int) -> None:
+        """Takes up a run's order after a restart: everything up to `reached` was sent to a worker,
+        and of that only these, in order, have not ended."""
+        for operation in operations:
+            self.reserve(operation, run)
+            if operation.row.deadline_ns is not None:
+                self.on_deadline(operation)
+            run.queue.append(operation)
+        run.next_seq = reached + 1
+        self._ready.add(run.id)
+
+    def void(self, operation: PendingOperation) -> None:
+        """Ends an operation where it waits: it is not to run. From here on the dispatcher passes it
+        over, even before its outcome is on disk."""
+        operation.void = True
+        run = self.runs.get(operation.row.run_id or "")
+        if run is None or operation.row.kind not in _CHANGES_RUN:
+            return
+        if operation.worker_id is None and operation.sent_under == run.epoch > 0:
+            run.disputed = True
+            if run.worker_id is not None:
+                self.on_disputed(run)
+
     def retire(self, operation: PendingOperation) -> None:
-        """Takes a finished operation out. If it left a hole in its window, its void stays in the
-        order: whoever gets the run next must hear of it too."""
+        """Takes a finished operation out. If no worker had it, its void stays in the order."""
         row = operation.row
         if row.run_id is not None and row.seq is not None:
             run = self.runs[row.run_id]
             run.active_s = time.monotonic()
-            if operation.worker_id is None or is_void_gradient(row):
+            if operation.worker_id is None:
                 operation.void = True
             else:
                 run.in_flight.remove(operation)
-            run.pass_voids()
             if row.executed:
                 run.executed_seq = max(run.executed_seq, row.seq)
         elif operation.worker_id is not None:
@@ -229,11 +256,11 @@ class Ledger:
         """Takes a run, and what its worker had of it, back; returns those operations."""
         run.worker_id = None
         run.restoring = run.arriving = False
-        recalled = [one for one in run.in_flight if one.void or not one.finishing]
+        recalled = [operation for operation in run.in_flight if not operation.finishing]
         for operation in reversed(recalled):
             operation.worker_id = None
             run.queue.appendleft(operation)
-        run.in_flight = deque(one for one in run.in_flight if one.finishing and not one.void)
+        run.in_flight = deque(op for op in run.in_flight if op.finishing)
         self._ready.add(run.id)
         return recalled
 

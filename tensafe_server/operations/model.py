@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import ErrorDetail
+from tensafe_server.operations.transcripts import Transcript
 from tensafe_server.planning.views import Work
 from tensafe_server.store.base import OperationRow, RunRow
 
@@ -26,7 +27,8 @@ CANCELLED = ops.OPERATION_STATE_CANCELLED
 
 
 _MOST_DEATHS = 1
-_MOST_LOSSES = 2
+# A sample is generated for long, and beside everything else: it is less of a suspect.
+_MOST_DEATHS_OF_A_SAMPLE = 3
 
 
 class Losses:
@@ -36,7 +38,8 @@ class Losses:
     against what the process was likely to be at.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_deaths: int = _MOST_DEATHS) -> None:
+        self._most_deaths = most_deaths
         self._running: dict[str, bool] = {}
 
     def __len__(self) -> int:
@@ -56,7 +59,8 @@ class Losses:
     @property
     def too_many(self) -> bool:
         """Whether it is not to be tried again."""
-        return sum(self._running.values()) > _MOST_DEATHS or len(self) > _MOST_LOSSES
+        most = self._most_deaths
+        return sum(self._running.values()) > most or len(self) > most + 1
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +81,11 @@ class PendingOperation:
         attempted: the store has a record of a worker that began it, or was lost with it.
         on_trial: too many workers have not told its end, but one of them may still come back.
         withdrawn: it was cancelled, or its deadline passed, while a worker had it.
+        sent_under: the assignment of its run under which a worker was last sent it, or may have
+            been; 0: none.
         work: what the planner is told of it; None if that is to be found out.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
+        transcript: what a sample has drawn so far; None if nothing, and nobody asked.
     """
 
     row: OperationRow
@@ -91,17 +98,34 @@ class PendingOperation:
     attempted: bool = False
     on_trial: bool = False
     withdrawn: ErrorDetail | None = None
+    sent_under: int = 0
     fetching: bool = False
     ahead: bool = False
     deadline_timer: asyncio.TimerHandle | None = None
     work: Work | None = None
     ready_s: float = 0.0
+    transcript: Transcript | None = None
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.is_sample:
+            self.losses = Losses(_MOST_DEATHS_OF_A_SAMPLE)
 
     @property
     def spec_bytes(self) -> int:
         return self.row.spec_bytes
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether it only begins in its run's order: what follows may end before it."""
+        return self.row.kind == ops.OPERATION_KIND_SAMPLE
+
+    def take_tokens(self, chunk: ops.TokenChunk) -> None:
+        """Adds what a sample has drawn."""
+        if self.transcript is None:
+            self.transcript = Transcript()
+        self.transcript.take(chunk)
 
     def wait_finished(self) -> asyncio.Future[None]:
         """Resolves when the outcome is on disk."""
@@ -131,9 +155,8 @@ class RunState:
         next_seq: the lowest seq that has not been accepted yet.
         early: operations that came before an earlier seq did.
         queue: operations in order that no worker has.
-        in_flight: operations in order that the run's worker has, and voids behind the first of
-            them, which it was told of: the log has them for a restoration only once all before
-            them have ended.
+        in_flight: operations in order that the run's worker has. A SAMPLE may stay here while later
+            ones end.
         by_seq: unfinished operations, to answer retries.
         worker_id: the worker that holds the run's state; None if none does.
         epoch: number of the newest assignment to a worker.
@@ -150,6 +173,8 @@ class RunState:
         arriving: its state was brought to its worker, which has not begun with what is new.
         losses, attempted, on_trial: of bringing it, as of an operation.
         window_queue_ms: time that the operations since the last applied update waited, ms.
+        disputed: an operation that was sent under the newest assignment has ended here, as if it
+            had never run: whoever holds the run under it may contradict the log.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
         active_s: when its last operation ended, on the monotonic clock; 0 if that was before the
             coordinator.
@@ -165,6 +190,7 @@ class RunState:
     next_seq: int = 1
     executed_seq: int = 0
     worker_id: str | None = None
+    disputed: bool = False
     restoring: bool = False
     early: dict[int, PendingOperation] = field(default_factory=dict)
     queue: deque[PendingOperation] = field(default_factory=deque)
@@ -202,15 +228,27 @@ class RunState:
     def deleted(self) -> bool:
         return self.status == training.RUN_STATUS_DELETED
 
-    def pass_voids(self) -> None:
-        """Forgets the voids in flight that nothing is before any more."""
-        while self.in_flight and self.in_flight[0].void:
-            self.in_flight.popleft()
+    @property
+    def open_seq(self) -> int:
+        """The first operation that has not ended, or that is still to come."""
+        return min(self.next_seq, min(self.by_seq, default=self.next_seq))
+
+    @property
+    def reached_seq(self) -> int:
+        """The last operation that was sent to a worker or ended without: what comes after it waits,
+        and so may some before it that were taken back, at the head of the queue."""
+        seq = self.next_seq - 1
+        for operation in reversed(self.queue):
+            if operation.row.seq != seq:
+                break
+            seq -= 1
+        return seq
 
     def begin_epoch(self) -> int:
         """The epoch of a new assignment, which no worker was ever given."""
         self.epoch += 1 + self.epochs_unwritten
         self.epochs_unwritten = 0
+        self.disputed = False
         return self.epoch
 
     @asynccontextmanager

@@ -184,9 +184,10 @@ class Outcomes:
 
 def cancellation(operation: PendingOperation) -> ErrorDetail:
     """Why an operation ends that its tenant cancelled."""
+    how = "and gave nothing" if operation.is_sample else "before it ran"
     return TenSafeFault(
         "OPERATION_CANCELLED",
-        f"operation {operation.row.id} was cancelled before it ran",
+        f"operation {operation.row.id} was cancelled {how}",
         operation_id=operation.row.id,
     ).detail
 
@@ -202,7 +203,7 @@ def expiry(operation: PendingOperation) -> ErrorDetail:
 
 
 def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:
-    """The outcome of an operation that was cancelled, or whose deadline passed, before it ran."""
+    """The outcome of an operation that was cancelled, or whose deadline passed, in time."""
     return Ending(operation, error=why or cancellation(operation))
 
 

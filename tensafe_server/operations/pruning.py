@@ -1,6 +1,7 @@
 """Taking away what nobody needs any more, so that the disk does not fill up for ever.
 
 - Specs of operations before the oldest recovery point that is kept: a recovery never replays them.
+  A sample that has not ended keeps those from which its weights can be had.
 - Snapshots beyond those kept; all snapshots, specs and results of deleted runs.
 - Big parts of results past their retention: per-token outputs and completions.
 - At the start, blobs that no row names: a crash between blob and commit leaves such.
@@ -78,10 +79,10 @@ class Pruner:
             return 0 if run.pinned else await self._prune(run)
 
     async def _prune(self, run: RunState) -> int:
-        kept = await self._snapshots.retire(run)
+        limit = await self._snapshots.retire(run)
         if run.deleted:
             await self._prune_results(time.time_ns(), run.id)
-        limit = _unneeded_seq(run, kept[-1].seq if self._snapshots.is_enough(kept) else 0)
+            limit = run.open_seq - 1
         pruned = 0
         while limit > run.pruned_seq:
             batch = await self._store.prune_specs(run.id, limit, _BATCH)
@@ -167,11 +168,3 @@ class Pruner:
             except Exception:
                 log.exception("pruning results failed; it is tried again later")
             await asyncio.sleep(min(_LONGEST_PAUSE_S, max(1.0, self._retention_s / 10)))
-
-
-def _unneeded_seq(run: RunState, oldest_snapshot_seq: int) -> int:
-    """The last seq whose spec no recovery can need."""
-    if run.deleted:
-        unfinished = min(run.by_seq, default=run.next_seq)
-        return min(unfinished, run.next_seq) - 1
-    return oldest_snapshot_seq

@@ -50,21 +50,27 @@ async def _recover_run(
     run.executed_seq = progress.last_executed_seq
     waiting = {row.seq or 0: row for row in unfinished}
     first = min([progress.max_seq + 1, *waiting, *progress.gaps])
-    run.next_seq = first
-    after = first - 1
+    # What was being executed while later operations ended; what else has ended up to there is the
+    # log's to tell.
+    reached = max(first - 1, run.executed_seq)
+    behind = [waiting.pop(seq) for seq in sorted(waiting) if seq <= reached]
+    ledger.resume(run, [_pending(row, run) for row in behind], reached)
+    after = reached
     while after < progress.max_seq:  # what was refused or cancelled among those that wait
         rows = await store.history(run.id, after, _PAGE)
         waiting.update({row.seq or 0: row for row in rows})
         if len(rows) < _PAGE:
             break
         after = rows[-1].seq or progress.max_seq
-    operations = []
-    for seq in sorted(waiting):
-        row = waiting[seq]
-        pending = PendingOperation(row, None, run.model, void=row.cursor is not None)
+    operations = [_pending(waiting[seq], run) for seq in sorted(waiting)]
+    for pending in operations:
         ledger.reserve(pending, run)
-        operations.append(pending)
     ledger.admit(operations)
+
+
+def _pending(row: OperationRow, run: RunState) -> PendingOperation:
+    # The worker that holds the run, if there is one, may have it.
+    return PendingOperation(row, None, run.model, void=row.cursor is not None, sent_under=run.epoch)
 
 
 async def _lane_operation(

@@ -20,7 +20,7 @@ from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe_server.blobs.base import BlobNotFoundError, BlobStore
 from tensafe_server.ids import new_id
 from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.model import RunState
+from tensafe_server.operations.model import PendingOperation, RunState
 from tensafe_server.store.base import SnapshotRow, Store
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,8 @@ class SnapshotBook:
         """Makes stored files a snapshot; returns None, or why not, and then the files are gone.
 
         It is a snapshot only once every operation that it contains has its outcome in the log: one
-        that a lost worker has executed and nobody has heard of may yet end in another way.
+        that a lost worker has executed and nobody has heard of may yet end in another way. It
+        contains nothing of a SAMPLE, so that it waits for none.
         """
         refusal: str | None = "it could not be stored"
         try:
@@ -114,7 +115,7 @@ class SnapshotBook:
         run = self._ledger.runs[header.run_id]
         try:
             async with asyncio.timeout(_SETTLE_TIMEOUT_S):
-                while waiting := [op for seq, op in run.by_seq.items() if seq <= header.seq]:
+                while waiting := _contained(run, header.seq):
                     await waiting[0].wait_finished()
                     if refusal := self.refusal(header):
                         return refusal
@@ -163,17 +164,20 @@ class SnapshotBook:
         """Whether stored files have the sums that were written down."""
         return await asyncio.to_thread(self._sums_agree, prefix, files)
 
-    async def retire(self, run: RunState) -> list[SnapshotRow]:
-        """Removes all but the newest; returns those that stay, newest first."""
-        rows = await self._store.snapshots(run.id)
-        kept = 0 if run.deleted else self._kept
-        if rows[kept:]:
-            await self.remove(rows[kept:])
-        return rows[:kept]
+    async def retire(self, run: RunState) -> int:
+        """Removes what no recovery will begin at: all but the newest ones, and the newest ones
+        before the first operation that has not ended, which has to run again from there.
 
-    def is_enough(self, kept: Sequence[SnapshotRow]) -> bool:
-        """Whether these are as many as are to be kept, so that nothing older is needed."""
-        return len(kept) >= self._kept
+        Returns:
+            The seq before which no recovery begins any more; 0 while there are too few.
+        """
+        rows = await self._store.snapshots(run.id)
+        before_open = [row for row in rows if row.seq < run.open_seq]
+        kept = [] if run.deleted else [*rows[: self._kept], *before_open[: self._kept]]
+        if gone := [row for row in rows if row not in kept]:
+            await self.remove(gone)
+        enough = len(before_open) >= self._kept and not run.deleted
+        return before_open[self._kept - 1].seq if enough else 0
 
     async def discard(self, run: RunState, row: SnapshotRow, why: str) -> None:
         """Removes a snapshot that is of no use; the one before it takes its place."""
@@ -207,6 +211,11 @@ class SnapshotBook:
             if size != file.size_bytes or digest.hexdigest() != file.sha256:
                 return False
         return True
+
+
+def _contained(run: RunState, seq: int) -> list[PendingOperation]:
+    """Operations that have not ended and that a state as of `seq` may have the effect of."""
+    return [op for number, op in run.by_seq.items() if number <= seq and not op.is_sample]
 
 
 def new_snapshot_id() -> str:

@@ -5,13 +5,16 @@ of different runs. An operation joins the first group behind its run's last one 
 opens a new one at the end. A worker has at most two plans: the one that it executes and the one
 after it, a plan being one group of gradients (or one operation that goes alone) with the updates
 around it. What comes meanwhile waits here, where it finds company.
+
+Samples are no part of that. They lie beside the plans, as many as fill the worker twice: what it
+generates and what takes the places that become free.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tensafe_server.planning.views import Arrivals, Kind, Work, WorkerView
+from tensafe_server.planning.views import Arrivals, Kind, SampleRoom, Work, WorkerView
 
 _MOST_PLANS = 2
 
@@ -59,6 +62,7 @@ class Formation:
         self.arrivals = worker.arrivals
         self.opening: Opening | None = None
         self._plans = worker.plans
+        self._samples = worker.samples
         self._next = worker.next_group
         self._groups = [_Group(g.number, g.kind, g.model, g.cost) for g in worker.groups]
 
@@ -73,11 +77,13 @@ class Formation:
 
     def spot(self, work: Work, model: str, after: int) -> Spot | None:
         """Where an operation of a run whose last one is in group `after` may go now."""
-        if self.credits <= 0:
+        if self.credits <= 0 or not self._has_room(work):
             return None
         if not self.worker.group_cost:
             return _UNGROUPED
-        if work.kind is not None:
+        if self._goes_beside(work):
+            return Spot(self._next)
+        if work.kind in (Kind.GRADIENT, Kind.UPDATE):
             for group in self._groups:
                 if (
                     group.number > after
@@ -93,13 +99,17 @@ class Formation:
     def take(self, spot: Spot, work: Work, model: str, key: str, *, head: bool) -> None:
         """Puts an operation there. `head`: it is its queue's next one."""
         self.credits -= 1
+        beside = self._goes_beside(work)
+        if beside and self._samples is not None:
+            room = self._samples
+            self._samples = SampleRoom(room.cost - work.cost, room.credits - 1)
         if spot.number == 0:
             return
         if spot.group is None:
             spot.group = _Group(spot.number, work.kind, model, work.cost)
             self._groups.append(spot.group)
             self._next += 1
-            self._plans += work.kind is not Kind.UPDATE
+            self._plans += not (beside or work.kind is Kind.UPDATE)
             if self.opening is None:
                 self.opening = Opening(spot.group)
         else:
@@ -109,6 +119,20 @@ class Formation:
                 self.opening.heads.append(key)
             else:
                 self.opening.others = True
+
+    @property
+    def sample_room(self) -> float:
+        """How much more of samples it takes; 0 if it executes them one by one."""
+        return self._samples.cost if self._samples is not None else 0.0
+
+    def _goes_beside(self, work: Work) -> bool:
+        return work.kind is Kind.SAMPLE and self._samples is not None
+
+    def _has_room(self, work: Work) -> bool:
+        room = self._samples
+        if room is None or work.kind is not Kind.SAMPLE:
+            return True
+        return room.cost > 0 and room.credits > 0
 
     @property
     def awaits_company(self) -> bool:

@@ -1,8 +1,8 @@
 """Fair planning between tenants: (queues, workers, clock) -> assignments, and when to plan again.
 
-Start-time fair queueing (Goyal, Vin and Cheng 1996) over tenants: each has a virtual time that
-grows by the cost of what it was given; the tenant furthest behind goes next. A tenant that was idle
-starts at the clock, so that it cannot save time up. Within a tenant its runs take turns.
+Tenants share by cost (`fairness.py`), and so do the runs of a tenant among themselves: one with a
+long queue does not hold up another. What belongs to no run's order is a tenant's one lane beside
+its runs.
 
 What is small finds company on the way (`groups.py`): a tenant whose turn comes later may add to a
 group that another one has opened. One that meanwhile could not be served keeps its place.
@@ -10,21 +10,16 @@ group that another one has opened. One that meanwhile could not be served keeps 
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from tensafe_server.planning.fairness import Contest, FairShares
 from tensafe_server.planning.groups import Formation, Spot
 from tensafe_server.planning.views import Assignment, QueueView, WorkerView
 
-
-@dataclass(frozen=True, slots=True)
-class FairShares:
-    """The tenants' virtual times, and the clock: that of the tenant served last."""
-
-    times: Mapping[str, float] = field(default_factory=dict)
-    clock: float = 0.0
+_LANE = ""
+"""Among a tenant's runs, the name of what belongs to none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,46 +81,53 @@ def _assign(
     queues: Sequence[QueueView], workers: Sequence[WorkerView], shares: FairShares
 ) -> tuple[list[Assignment], FairShares, Sequence[Formation]]:
     fleet = {worker.id: Formation(worker) for worker in workers}
-    waiting: dict[str, deque[_Turn]] = {}
+    lines: dict[str, dict[str, deque[_Turn]]] = {}
     for queue in queues:
         if queue.works:
-            waiting.setdefault(queue.tenant_id, deque()).append(_Turn(queue))
-    # How far others may have gone ahead of a tenant that could not be served.
+            name = _LANE if queue.is_lane else queue.key
+            lines.setdefault(queue.tenant_id, {}).setdefault(name, deque()).append(_Turn(queue))
+    # How far others may have gone ahead of one that could not be served.
     lag = 2 * max((worker.group_cost for worker in workers), default=0.0)
-    times = {
-        tenant: max(shares.times.get(tenant, shares.clock), shares.clock - lag)
-        for tenant in waiting
+    tenants = Contest(lines, shares, lag)
+    within = {
+        tenant: Contest(own, shares.within.get(tenant, FairShares()), lag)
+        for tenant, own in lines.items()
     }
-    heap = [(time, tenant) for tenant, time in times.items()]
-    heapq.heapify(heap)
-    clock = shares.clock
-    unserved: set[str] = set()
     assignments: list[Assignment] = []
-    while heap:
-        time, tenant = heapq.heappop(heap)
-        turns = waiting[tenant]
-        while turns:
-            turn = turns.popleft()
-            found = turn.find(fleet)
-            if found is not None:
-                break
-            unserved.add(tenant)
-        else:
+    while (tenant := tenants.next()) is not None:
+        own = within[tenant]
+        name, found = _next(own, lines[tenant], fleet)
+        if own.has_passed_over:
+            tenants.passed_over(tenant)
+        if found is None:
             continue
-        formation, spot = found
-        assignments.append(turn.take(formation, spot))
-        clock = max(clock, time)
-        times[tenant] = time + turn.cost
-        if turn.go_on():
-            turns.append(turn)
-        if turns:
-            heapq.heappush(heap, (times[tenant], tenant))
-    kept = {
-        tenant: time
-        for tenant, time in {**shares.times, **times}.items()
-        if time > clock or tenant in unserved
-    }
-    return assignments, FairShares(kept, clock), list(fleet.values())
+        line, (formation, spot) = lines[tenant][name], found
+        cost = line[0].cost
+        assignments.append(line[0].take(formation, spot))
+        if not line[0].go_on():
+            line.popleft()
+        own.served(name, cost, more=bool(line))
+        tenants.served(tenant, cost, more=True)
+    after = {tenant: own.shares() for tenant, own in within.items()}
+    return assignments, tenants.shares(after), list(fleet.values())
+
+
+def _next(
+    contest: Contest, lines: Mapping[str, deque[_Turn]], fleet: Mapping[str, Formation]
+) -> tuple[str, tuple[Formation, Spot] | None]:
+    """The tenant's run (or lane) whose first operation goes next, and where; None: none can now.
+
+    Operations that have no place are left out of this planning.
+    """
+    while (name := contest.next()) is not None:
+        line = lines[name]
+        while line:
+            found = line[0].find(fleet)
+            if found is not None:
+                return name, found
+            line.popleft()
+        contest.passed_over(name)
+    return "", None
 
 
 class _Turn:
@@ -143,8 +145,9 @@ class _Turn:
         return self._queue.works[self._taken].cost
 
     def find(self, fleet: Mapping[str, Formation]) -> tuple[Formation, Spot] | None:
-        """A place for the next operation. A queue that is bound to no worker goes to the one with
-        the fewest runs, then the most credits."""
+        """A place for the next operation. A run that is bound to no worker goes to the one with
+        the fewest runs, then the most credits; what belongs to no run to the one that has the most
+        room for it."""
         queue, work = self._queue, self._queue.works[self._taken]
         if self._worker_id is not None:
             formation = fleet.get(self._worker_id)
@@ -156,19 +159,22 @@ class _Turn:
             (formation, spot)
             for formation in fleet.values()
             if queue.model in formation.worker.models
-            and formation.admits(suspect=queue.suspect)
+            and (queue.is_lane or formation.admits(suspect=queue.suspect))
             and (spot := formation.spot(work, queue.model, 0)) is not None
         ]
         if not able:
             return None
-        return min(able, key=lambda each: (each[0].runs, -each[0].credits, each[0].worker.id))
+        if queue.is_lane:
+            return min(able, key=lambda each: _by_room(each[0]))
+        return min(able, key=lambda each: _by_runs(each[0]))
 
     def take(self, formation: Formation, spot: Spot) -> Assignment:
         """Gives the next operation away."""
         queue, work = self._queue, self._queue.works[self._taken]
         if self._worker_id is None:
             self._worker_id = formation.worker.id
-            formation.bring(suspect=queue.suspect)
+            if not queue.is_lane:
+                formation.bring(suspect=queue.suspect)
         formation.take(spot, work, queue.model, queue.key, head=self._taken == 0)
         self._last_group = spot.number
         return Assignment(formation.worker.id, queue.key, spot.number)
@@ -177,3 +183,11 @@ class _Turn:
         """Turns to the operation after it; False if there is none."""
         self._taken += 1
         return self._taken < len(self._queue.works)
+
+
+def _by_runs(formation: Formation) -> tuple[float, float, str]:
+    return formation.runs, -formation.credits, formation.worker.id
+
+
+def _by_room(formation: Formation) -> tuple[float, float, str]:
+    return -formation.sample_room, -formation.credits, formation.worker.id

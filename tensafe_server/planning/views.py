@@ -10,11 +10,13 @@ from enum import Enum
 class Kind(Enum):
     """Kinds of operations that a worker may execute together for different runs.
 
-    An update costs next to nothing beside a gradient: as many as there are may wait at a worker.
+    An update costs next to nothing beside a gradient: as many as there are may wait at a worker. A
+    sample only begins in its turn and goes on beside the others.
     """
 
     GRADIENT = "forward_backward"
     UPDATE = "optim_step"
+    SAMPLE = "sample"
 
 
 class Arrivals(Enum):
@@ -51,6 +53,7 @@ class QueueView:
         since_s: when the next operation came, on the planner's clock.
         suspect: workers were lost while the run's state was brought to them. It comes to the next
             one alone, so that it is known with what that one is lost.
+        is_lane: it is one operation without a place in a run, which leaves nothing at its worker.
     """
 
     key: str
@@ -61,6 +64,7 @@ class QueueView:
     last_group: int = 0
     since_s: float = 0.0
     suspect: bool = False
+    is_lane: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,19 @@ class GroupView:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleRoom:
+    """What a worker that generates several samples at once takes of them.
+
+    Attributes:
+        cost: it takes one more as long as this is above 0.
+        credits: how many more samples it takes.
+    """
+
+    cost: float
+    credits: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerView:
     """A worker.
 
@@ -88,12 +105,13 @@ class WorkerView:
         runs: how many runs it holds.
         group_cost: most cost of one group; 0 if it executes operations one by one, as they come.
         groups: the groups that it has not begun yet, in their order.
-        plans: how many groups it has, begun or not, that are more than updates.
+        plans: how many groups it has, begun or not, that are more than updates and samples.
         next_group: the number of its next group.
         idle: it has nothing to do.
         company: models of which it holds runs that were active a moment ago, have nothing queued,
             and may be grouped with others.
         arrivals: what is on its way to it.
+        samples: what it takes of samples; None if it executes them one by one, like everything.
     """
 
     id: str
@@ -107,6 +125,7 @@ class WorkerView:
     idle: bool = False
     company: frozenset[str] = frozenset()
     arrivals: Arrivals = Arrivals.NONE
+    samples: SampleRoom | None = None
 
 
 @dataclass(frozen=True, slots=True)

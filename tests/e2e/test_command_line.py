@@ -239,6 +239,41 @@ def test_sampling(tiny_service: LocalService):
     assert "be brief" in several["samples"][0]["prompt"]
 
 
+def test_sampling_token_by_token(tiny_service: LocalService):
+    source = ["sample", "--model", "tiny", "--max-tokens", "12", "--seed", "1"]
+    one = run_tensafe(tiny_service, *source, "--prompt", "hello")
+    assert run_tensafe(tiny_service, *source, "--prompt", "hello", "--stream").stdout == one.stdout
+    options = ["--num-samples", "2", "--top-logprobs", "3", "--prompt-logprobs"]
+    lines = run_tensafe(
+        tiny_service, *source, *options, "--prompt", "hello", "--stream", "--json"
+    ).stdout.splitlines()
+    *chunks, result = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert len(chunks) > 2
+    for sample in result["samples"]:
+        mine = [chunk for chunk in chunks if chunk["sample_index"] == sample["sample_index"]]
+        assert "".join(chunk["text"] for chunk in mine) == sample["completion"]
+        assert [token for chunk in mine for token in chunk["tokens"]] == sample["tokens"]
+        assert len(sample["top_tokens"][0]) == 3
+        assert sample["prompt_logprobs"][0] is None  # nothing comes before it
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--stream", "--num-samples", "2"], "--json"),
+        (["--stream", "--prompt", "y"], "--json"),
+        (["--top-logprobs", "2"], "--json"),
+        (["--prompt-logprobs"], "--json"),
+        (["--top-logprobs", "21", "--json"], "20"),
+    ],
+)
+def test_what_would_not_be_printed_is_refused(
+    tiny_service: LocalService, options: list[str], says: str
+):
+    command = ["sample", "--model", "tiny", "--prompt", "x", *options]
+    assert says in run_tensafe(tiny_service, *command, expect=2).stderr
+
+
 def test_watch_prints_each_step(tiny_service: LocalService, data: Path):
     events = train(tiny_service, data, "--steps", "3", "--seed", "1")
     watched = run_tensafe(

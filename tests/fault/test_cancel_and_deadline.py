@@ -241,9 +241,20 @@ def test_a_deadline_that_is_none_is_refused_before_anything_is_sent(
 def test_an_operation_without_a_run_has_a_deadline_too(fleet: FaultyCluster, client: ServiceClient):
     [worker] = fleet.workers
     busy = block(fleet, client)
-    late = client.sample_async("x", base_model="any", deadline_s=SOON_S)
+    late = client.sample_async("x", model="any", deadline_s=SOON_S)
     with pytest.raises(DeadlineExceededError):
         late.result(30)
     fleet.open_gate(worker)
     assert busy.result(30)
-    assert client.sample("x", base_model="any", deadline_s=30).samples
+    assert client.sample("x", model="any", deadline_s=30).samples
+
+
+def test_more_withdrawn_operations_than_a_worker_takes_hold_nothing_up(
+    fleet: FaultyCluster, client: ServiceClient, tc: TrainingClient
+):
+    busy = block(fleet, client)
+    withdrawn = [tc.forward_backward(batch()) for _ in range(30)]
+    assert all(future.cancel() for future in reversed(withdrawn))
+    fleet.open_gate(fleet.workers[0])
+    assert busy.result(30)
+    assert_poisoned(tc)

@@ -42,6 +42,13 @@ def wait_recorded(fleet: FaultyCluster, future: OperationFuture, workers: int = 
         assert not future.done()
 
 
+def wait_counted(fleet: FaultyCluster, future: OperationFuture, losses: int) -> None:
+    """Returns when so many losses are on disk against the operation, or it has ended by them."""
+    while [subject for subject, _ in attempts(fleet)].count(future.operation_id or "") < losses:
+        if future.done():
+            return
+
+
 def reason(future: OperationFuture) -> str:
     error = future.exception(TIMEOUT_S)
     assert error is not None
@@ -106,6 +113,7 @@ def test_a_coordinator_that_dies_between_its_workers_goes_on_counting(
         while (death := fleet.next_death(unless=poison)) is not None:
             deaths += 1
             fleet.coordinator.wait_said(" left; it held 1 runs", count=deaths)
+            wait_counted(fleet, poison, deaths)
             restart(fleet.coordinator)
             fleet.revive(death[0])
         assert deaths in (2, 3)

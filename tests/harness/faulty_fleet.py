@@ -57,8 +57,9 @@ class FaultyCluster(Cluster):
         port: int | None = None,
         gated_save: bool = False,
         watchdog: bool = True,
+        text: str = "",
     ) -> Process:
-        """Starts one more worker; each has a gate of its own."""
+        """Starts one more worker; each has gates of its own. `text`: how its completions end."""
         name = f"worker-{len(self.workers)}"
         gate = self.home / f"{name}.gate"
         os.mkfifo(gate)
@@ -66,8 +67,13 @@ class FaultyCluster(Cluster):
         command += ["--connect", f"127.0.0.1:{port or self.port}", *options]
         worker = Process(name, self.home, command, "connected to ")
         self.workers.append(worker)
-        environment = {"FAULTY_GATE": str(gate), "FAULTY_NAME": name}
-        environment["FAULTY_DEADLY"] = str(self.deadly)
+        environment = {
+            "FAULTY_GATE": str(gate),
+            "FAULTY_NAME": name,
+            "FAULTY_DEADLY": str(self.deadly),
+            "FAULTY_SAMPLE_GATE": str(self._sample_gate(name)),
+            "FAULTY_TEXT": text,
+        }
         if gated_save:
             environment["FAULTY_GATED_SAVE"] = "1"
         if not watchdog:
@@ -105,6 +111,13 @@ class FaultyCluster(Cluster):
             if handle in handles:
                 return handles[handle], handles[handle].wait_ended()
         return None
+
+    def let_samples_go(self, worker: Process) -> None:
+        """Opens the gate of a worker's samples, from now on."""
+        self._sample_gate(worker.name).touch()
+
+    def _sample_gate(self, name: str) -> Path:
+        return self.home / f"{name}.samples"
 
     def open_gate(self, worker: Process) -> None:
         """Lets the operation pass that waits there, now or when it comes."""

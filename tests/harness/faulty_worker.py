@@ -4,9 +4,10 @@
 
 It takes the options of `tensafe worker`. Where a forward_backward's first token is GATE, a sample's
 prompt is GATED, or a save_state's metadata named one, the operation waits until the test opens the
-FIFO named by FAULTY_GATE. CRASH_LATER crashes the worker while the file named by FAULTY_DEADLY is
-there; the other marks are below. Taking on a run of HANGING_SEED hangs. What it saves tells which
-worker did. With FAULTY_WATCHDOG set, its watchdog never bites.
+FIFO named by FAULTY_GATE; other samples wait as `gated_sampler` says. CRASH_LATER crashes the
+worker while the file named by FAULTY_DEADLY is there; the other marks are below. Taking on a run of
+HANGING_SEED hangs. What it saves tells which worker did. With FAULTY_WATCHDOG set, its watchdog
+never bites.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import signal
 import sys
 import threading
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 GATE, HANG, HANG_WITH_LOCK, CRASH, CRASH_LATER = 60_001, 60_002, 60_003, 60_004, 60_005
 HANGING_SEED = 60_006
@@ -45,6 +48,7 @@ def hang_for_ever() -> None:
 
 
 def main() -> None:
+    from harness.gated_sampler import GatedSampler, with_other_text
     from workers import cli, link
     from workers.mock import MockBackend
 
@@ -53,6 +57,16 @@ def main() -> None:
 
         instant = False
         credits = 8
+        sample_tokens = 4096
+
+        def __init__(self):
+            super().__init__()
+            self._sampler = GatedSampler(self._begin_sample)
+
+        def _begin_sample(self, request):
+            if any(prompt.text == GATED for prompt in request.prompts):
+                pass_gate()
+            return with_other_text(self._sample(request))
 
         def open_run(self, run_id, settings, state):
             if settings.seed == HANGING_SEED:
@@ -62,11 +76,6 @@ def main() -> None:
         def forward_backward(self, run_id, seq, request):
             act_on(int(request.batch.input_tokens[0]))
             return super().forward_backward(run_id, seq, request)
-
-        def sample(self, operation, request):
-            if any(prompt.text == GATED for prompt in request.prompts):
-                pass_gate()
-            return super().sample(operation, request)
 
         def save_state(self, run_id, directory, include_optimizer):
             outcome = super().save_state(run_id, directory, include_optimizer)

@@ -53,6 +53,7 @@ NAMED = {
     "OperationsService/CancelOperation": "OPERATION_NOT_FOUND",
     "OperationsService/ListOperations": "RUN_NOT_FOUND",
     "OperationsService/Watch": "RUN_NOT_FOUND",
+    "OperationsService/StreamSample": "OPERATION_NOT_FOUND",
     "MetricsService/StreamMetrics": "RUN_NOT_FOUND",
     "ArtifactsService/GetArtifact": "ARTIFACT_NOT_FOUND",
     "ArtifactsService/DownloadArtifact": "ARTIFACT_NOT_FOUND",
@@ -83,6 +84,7 @@ UNNAMED = {
     "ModelsService/ListModels",
     "ModelsService/GetModel",
     "ModelsService/GetTokenizer",
+    "ModelsService/ListLosses",
 }
 
 

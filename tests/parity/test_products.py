@@ -64,8 +64,9 @@ def test_value_and_gradients(product, segments, wants):
     grad = torch.randn(count, WIDTH, generator=generator).to(dtype)
     expected, grad_inputs, grad_a, grad_b = reference(inputs, parts, grad)
     close = {"atol": 1e-4, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 1e-12, "rtol": 0}
-    added, narrow = product.forward(inputs, parts, WIDTH)
-    torch.testing.assert_close(added, expected, **close)
+    outputs = torch.full((count, WIDTH), 3.0, dtype=dtype)
+    narrow = product.forward(inputs, parts, outputs)
+    torch.testing.assert_close(outputs, expected + 3, **close)
     found = product.backward(inputs, parts, narrow, grad, wants)
     assert (found is None) is not wants
     if wants:
@@ -79,9 +80,20 @@ def test_even_segments_without_gaps_take_the_short_way():
     parts, count = parts_of([(0, 5, 4)] * 3, torch.float64)
     inputs = torch.randn(count, K, dtype=torch.float64)
     for product in (PaddedBmm(), SegmentLoop()):
-        added, _ = product.forward(inputs, parts, WIDTH)
+        outputs = torch.zeros(count, WIDTH, dtype=torch.float64)
+        product.forward(inputs, parts, outputs)
         expected, *_ = reference(inputs, parts, torch.zeros(count, WIDTH, dtype=torch.float64))
-        torch.testing.assert_close(added, expected)
+        torch.testing.assert_close(outputs, expected)
+
+
+def test_outputs_may_be_of_a_narrower_type():
+    parts, count = parts_of([(2, 5, 4), (0, 3, 1)], torch.float32)
+    inputs = torch.randn(count, K)
+    expected, *_ = reference(inputs, parts, torch.zeros(count, WIDTH))
+    for product in (SegmentLoop(), PaddedBmm(), Grouped()):
+        outputs = torch.zeros(count, WIDTH, dtype=torch.bfloat16)
+        product.forward(inputs, parts, outputs)
+        torch.testing.assert_close(outputs.float(), expected, atol=0.02, rtol=0.01)
 
 
 def test_choosing(base, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
-from workers.engine.sampling import pick
+from workers.engine.sampling.distribution import Workspace, draw
 from workers.operations import (
     ArtifactWeights,
     ChatMessage,
@@ -75,9 +75,10 @@ def test_end_tokens_and_stop_tokens(backend):
     third = int(free.tokens[2])
     first = free.tokens.tolist().index(third)
     stopped = base_sample(backend, prompt, temperature=0, max_tokens=12, stop=Stop(tokens=(third,)))
-    assert stopped[0].tokens.tolist() == free.tokens[:first].tolist()
+    # The token that ended it is its last.
+    assert stopped[0].tokens.tolist() == free.tokens[: first + 1].tolist()
     assert stopped[0].stopped
-    assert len(stopped[0].logprobs) == first
+    assert len(stopped[0].logprobs) == len(stopped[0].raw_logprobs) == first + 1
     model = next(iter(backend._models.values()))
     model.end_tokens = frozenset({third})
     assert base_sample(backend, prompt, temperature=0, max_tokens=12)[0].stopped
@@ -159,7 +160,8 @@ def test_the_options_shape_the_distribution():
 
     def shares(**options) -> list[float]:
         params = SamplingParams(**options)
-        tokens, logprobs = pick(logits.expand(2000, 4), params, points)
+        drawn = draw(logits.repeat(2000, 1), [params] * 2000, points, Workspace())
+        tokens, logprobs = torch.tensor(drawn.tokens), torch.tensor(drawn.logprobs)
         counts = torch.bincount(tokens, minlength=4) / 2000
         # The reported log-probability is that of the distribution drawn from.
         for token in tokens.unique():
@@ -199,9 +201,9 @@ def test_a_tiny_temperature_is_greedy(backend, temperature):
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40])
 def test_a_tiny_temperature_takes_extreme_logits(temperature):
     logits = torch.tensor([[3e38, -3e38, 0.0, -torch.inf], [-1.0, -1.5, -2.0, -3.0]])
-    tokens, logprobs = pick(logits, SamplingParams(temperature=temperature), [0.5, 0.999])
-    assert tokens.tolist() == [0, 0]
-    assert logprobs.tolist() == [0, 0]
+    params = [SamplingParams(temperature=temperature)] * 2
+    drawn = draw(logits, params, [0.5, 0.999], Workspace())
+    assert drawn.tokens == drawn.logprobs == [0, 0]
 
 
 def test_seed_zero_is_a_seed(backend):
@@ -284,8 +286,8 @@ def test_stop_texts_end_a_completion():
     )
     assert ours.stopped
     assert ours.text == free[0].text[: free[0].text.index(text)]
-    assert ours.tokens.tolist() == free[0].tokens[:at].tolist()
-    assert len(ours.logprobs) == at
+    assert ours.tokens.tolist() == free[0].tokens[: at + 1].tolist()
+    assert len(ours.logprobs) == len(ours.raw_logprobs) == at + 1
     assert beside.tokens.tolist() == free[1].tokens.tolist()
     assert not beside.stopped
 

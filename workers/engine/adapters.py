@@ -67,6 +67,13 @@ class Adapter:
         scale = self.settings.alpha / self.settings.rank
         return scale / kept_share(self.settings.dropout) if training else scale
 
+    @torch.no_grad()
+    def copy(self) -> Adapter:
+        """Another one with these weights."""
+        twin = Adapter(self.settings, self.slots, str(self.weights.device), self.weights.dtype)
+        twin.weights.copy_(self.weights)
+        return twin
+
     def gradient(self) -> Tensor:
         """[P]: where backward passes add; zero when first asked for, until it is released."""
         if self._gradient is None:

@@ -1,15 +1,16 @@
 """Attention over documents laid end to end: each token sees its own document up to itself.
 
 Registered with `transformers` as `tensafe`, so that its decoder models work unchanged. A call that
-brings a `packing` runs here; any other, such as sampling with a cache, is `transformers`' own SDPA.
+brings a `packing` runs here, or in whatever other layout of tokens that is; any other call is
+`transformers`' own SDPA.
 """
 
 # ruff: noqa: N803, N806 - the suffixes give shapes
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,26 @@ _DENSE_LENGTH = 576
 """Longest document whose whole [T, T] is held; beyond it the flash kernel's memory is worth it."""
 _LEAST_FILL = 0.85
 _SMALL_BUCKET = 2**15
+
+
+class Layout(Protocol):
+    """How the tokens of a pass belong together."""
+
+    def attend(
+        self,
+        module: Any,
+        q_NHE: Tensor,
+        k_NGE: Tensor,
+        v_NGE: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """[N, H, E] of one layer.
+
+        Args:
+            module: the layer's own attention module, with its `layer_idx`.
+            window: how many tokens each one sees, itself among them; None for all.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +74,33 @@ class Packing:
         borders: int32 [R + 1], cumulative lengths, on the device.
         longest: tokens of the longest document.
         buckets: what is computed together, in the order of the documents.
+        keep: takes each layer's number, keys and values, for whoever goes on from here.
     """
 
     borders: Tensor
     longest: int
     buckets: list[Bucket]
+    keep: Callable[[int, Tensor, Tensor], None] | None = None
     _biases: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: Any,
+        q_NHE: Tensor,
+        k_NGE: Tensor,
+        v_NGE: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `Layout`."""
+        if self.keep is not None:
+            self.keep(module.layer_idx, k_NGE, v_NGE)
+        if q_NHE.is_cuda:
+            return _varlen(q_NHE, k_NGE, v_NGE, self, scale, window)
+        output: Tensor = _Bucketed.apply(  # type: ignore[no-untyped-call]
+            q_NHE, k_NGE, v_NGE, self, scale, window
+        )
+        return output
 
     def bias(self, length: int, window: int | None, like: Tensor) -> Tensor:
         """[T, T] of 0 where a query (row) sees a key (column), −∞ elsewhere."""
@@ -110,7 +152,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing | None = None,
+    packing: Layout | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **options: Any,
@@ -129,13 +171,7 @@ def attention(
         raise NotImplementedError(f"packed attention has no {lacking}; use a model without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_NHE, k_NGE, v_NGE = (part[0].transpose(0, 1) for part in (query, key, value))
-    if query.is_cuda:
-        output = _varlen(q_NHE, k_NGE, v_NGE, packing, scale, sliding_window)
-    else:
-        output = _Bucketed.apply(  # type: ignore[no-untyped-call]
-            q_NHE, k_NGE, v_NGE, packing, scale, sliding_window
-        )
-    return output[None], None
+    return packing.attend(module, q_NHE, k_NGE, v_NGE, scale, sliding_window)[None], None
 
 
 def register() -> None:

@@ -22,12 +22,13 @@ _ALIGNED = 8
 class PaddedBmm:
     """Segments padded to the longest, for many short ones of like length."""
 
-    def forward(self, inputs: Tensor, parts: list[Part], width: int) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
         x_SnK = _rows(inputs, parts)
         a_SrK, b_SOr = _stacked(parts, max(len(part.a) for part in parts))
         low_Snr = torch.bmm(x_SnK, a_SrK.transpose(1, 2))
         added_SnO = torch.bmm(low_Snr, b_SOr.transpose(1, 2))
-        return _tokens(added_SnO, parts, len(inputs)), [low_Snr, a_SrK, b_SOr]
+        outputs += _tokens(added_SnO, parts, len(inputs)).to(outputs.dtype)
+        return [low_Snr, a_SrK, b_SOr]
 
     def backward(
         self, inputs: Tensor, parts: list[Part], narrow: list[Tensor], grad: Tensor, wants: bool
@@ -48,13 +49,14 @@ class PaddedBmm:
 class Grouped:
     """Ragged segments in one kernel each, for GPUs."""
 
-    def forward(self, inputs: Tensor, parts: list[Part], width: int) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
         x_MK, ends = _gathered(inputs, parts), _ends(parts, inputs)
         longest = max(len(part.a) for part in parts)
         a_SrK, b_SOr = _stacked(parts, -(-longest // _ALIGNED) * _ALIGNED)
         low_Mr = grouped_mm(x_MK, a_SrK.transpose(1, 2), offs=ends)
         added_MO = grouped_mm(low_Mr, b_SOr.transpose(1, 2), offs=ends)
-        return _scattered(added_MO, parts, len(inputs)), [low_Mr, a_SrK, b_SOr, ends]
+        outputs += _scattered(added_MO, parts, len(inputs)).to(outputs.dtype)
+        return [low_Mr, a_SrK, b_SOr, ends]
 
     def backward(
         self, inputs: Tensor, parts: list[Part], narrow: list[Tensor], grad: Tensor, wants: bool

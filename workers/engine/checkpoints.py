@@ -78,6 +78,7 @@ def capture(run: Run, complete: bool, fingerprint: dict[str, str]) -> Captured:
         "model": run.model.name,
         "step": run.window.step,
         "seed": run.seed,
+        "deterministic": run.settings.deterministic,
         "lora": asdict(adapter.settings),
         "fingerprint": fingerprint,
     }

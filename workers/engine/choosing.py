@@ -36,9 +36,10 @@ def product_seconds(
     """Least time of a forward and backward product at the model's first layer; infinite if the
     device does not have it."""
     layer = next(iter(model.layers.values()))
-    options = {"dtype": model.adapter_dtype, "device": model.device}
+    options = {"dtype": model.adapter_dtype(tokens), "device": model.device}
     inputs = torch.randn(segments * tokens, layer.in_features, **options)  # type: ignore[call-overload]
     grad = torch.randn(segments * tokens, layer.out_features, **options)  # type: ignore[call-overload]
+    outputs = torch.zeros_like(grad)
     parts = []
     for index in range(segments):
         a = torch.randn(rank, layer.in_features, **options)  # type: ignore[call-overload]
@@ -49,7 +50,7 @@ def product_seconds(
     for _ in range(_ROUNDS):
         begin = _now()
         try:
-            _, narrow = product.forward(inputs, parts, layer.out_features)
+            narrow = product.forward(inputs, parts, outputs)
             product.backward(inputs, parts, narrow, grad, True)
         except (NotImplementedError, RuntimeError):
             return float("inf")

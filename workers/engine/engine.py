@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import platform
-import sys
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,18 +13,17 @@ import transformers
 
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Backend
-from workers.engine import checkpoints, prompts, sampling, training
+from workers.engine import checkpoints, training
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
-from workers.engine.lora import PassAdapters, Segment
 from workers.engine.measuring import free_bytes, measure_budget
 from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
-from workers.engine.products import SegmentLoop
 from workers.engine.residency import Residency
+from workers.engine.sampling.sampler import TorchSampler
 from workers.losses import LossCard, LossRegistry
 from workers.operations import (
     ArtifactWeights,
@@ -37,8 +33,6 @@ from workers.operations import (
     LossRequest,
     ModelCard,
     RunSettings,
-    SampleOutcome,
-    SampleRequest,
     SaveOutcome,
     StepOutcome,
     StepRequest,
@@ -49,22 +43,11 @@ T = TypeVar("T")
 
 _MOST_RANK = 1024
 _RUNS_SHARE = 1 / 3
-_KEPT_ADAPTERS = 4
+_SAMPLE_SHARE = 1 / 8
 # With more tokens at once the products are as fast as they get, and company gains nothing: on a CPU
 # 8 runs of 16 to 128 tokens gain, 8 of 512 do not. The GPU's is a guess that nobody has measured.
 _GROUP_TOKENS_CPU = 1024
 _GROUP_TOKENS_GPU = 8192
-_SAMPLED_TOKENS = 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What to sample from: the step of the weights, and the seed that draws come from."""
-
-    model: BaseModel
-    adapter: Adapter | None
-    step: int
-    seed: int
 
 
 class TorchBackend(Backend):
@@ -76,6 +59,8 @@ class TorchBackend(Backend):
         run_bytes: memory that runs' adapters and optimizers may take before idle ones wait on
             disk; None: a third of what is free.
         losses: what may be minimised; None for the built-in losses.
+        sample_bytes: memory for the keys and values of rows that are sampled, and for the adapters
+            beside them; None: an eighth of what is free.
     """
 
     name = "torch"
@@ -87,6 +72,7 @@ class TorchBackend(Backend):
         token_budget: int | None = None,
         run_bytes: int | None = None,
         losses: LossRegistry | None = None,
+        sample_bytes: int | None = None,
     ) -> None:
         self._losses = losses or LossRegistry()
         self.device = models[0].device
@@ -100,7 +86,12 @@ class TorchBackend(Backend):
         if run_bytes is None:
             run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
         self._runs = Residency(run_bytes, self._new_run, self.fingerprint)
-        self._sampled: OrderedDict[str, _Weights] = OrderedDict()
+        if sample_bytes is None:
+            sample_bytes = int(_SAMPLE_SHARE * free_bytes(self.device))
+        self._sampler = TorchSampler(
+            self._models, self._runs.__getitem__, _check_lora, sample_bytes
+        )
+        self.sample_tokens = self._sampler.tokens
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -136,7 +127,7 @@ class TorchBackend(Backend):
 
     def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
         """One whose weights are all zero."""
-        model = self._model(settings.model_ref)
+        model = self.base_model(settings.model_ref)
         _check_lora(model, settings.lora)
         adapter = model.new_adapter(settings.lora)
         return training.Run(
@@ -173,7 +164,7 @@ class TorchBackend(Backend):
     def _objective(self, run: training.Run, request: LossRequest) -> Objective:
         def adapter_of(artifact: ArtifactWeights) -> Adapter:
             with memory_faults("reference"):
-                weights = self._artifact_weights(artifact, run.model.name)
+                weights = self._sampler.artifacts.of(artifact, run.model.name)
             if weights.adapter is None or weights.model is not run.model:
                 raise TenSafeFault(
                     "ARTIFACT_MISMATCH",
@@ -192,24 +183,13 @@ class TorchBackend(Backend):
         self, entries: Sequence[tuple[str, StepRequest]]
     ) -> list[StepOutcome | TenSafeFault]:
         runs = self._runs.take(run_id for run_id, _ in entries)
+        self._sampler.pins.before_change(runs)
         requests = [request for _, request in entries]
         return training.optim_step(list(zip(runs, requests, strict=True)))
 
-    def sample(self, operation: str | int, request: SampleRequest) -> SampleOutcome:
-        with memory_faults("sample"):
-            weights = self._weights(request)
-            seed = weights.seed
-            encoded = prompts.encode(weights.model, request.prompts)
-            if request.params.seed is not None:
-                seed, operation = request.params.seed, "call"
-            elif request.artifact is not None:
-                operation = f"step {weights.step}"
-            model = weights.model
-            with model.carrying(_everywhere(weights.adapter, model)):
-                completions = sampling.generate(
-                    model, encoded, request.params, seed, operation, _SAMPLED_TOKENS
-                )
-        return SampleOutcome(completions, weights.step)
+    @property
+    def sampler(self) -> TorchSampler:
+        return self._sampler
 
     def save_state(self, run_id: str, directory: Path, include_optimizer: bool) -> SaveOutcome:
         run = self._runs[run_id]
@@ -221,35 +201,16 @@ class TorchBackend(Backend):
     def load_state(
         self, run_id: str, directory: Path, include_optimizer: bool | None
     ) -> LoadOutcome:
-        return checkpoints.load(self._runs[run_id], directory, include_optimizer)
+        run = self._runs[run_id]
+        self._sampler.pins.before_change([run])
+        return checkpoints.load(run, directory, include_optimizer)
 
-    def _weights(self, request: SampleRequest) -> _Weights:
-        if request.artifact is not None:
-            return self._artifact_weights(request.artifact, request.model_ref)
-        if request.run_id is not None:
-            run = self._runs[request.run_id]
-            return _Weights(run.model, run.adapter, run.window.step, run.seed)
-        return _Weights(self._model(request.model_ref), None, 0, 0)
+    def base_model(self, reference: str) -> BaseModel:
+        """The model of a name or another reference.
 
-    def _artifact_weights(self, artifact: ArtifactWeights, model_ref: str) -> _Weights:
-        if artifact.artifact_id in self._sampled:
-            self._sampled.move_to_end(artifact.artifact_id)
-            return self._sampled[artifact.artifact_id]
-        state = checkpoints.read_state(artifact.directory, model_ref)
-        model = self._model(state["model"])
-        settings = checkpoints.lora_settings(state)
-        _check_lora(model, settings)
-        adapter = model.new_adapter(settings)
-        with torch.no_grad():
-            adapter.weights.copy_(checkpoints.read_weights(adapter, artifact.directory))
-        # Artifacts saved without optimizer had no seed at first.
-        weights = _Weights(model, adapter, int(state["step"]), int(state.get("seed", 0)))
-        self._sampled[artifact.artifact_id] = weights
-        if len(self._sampled) > _KEPT_ADAPTERS:
-            self._sampled.popitem(last=False)
-        return weights
-
-    def _model(self, reference: str) -> BaseModel:
+        Raises:
+            TenSafeFault: MODEL_NOT_FOUND.
+        """
         model = self._models.get(reference)
         if model is None:
             raise TenSafeFault(
@@ -266,13 +227,6 @@ def _only(outcomes: Sequence[T | TenSafeFault]) -> T:
     if isinstance(outcome, TenSafeFault):
         raise outcome
     return outcome
-
-
-def _everywhere(adapter: Adapter | None, model: BaseModel) -> PassAdapters | None:
-    """One adapter for all tokens, without training."""
-    if adapter is None:
-        return None
-    return PassAdapters([Segment(0, sys.maxsize, adapter)], model.adapter_dtype, SegmentLoop())
 
 
 def _check_lora(model: BaseModel, lora: LoraSettings) -> None:

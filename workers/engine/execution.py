@@ -191,7 +191,15 @@ def _computed(
 ) -> list[PortionLoss] | None:
     """As `compute`; None if the memory did not suffice, and what it took is free again."""
     try:
-        return compute(model, calls, work, trains=mode.trains, drops=mode.drops, frugal=frugal)
+        return compute(
+            model,
+            calls,
+            work,
+            trains=mode.trains,
+            drops=mode.drops,
+            frugal=frugal,
+            exact=mode.deterministic,
+        )
     except (MemoryError, RuntimeError) as error:
         if not is_memory_error(error):
             raise

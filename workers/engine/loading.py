@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from workers.engine.base_model import BaseModel, UnsupportedModelError, freeze
 from workers.engine.cards import tokenizer_files
 from workers.engine.choosing import choose_product
+from workers.engine.compiling import CompileError, Compiling
+from workers.engine.compiling import start as start_compiling
 from workers.engine.engine import TorchBackend
 from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
 from workers.losses import LossRegistry
@@ -33,6 +35,7 @@ def load_backend(
     token_budget: int | None = None,
     run_bytes: int | None = None,
     losses: LossRegistry | None = None,
+    compiling: Compiling = Compiling.OFF,
 ) -> TorchBackend:
     """Loads every model onto one device.
 
@@ -42,9 +45,11 @@ def load_backend(
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
         token_budget, run_bytes, losses: as `TorchBackend` takes them.
+        compiling: when kernels are compiled.
 
     Raises:
-        ModelLoadError: a model or the device is not to be had; never a substitute.
+        ModelLoadError: a model or the device is not to be had, never a substitute; or kernels
+            cannot be compiled and must be.
     """
     torch.set_num_threads(threads)
     place = pick_device(device)
@@ -56,7 +61,12 @@ def load_backend(
             f"two models have the same name among {names}; tell them apart with --model NAME=REF"
         )
     loaded = [load_model(source, place, kind) for source in sources]
-    return TorchBackend(loaded, token_budget, run_bytes, losses)
+    backend = TorchBackend(loaded, token_budget, run_bytes, losses)
+    try:
+        start_compiling(compiling, place, kind)
+    except CompileError as error:
+        raise ModelLoadError(f"{error}; install what it lacks, or use --compile off") from error
+    return backend
 
 
 def load_model(source: ModelSource, device: str, dtype: torch.dtype) -> BaseModel:

@@ -132,8 +132,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         outputs = nn.functional.linear(inputs, layer.weight, layer.bias)
         dropped = _cast(inputs, _bits(layer, adapters), adapters.dtype)
-        added, narrow = adapters.product.forward(dropped, parts, layer.out_features)
-        outputs += added.to(outputs.dtype)
+        narrow = adapters.product.forward(dropped, parts, outputs)
         if adapters.trains:
             ctx.save_for_backward(inputs)
             ctx.rest = layer, adapters, parts, narrow

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.engine.kernels import kernel
+
 
 class RmsNorm(nn.Module):
     """y = x / √(mean(x²) + ε) · w (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).
@@ -35,30 +37,60 @@ class RmsNorm(nn.Module):
         return output
 
 
+def _samples(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    x_ND = torch.randn(1013, 640, dtype=dtype, device=device)
+    return [(x_ND, x_ND[0].clone(), 1e-5, offset) for offset in (False, True)]
+
+
+def _samples_backward(device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    wide = torch.promote_types(dtype, torch.float32)
+    scale_N1 = torch.rand(1013, 1, dtype=wide, device=device)
+    return [
+        (x_ND, x_ND.clone(), scale_N1, weight_D, offset)
+        for x_ND, weight_D, _, offset in _samples(device, dtype)
+    ]
+
+
+@kernel(_samples)
+def _rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool) -> tuple[Tensor, Tensor]:
+    """y, and 1 / rms [N, 1]."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    x = x_ND.to(wide)
+    scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    unit = x * scale
+    if offset:
+        return unit.mul_(1 + weight_D.to(wide)).to(x_ND.dtype), scale
+    return unit.to(x_ND.dtype) * weight_D, scale
+
+
+@kernel(_samples_backward)
+def _rms_norm_backward(
+    grad_ND: Tensor, x_ND: Tensor, scale_N1: Tensor, weight_D: Tensor, offset: bool
+) -> Tensor:
+    """dx = (g − x̂·mean(g ∘ x̂)) / rms."""
+    wide = scale_N1.dtype
+    factor = 1 + weight_D.to(wide) if offset else weight_D.to(wide)
+    slope = grad_ND.to(wide) * factor
+    unit = x_ND.to(wide) * scale_N1
+    along = (slope * unit).mean(-1, keepdim=True)
+    return slope.sub_(unit.mul_(along)).mul_(scale_N1).to(x_ND.dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, offset: bool) -> Tensor:
-        wide = torch.promote_types(x_ND.dtype, torch.float32)
-        x = x_ND.to(wide)
-        scale = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
-        unit = x * scale
-        ctx.save_for_backward(x_ND, scale, weight_D)
+    def forward(ctx: Any, inputs: Tensor, weight_D: Tensor, eps: float, offset: bool) -> Tensor:
+        x_ND = inputs.reshape(-1, inputs.shape[-1])
+        output, scale_N1 = _rms_norm(x_ND, weight_D, eps, offset)
+        ctx.save_for_backward(x_ND, scale_N1, weight_D)
         ctx.offset = offset
-        if offset:
-            return unit.mul_(1 + weight_D.to(wide)).to(x_ND.dtype)
-        return unit.to(x_ND.dtype) * weight_D
+        return output.view(inputs.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, scale, weight_D = ctx.saved_tensors
-        wide = scale.dtype
-        factor = 1 + weight_D.to(wide) if ctx.offset else weight_D.to(wide)
-        slope = grads[0].to(wide) * factor
-        unit = x_ND.to(wide) * scale
-        # dx = (g − x̂·mean(g ∘ x̂)) / rms
-        along = (slope * unit).mean(-1, keepdim=True)
-        grad = slope.sub_(unit.mul_(along)).mul_(scale)
-        return grad.to(x_ND.dtype), None, None, None
+        x_ND, scale_N1, weight_D = ctx.saved_tensors
+        grad_ND = grads[0].reshape(x_ND.shape)
+        grad = _rms_norm_backward(grad_ND, x_ND, scale_N1, weight_D, ctx.offset)
+        return grad.view(grads[0].shape), None, None, None
 
 
 def lean_norms(module: nn.Module) -> int:

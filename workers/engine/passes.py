@@ -20,6 +20,7 @@ from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import ScoredBatch
 from workers.engine.dropout import PassDropout, last_dropped, token_keys
+from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.objectives import Objective
 from workers.engine.products import SegmentLoop
@@ -163,6 +164,7 @@ def compute(
     trains: bool,
     drops: bool = True,
     frugal: bool = False,
+    exact: bool = False,
 ) -> list[PortionLoss]:
     """Runs one pass; if it trains, adds to the calls' gradients.
 
@@ -170,6 +172,7 @@ def compute(
         drops: whether dropout acts.
         frugal: keep no activations inside the model's layers, and make them anew for the backward
             pass.
+        exact: use no compiled kernels, which come when they are ready.
 
     Returns:
         What came of each share of the pass, without graph.
@@ -185,12 +188,13 @@ def compute(
     packing = pack(work.lengths, device)
     adapters = PassAdapters(
         [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
-        model.adapter_dtype,
+        model.adapter_dtype(min(s.tokens.stop - s.tokens.start for s in work.shares)),
         model.product if len(work.shares) > 1 else SegmentLoop(),
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
     )
-    with torch.set_grad_enabled(trains), model.carrying(adapters):
+    kernels = fused(len(work.ids), exact=exact)
+    with torch.set_grad_enabled(trains), model.carrying(adapters), kernels:
         hidden = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
         portions = [
             _portion(calls[share.call], share, reference)
@@ -234,7 +238,10 @@ def _references(
         for share, begin, end in zip(own, begins[:-1], begins[1:], strict=True)
         if (adapter := calls[share.call].objective.reference) is not None
     ]
-    adapters = PassAdapters(segments, model.adapter_dtype, SegmentLoop()) if segments else None
+    adapters = None
+    if segments:
+        dtype = model.adapter_dtype(min(each.end - each.begin for each in segments))
+        adapters = PassAdapters(segments, dtype, SegmentLoop())
     with model.carrying(adapters):
         hidden = model.hidden(ids, positions, pack(lengths, model.device))
     for index, share, begin in zip(compared, own, begins[:-1], strict=True):

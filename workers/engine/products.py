@@ -48,14 +48,14 @@ class Part:
 
 
 class Product(Protocol):
-    """One way to compute them. All tensors have the parts' type."""
+    """One way to compute them. All tensors but a layer's outputs have the parts' type."""
 
-    def forward(self, inputs: Tensor, parts: list[Part], width: int) -> tuple[Tensor, list[Tensor]]:
-        """What is added to the layer's outputs [N, O], and what `backward` wants again.
+    def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
+        """Adds to a layer's outputs, and returns what `backward` wants again.
 
         Args:
             inputs: [N, K], dropped out.
-            width: O.
+            outputs: [N, O], in the parts' type or a narrower one.
         """
 
     def backward(
@@ -72,14 +72,19 @@ class Product(Protocol):
 class SegmentLoop:
     """One segment after another: the plain meaning, and the reference for the others."""
 
-    def forward(self, inputs: Tensor, parts: list[Part], width: int) -> tuple[Tensor, list[Tensor]]:
-        outputs = tokens_like(inputs, parts, len(inputs), width)
+    def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
+        same = outputs.dtype == inputs.dtype
+        added = outputs if same else tokens_like(inputs, parts, *outputs.shape)
         narrow = []
         for part in parts:
             low = inputs[part.begin : part.end] @ part.a.t()
-            torch.mm(low, part.scaled_b.t(), out=outputs[part.begin : part.end])
+            # With beta = 0 it writes whatever was there.
+            added[part.begin : part.end].addmm_(low, part.scaled_b.t(), beta=int(same))
             narrow.append(low)
-        return outputs, narrow
+        if not same:
+            # Cast apart: adding another type in place is slower.
+            outputs += added.to(outputs.dtype)
+        return narrow
 
     def backward(
         self, inputs: Tensor, parts: list[Part], narrow: list[Tensor], grad: Tensor, wants: bool

@@ -184,6 +184,12 @@ def _check_card(card: LossCard, allowed: Sequence[Reduction]) -> None:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise LossDeclarationError(f"{card.name} declares {what} {min(twice)} twice")
+    if any(option.name == "reference" for option in card.options):
+        raise LossDeclarationError(
+            "no option can be called reference: every call has a field for it"
+        )
+    if not 1 <= card.datums_together <= 1024:
+        raise LossDeclarationError(f"datums_together is {card.datums_together}; use 1 to 1024")
     for option in card.options:
         problem = None if option.default is None else option.check(option.default)
         if problem:

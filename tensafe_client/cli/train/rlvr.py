@@ -106,9 +106,7 @@ _REPEATED_ON_RESUME = (
 @click.option(
     "--kl-coef",
     type=float,
-    default=0.0,
-    show_default=True,
-    help="Weight of the KL divergence from the base model.",
+    help="Weight of the KL divergence from the base model; 0 only measures it. [default: neither]",
 )
 @click.option(
     "--warm-up",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from tensafe_client.errors import ConfigError
+from tensafe_client.errors import ConfigError, MissingExtraError
 from tensafe_client.rlvr.rewards.registry import register_reward
 
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -93,8 +93,10 @@ class JsonSchema:
     parses: float = 0.0
 
     def __post_init__(self) -> None:
-        from jsonschema.validators import validator_for
-
+        try:
+            from jsonschema.validators import validator_for
+        except ImportError as error:
+            raise MissingExtraError.of("the reward json_schema", "rlvr") from error
         try:
             validator_for(self.schema).check_schema(self.schema)
         except Exception as error:
@@ -157,7 +159,7 @@ class MathVerify:
         try:
             from math_verify import parse, verify
         except ImportError as error:
-            raise ImportError("math_verify needs the extra: pip install 'tensafe[rlvr]'") from error
+            raise MissingExtraError.of("the reward math_verify", "rlvr") from error
         # Its own limits of time work by signals, in main threads only; ours kill the process.
         gold = parse(expected(meta), parsing_timeout=None)
         given = parse(completion, parsing_timeout=None)

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tensafe_client.checks import check_count, check_seconds
-from tensafe_client.errors import ConfigError
+from tensafe_client.errors import ConfigError, MissingExtraError
 from tensafe_client.rlvr.environments.base import Environment, Problem, Reply
 from tensafe_client.rlvr.scoring.pipes import PipeClosedError, Pipes, packed
 
@@ -46,7 +46,7 @@ class ScoringPool:
         start_timeout_s: most time for a process to import and unpickle the environment.
 
     Raises:
-        ImportError: if the extra `tensafe[rlvr]` is not installed.
+        MissingExtraError: if the extra `tensafe[rlvr]` is not installed.
         ConfigError: if the environment cannot be pickled.
     """
 
@@ -64,9 +64,7 @@ class ScoringPool:
         try:
             self._environment = packed(environment)
         except ImportError as error:
-            raise ImportError(
-                "rewards in processes need the extra: pip install 'tensafe[rlvr]'"
-            ) from error
+            raise MissingExtraError.of("scoring rewards in processes", "rlvr") from error
         except Exception as error:
             raise ConfigError.of(
                 "environment", f"cannot be sent to another process: {error}"

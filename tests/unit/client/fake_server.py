@@ -83,6 +83,9 @@ class FakeCoordinator(
         refuse: seqs that are refused at submission, with the fault.
         batches: the seqs of each SubmitBatch call as it came.
         watches: the cursor of each Watch call as it came; None if it was unset.
+        scripts: what each StreamSample call sends first, in turn; None cuts the stream.
+        streams: how many of those calls came.
+        drawn: the completions of samples; unset, a short one for each prompt.
     """
 
     def __init__(self) -> None:
@@ -106,6 +109,9 @@ class FakeCoordinator(
         self.stored: dict[str, Stored] = {}
         self.events: list[tuple[str, Any]] = []
         self.metrics: dict[str, list[metrics_pb2.StepMetrics]] = {}
+        self.scripts: list[list[ops.TokenChunk | None]] = []
+        self.drawn: list[ops.Completion] = []
+        self.streams = 0
         self._cut = 0
         self._server: grpc.Server | None = None
         self.port = 0
@@ -211,7 +217,10 @@ class FakeCoordinator(
     ) -> Any:
         stored = self._stored(request, context)
         with self.lock:
-            if stored.operation.state == ops.OPERATION_STATE_QUEUED:
+            sampling = stored.operation.kind == ops.OPERATION_KIND_SAMPLE
+            if stored.operation.state == ops.OPERATION_STATE_QUEUED or (
+                sampling and stored.operation.state == ops.OPERATION_STATE_RUNNING
+            ):
                 stored.operation.state = ops.OPERATION_STATE_CANCELLED
                 fault = TenSafeFault("OPERATION_CANCELLED", "cancelled by the caller")
                 stored.operation.error.CopyFrom(to_status(fault.detail))
@@ -243,6 +252,28 @@ class FakeCoordinator(
                 if session_id == request.session_id
             ]
             yield ops.WatchResponse(events=mine, cursor=seen)
+
+    def StreamSample(
+        self, request: ops.StreamSampleRequest, context: grpc.ServicerContext
+    ) -> Iterator[Any]:
+        stored = self._stored(request, context)
+        self.streams += 1
+        script = self.scripts.pop(0) if self.scripts else []
+        for step in script:
+            if isinstance(step, ops.TokenChunk):
+                yield ops.StreamSampleResponse(chunks=[step])
+            else:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
+        while context.is_active():
+            with self.lock:
+                cut = self._cut
+                if stored.operation.state not in _FINISHED:
+                    self.lock.wait(timeout=1)
+                if self._cut != cut:
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
+                if stored.operation.state in _FINISHED:
+                    yield ops.StreamSampleResponse(operation=stored.operation)
+                    return
 
     def StreamMetrics(
         self, request: metrics_pb2.StreamMetricsRequest, context: grpc.ServicerContext
@@ -365,17 +396,16 @@ class FakeCoordinator(
         self._publish(stored)
 
     def _forward_backward(self, stored: Stored) -> None:
-        batch = stored.spec.forward_backward.batch.inline
         result = stored.operation.result.forward_backward
-        size = decode(batch.input_tokens).size
-        values = {"loss": 2.49, "grad_norm": 1.5, "tokens": size}
+        batch = stored.spec.forward_backward.batch.inline
+        values = {"loss": 2.49, "grad_norm": 1.5, "tokens": decode(batch.input_tokens).size}
         result.metrics.extend(types_pb2.Metric(name=n, value=v) for n, v in values.items())
-        logprobs = encode(-decode(batch.input_tokens).astype(np.float32))
-        result.outputs.append(types_pb2.NamedTensor(name="logprobs", tensor=logprobs))
+        result.outputs.append(_logprobs(batch))
 
     def _forward(self, stored: Stored) -> None:
         result = stored.operation.result.forward
         result.metrics.append(types_pb2.Metric(name="loss", value=2.0))
+        result.outputs.append(_logprobs(stored.spec.forward.batch.inline))
 
     def _optim_step(self, stored: Stored) -> None:
         run = self.runs[stored.spec.run_id]
@@ -397,6 +427,9 @@ class FakeCoordinator(
 
     def _sample(self, stored: Stored) -> None:
         result = stored.operation.result.sample
+        if self.drawn:
+            result.completions.extend(self.drawn)
+            return
         for index, prompt in enumerate(stored.spec.sample.prompts):
             result.completions.add(
                 prompt_index=index,
@@ -445,6 +478,12 @@ class FakeCoordinator(
     @staticmethod
     def _abort(context: grpc.ServicerContext, fault: TenSafeFault) -> None:
         context.abort_with_status(rpc_status.to_status(to_status(fault.detail)))
+
+
+def _logprobs(batch: pb.Batch) -> types_pb2.NamedTensor:
+    """The tokens, negated."""
+    logprobs = -decode(batch.input_tokens).astype(np.float32)
+    return types_pb2.NamedTensor(name="logprobs", tensor=encode(logprobs))
 
 
 def _artifact() -> artifacts_pb2.Artifact:

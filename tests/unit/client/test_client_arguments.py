@@ -40,10 +40,12 @@ TOKENS = [5, "text", [1.5], [-1], [2**40], ["a"], None, NONSENSE]
 # How to get a parameter wrong, by its name.
 WRONG: dict[str, list[Any]] = {
     **dict.fromkeys(["artifact_id", "run_id", "operation_id", "model_ref", "key_id"], TEXT),
-    **dict.fromkeys(["artifact", "from_artifact", "base_model", "tenant", "name", "kind"], TEXT),
+    **dict.fromkeys(["artifact", "from_artifact", "model", "tenant", "name", "kind"], TEXT),
     **dict.fromkeys(["loss_fn", "reduction", "target", "api_key", "profile", "bias"], TEXT),
     **dict.fromkeys(["include_deleted", "include_optimizer", "follow", "drop_last"], FLAG),
-    **dict.fromkeys(["make_default", "enabled", "deterministic"], FLAG),
+    **dict.fromkeys(["make_default", "enabled", "deterministic", "stream"], FLAG),
+    "prompt_logprobs": FLAG,
+    "top_logprobs": COUNT,
     **dict.fromkeys(["limit", "since", "max_tokens", "top_k", "seed", "num_samples"], COUNT),
     **dict.fromkeys(["step", "batch_size", "epochs", "start", "warmup_steps"], COUNT),
     **dict.fromkeys(["total_steps", "rank", "gradient_accumulation_steps", "max_steps"], COUNT),
@@ -57,6 +59,7 @@ WRONG: dict[str, list[Any]] = {
     "ttl_s": [*TIME_S, 0.0],
     "deadline_s": [*TIME_S, 0.0],
     "on_progress": [5, "text", NONSENSE],
+    "fn": [5, "text", None, NONSENSE],
     "loss_config": [*MAPPING, {5: 1}, {"x": None}, {"x": [1]}, {"reference": 5}],
     "batch": BATCH,
     **dict.fromkeys(["tokens", "target_tokens", "input_ids", "labels"], TOKENS),
@@ -78,6 +81,7 @@ RIGHT: dict[str, Any] = {
     "api_key": "ts_key",
     "batch": [Datum([1], [2])],
     "config": {"model_ref": "m"},
+    "fn": lambda logprobs: (0.0, list(logprobs)),
     "input_ids": [1, 2],
     "items": [1, 2, 3],
     "key_id": "key-1",
@@ -141,6 +145,8 @@ class Clients:
             tensafe_client.AsyncAdmin: self.twin.admin,
             tensafe_client.TrainingClient: tc,
         }
+        if kind is tensafe_client.SampleStream:
+            return tc.sample("x", stream=True)
         return owners[kind] if kind in owners else tc.optim_step()
 
 
@@ -152,6 +158,7 @@ CLIENTS: list[type] = [
     tensafe_client.Admin,
     tensafe_client.AsyncAdmin,
     OperationFuture,
+    tensafe_client.SampleStream,
 ]
 BUILT: list[type] = [
     ServiceClient,
@@ -179,7 +186,9 @@ FUNCTIONS: list[Callable[..., Any]] = [
     tensafe_client.Schedule("linear", 0.1, 10).__call__,
 ]
 # Classes that the SDK makes and users only read.
-READ_ONLY = {"EncodedBatch", "DocstringPair", "Example", "Profile"}
+READ_ONLY = {
+    *("AsyncSampleStream", "DocstringPair", "EncodedBatch", "Example", "Logprobs", "Profile"),
+}
 
 
 def targets() -> Iterator[Target]:
@@ -220,6 +229,7 @@ def test_everything_public_that_takes_arguments_is_here() -> None:
                 "tensafe_client.infos",
                 "tensafe_client.losses",
                 "tensafe_client.results",
+                "tensafe_client.samples",
             }
             assert name in here or name in READ_ONLY or made_by_the_sdk, name
 
@@ -259,7 +269,7 @@ def refuses(clients: Clients, target: Target, parameter: inspect.Parameter, valu
         parameter.name: value
     }
     if target.name in OF_OTHER_WEIGHTS and parameter.name != "artifact":
-        given = {"base_model": "m", **given}
+        given = {"model": "m", **given}
     with pytest.raises(InvalidArgumentError, match=parameter.name) as caught:
         _finish(target.find(clients)(**given))
     assert caught.value.violations, f"no field is named beside the text: {caught.value}"

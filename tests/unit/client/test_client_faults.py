@@ -134,7 +134,7 @@ def test_an_unexpected_error_of_the_watcher(
             tc.optim_step().result(timeout=20)
         with pytest.raises(TenSafeError, match="a bug"):
             open_one.result(timeout=20)
-    assert client.sample("hi", base_model="m").samples
+    assert client.sample("hi", model="m").samples
 
 
 def test_a_key_is_stripped(server: FakeCoordinator) -> None:
@@ -201,7 +201,7 @@ BAD_ARGUMENTS: dict[str, Callable[[ServiceClient, TrainingClient], Any]] = {
     "prompts[1]": lambda _, tc: tc.sample_async(["a", LONE]),
     "content": lambda _, tc: tc.sample_async([{"role": "user", "content": LONE}]),
     "stop": lambda _, tc: tc.sample_async("a", stop=[LONE]),
-    "base_model": lambda client, _: client.sample_async("a", base_model=LONE),
+    "model": lambda client, _: client.sample_async("a", model=LONE),
     "metadata.a": lambda _, tc: tc.save_state_async({"a": LONE}),
     "key of metadata": lambda _, tc: tc.save_state_async({LONE: 1}),
     "loss_fn": lambda _, tc: tc.forward({"input_ids": [[1, 2]], "labels": [[1, 2]]}, LONE),

@@ -202,7 +202,7 @@ def test_operations_without_seq(
     client: ServiceClient, tc: TrainingClient, server: FakeCoordinator
 ) -> None:
     futures = [tc.sample_async("hi", step=3) for _ in range(20)]
-    futures += [client.sample_async(["a", "b"], base_model="m") for _ in range(20)]
+    futures += [client.sample_async(["a", "b"], model="m") for _ in range(20)]
     futures += [tc.sample_async("hi", artifact="art-1")]
     for future in futures:
         assert future.seq == 0
@@ -224,7 +224,7 @@ def test_nothing_listens(unused_port: int) -> None:
     assert f"127.0.0.1:{unused_port}" in str(caught.value)
     assert isinstance(caught.value, ConnectionError)
     with pytest.raises(ConnectionFailedError):
-        client.sample("hi", base_model="m")
+        client.sample("hi", model="m")
     assert time.monotonic() - begin < 10
     client.close()
 
@@ -247,7 +247,7 @@ def test_a_bad_key(server: FakeCoordinator) -> None:
         with pytest.raises(AuthenticationError, match="api_key="):
             client.create_training_client({"model_ref": "m"})
         with pytest.raises(AuthenticationError):
-            client.sample("hi", base_model="m")
+            client.sample("hi", model="m")
 
 
 def test_close_sends_what_waits_and_ends_what_is_open(server: FakeCoordinator) -> None:

@@ -56,9 +56,9 @@ def test_an_unknown_field_names_the_closest():
 
 
 def test_what_is_left_out_is_left_to_the_service():
-    assert RLVRConfig().loss_options() == {}
+    assert RLVRConfig().loss_config() == {}
     config = RLVRConfig(clip_high=1.3, kl_coef=0.1)
-    assert config.loss_options() == {"clip_high": 1.3, "kl_coef": 0.1}
+    assert config.loss_config() == {"clip_high": 1.3, "kl_coef": 0.1}
 
 
 def test_a_checkpoint_goes_on_with_the_same_configuration_only():

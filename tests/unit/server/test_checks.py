@@ -13,6 +13,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from tensafe_server.operations import checks
 from tensafe_server.operations.checks import check_identity
+from tensafe_server.operations.validation import check_rules
 from workers.losses import LossRegistry
 
 LOSSES = {card.name: card for card in LossRegistry().cards()}
@@ -164,3 +165,109 @@ def test_a_seq_outside_its_range_is_refused(seq: int):
     with pytest.raises(TenSafeFault) as raised:
         check_identity(pb.OperationSpec(run_id="r", seq=seq, optim_step=pb.OptimStep()))
     assert raised.value.detail.metadata["field"] == "seq"
+
+
+def sample(*prompts: pb.Prompt, **params: int | bool) -> pb.OperationSpec:
+    return pb.OperationSpec(
+        run_id="r", seq=1, sample=pb.Sample(prompts=prompts, params=pb.SamplingParams(**params))
+    )
+
+
+IDS = pb.Prompt(tokens=encode(np.array([1, 2, 3], np.int32)))
+
+
+def test_a_sample_costs_what_it_reads_and_may_write():
+    assert check_content(sample(IDS, max_tokens=2), MODEL) == 5
+    assert check_content(sample(IDS, IDS, max_tokens=2, num_samples=4), MODEL) == 40
+    # The model's context is the other limit.
+    assert check_content(sample(IDS, max_tokens=10_000), MODEL) == MODEL.context_length
+    text = pb.Prompt(text="x" * 40)
+    assert check_content(sample(text, max_tokens=2), Model(name="m")) == pytest.approx(12, abs=2)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": 2**20, "num_samples": 8},
+        {"max_tokens": 2**18, "top_logprobs": 20},
+        {"max_tokens": 1, "num_samples": 1024, "prompt_logprobs": True},
+    ],
+)
+def test_a_sample_whose_result_may_not_fit_into_a_message_is_refused(params: dict[str, int]):
+    long = pb.Prompt(tokens=encode(np.zeros(9000, np.int32)))
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(sample(long, **params), Model(name="m"))
+    assert raised.value.detail.metadata["field"] == "sample"
+    assert "split the prompts" in raised.value.detail.message
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"top_logprobs": 21}, "sample.params.top_logprobs"),
+        ({"max_tokens": 0}, "sample.params.max_tokens"),
+        ({"num_samples": 1025}, "sample.params.num_samples"),
+        ({"temperature": float("nan")}, "sample.params.temperature"),
+        ({"top_p": 0.0}, "sample.params.top_p"),
+    ],
+)
+def test_the_rules_of_sampling_name_their_field(params: dict[str, float], field: str):
+    with pytest.raises(TenSafeFault) as raised:
+        check_rules(sample(IDS, **params))  # type: ignore[arg-type]
+    assert raised.value.detail.metadata["field"] == field
+
+
+def test_a_token_that_the_model_lacks_cannot_end_a_sample():
+    spec = sample(IDS)
+    spec.sample.params.stop.tokens.extend([1, 100])
+    with pytest.raises(TenSafeFault, match="token 100 at position 1") as raised:
+        check_content(spec, MODEL)
+    assert raised.value.detail.reason == "TOKEN_OUT_OF_RANGE"
+    assert raised.value.detail.metadata["field"] == "sample.params.stop.tokens"
+
+
+def with_loss(
+    spec: pb.OperationSpec, name: str, options: dict[str, object] | None = None, **inputs: object
+) -> pb.OperationSpec:
+    loss = spec.forward_backward.loss
+    loss.name = name
+    loss.options.update(options or {})
+    for given, values in inputs.items():
+        tensor = encode(np.asarray(values, np.float32))
+        spec.forward_backward.batch.inline.loss_inputs.add(name=given).tensor.CopyFrom(tensor)
+    return spec
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "inputs", "reason", "field"),
+    [
+        ("pp0", {}, {}, "UNSUPPORTED_OPTION", "loss.name"),
+        ("ppo", {}, {"logprobs": [0, 0]}, "INVALID_BATCH", "loss_inputs"),
+        ("kl", {}, {"logprobs": [0, 0]}, "INVALID_BATCH", "loss_inputs[1]"),
+        ("linear", {}, {"gradients": [0]}, "INVALID_BATCH", "gradients"),
+        ("linear", {}, {"gradients": [0, np.inf]}, "INVALID_BATCH", "gradients"),
+        ("kl", {"way": 1}, {}, "UNSUPPORTED_OPTION", "loss.options.way"),
+        ("kl", {"direction": [1]}, {}, "INVALID_ARGUMENT", "loss.options.direction"),
+        ("kl", {"direction": None}, {}, "INVALID_ARGUMENT", "loss.options.direction"),
+        ("dpo", {}, {}, "INVALID_BATCH", "weights"),
+    ],
+)
+def test_a_call_that_does_not_fit_its_loss_is_refused_by_field(
+    name: str, options: dict[str, object], inputs: dict[str, object], reason: str, field: str
+):
+    spec = with_loss(forward_backward([1, 2], [0, 2]), name, options, **inputs)
+    with pytest.raises(TenSafeFault) as raised:
+        check_content(spec, MODEL)
+    assert (raised.value.detail.reason, raised.value.detail.code) == (reason, "INVALID_ARGUMENT")
+    assert raised.value.detail.metadata["field"].endswith(field)
+
+
+def test_a_reference_costs_a_forward_pass_more():
+    assert check_content(with_loss(forward_backward([1, 2], [0, 2]), "kl"), MODEL) == 8.0
+    given = {"logprobs": [0, 0], "advantages": [1, -1]}
+    assert check_content(with_loss(forward_backward([1, 2], [0, 2]), "ppo", **given), MODEL) == 6.0
+
+
+def test_a_model_without_cards_leaves_its_losses_to_its_worker():
+    spec = with_loss(forward_backward([1, 2], [0, 2]), "whatever", {"x": 1.0})
+    assert checks.check_content(spec, MODEL, {}) == 6.0

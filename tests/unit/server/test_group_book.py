@@ -14,7 +14,7 @@ from tensafe_server.fleet.groups import GroupBook
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.works import company, work_of
 from tensafe_server.operations.model import PendingOperation
-from tensafe_server.planning.views import GroupView, Kind, Work
+from tensafe_server.planning.views import GroupView, Kind, SampleRoom, Work
 
 GRADIENT, UPDATE = Work(30.0, Kind.GRADIENT), Work(16.0, Kind.UPDATE)
 
@@ -77,17 +77,61 @@ def test_a_group_is_gone_with_its_last_operation():
         (ops.OPERATION_KIND_OPTIM_STEP, {"deterministic": True}, Kind.UPDATE),
         (ops.OPERATION_KIND_FORWARD, {}, None),
         (ops.OPERATION_KIND_SAVE_STATE, {}, None),
+        (ops.OPERATION_KIND_SAMPLE, {"deterministic": True}, Kind.SAMPLE),
     ],
 )
 def test_what_may_have_company(kind, config, expected):
     assert work_of(pending(kind), run_of(**config)) == Work(30.0, expected)
-    assert work_of(pending(kind), None) == Work(30.0, None)
 
 
 def test_what_may_have_killed_a_worker_goes_alone():
     operation = pending(ops.OPERATION_KIND_FORWARD_BACKWARD)
     operation.losses.add("1", running=True)
     assert work_of(operation, run_of()).kind is None
+    # A sample is beside everything: it is not to take a plan's place for as long as it lasts.
+    sample = pending(ops.OPERATION_KIND_SAMPLE)
+    sample.losses.add("1", running=True)
+    assert work_of(sample, None).kind is Kind.SAMPLE
+
+
+SAMPLE = Work(50.0, Kind.SAMPLE)
+
+
+def test_a_sample_that_has_begun_is_beside_the_groups():
+    book = GroupBook(generates=True)
+    for operation_id, number, work in [("s1", 1, SAMPLE), ("a1", 2, GRADIENT), ("s2", 3, SAMPLE)]:
+        book.put(operation_id, number, work, "m")
+    assert book.plans == 1
+    assert book.first() == {"s1"}
+    book.started("s1")
+    assert book.first() == {"a1"}
+    assert [view.number for view in book.waiting()] == [3]
+    book.ended("s1")
+    assert book.next == 4
+
+
+def test_a_worker_that_samples_one_by_one_counts_samples_as_plans():
+    book = GroupBook()
+    book.put("s1", 1, SAMPLE, "m")
+    book.started("s1")
+    assert (book.plans, book.first()) == (1, {"s1"})
+
+
+def test_a_worker_takes_samples_until_it_is_full_twice_and_never_with_all_credits():
+    link = WorkerLink("w", pb.Register(credits=8, sample_tokens=100, group_tokens=9))
+    assert link.view().samples == SampleRoom(200.0, 4)
+    assert link.idle
+    for number in range(3):
+        link.give(f"s{number}", SAMPLE)
+    link.give("a1", GRADIENT)
+    assert link.view().samples == SampleRoom(50.0, 1)
+    assert link.view().credits == 4
+    assert not link.idle  # it has more to do than to wait for company
+    link.free("s1")
+    link.free("s1")
+    link.free("a1")
+    assert link.view().samples == SampleRoom(100.0, 2)
+    assert WorkerLink("w", pb.Register(credits=8)).view().samples is None
 
 
 def test_company_are_runs_that_were_active_and_have_nothing_queued():

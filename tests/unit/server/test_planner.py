@@ -8,7 +8,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensafe_server.planning.planner import FairShares, plan
+from tensafe_server.planning.fairness import FairShares
+from tensafe_server.planning.planner import plan
 from tensafe_server.planning.views import Arrivals, QueueView, Work, WorkerView
 
 MODELS = ("small", "large")
@@ -117,6 +118,38 @@ def test_a_tenants_runs_take_turns():
     worker = WorkerView("w", frozenset(["small"]), 4, 0)
     assignments = plan(queues, [worker], FairShares()).assignments
     assert [assignment.key for assignment in assignments] == ["x", "y", "x", "y"]
+
+
+@settings(deadline=None)
+@given(st.floats(1, 50), st.floats(1, 50), st.integers(1, 3), st.integers(10, 40))
+def test_a_tenants_runs_share_by_cost_over_many_plannings(
+    cost_x: float, cost_y: float, free: int, rounds: int
+):
+    """A run with a long queue, whatever its id, does not hold up another."""
+    costs = {"x": cost_x, "y": cost_y}
+    queues = [QueueView(key, "a", "small", works(*[costs[key]] * 500)) for key in costs]
+    worker = WorkerView("w", frozenset(["small"]), free, 0)
+    served, shares = Counter[str](), FairShares()
+    for _ in range(rounds):
+        decided = plan(queues, [worker], shares)
+        shares = decided.shares
+        for assignment in decided.assignments:
+            served[assignment.key] += costs[assignment.key]
+    assert abs(served["x"] - served["y"]) <= 2 * max(costs.values()) + 1e-6
+
+
+def test_what_belongs_to_no_run_waits_for_its_turn_and_not_for_the_runs():
+    runs = [QueueView(key, "a", "small", works(*[1.0] * 500)) for key in ("r1", "r2")]
+    lane = [QueueView(f"op-{n}", "a", "small", works(1.0), is_lane=True) for n in range(9)]
+    worker = WorkerView("w", frozenset(["small"]), 1, 0)
+    order, shares = [], FairShares()
+    for _ in range(12):
+        decided = plan([*runs, *lane], [worker], shares)
+        (assignment,), shares = decided.assignments, decided.shares
+        order.append(assignment.key)
+        lane = [queue for queue in lane if queue.key != assignment.key]
+    assert sum(key.startswith("op-") for key in order) == 4
+    assert order.count("r1") == order.count("r2") == 4
 
 
 def test_new_runs_go_to_the_worker_with_the_fewest():

@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 
 from tensafe_server.fleet.groups import GroupBook
 from tensafe_server.planning.planner import FairShares, Plan, plan
-from tensafe_server.planning.views import GroupView, Kind, QueueView, Work, WorkerView
+from tensafe_server.planning.views import (
+    GroupView,
+    Kind,
+    QueueView,
+    SampleRoom,
+    Work,
+    WorkerView,
+)
 
 LIMIT = 100.0
 MODELS = ("small", "large")
-KINDS = (None, Kind.GRADIENT, Kind.UPDATE)
+KINDS = (None, *Kind)
+TOGETHER = (Kind.GRADIENT, Kind.UPDATE)
 WAIT_S = 0.004
 
 works = st.builds(Work, st.floats(1, 1.5 * LIMIT), st.sampled_from(KINDS))
@@ -46,6 +54,7 @@ def worker_views(draw: st.DrawFn, name: str) -> WorkerView:
         next_group=5 + len(waiting),
         idle=idle,
         company=draw(st.frozensets(st.sampled_from(MODELS))),
+        samples=draw(st.none() | st.builds(SampleRoom, st.floats(-50, 300), st.integers(0, 4))),
     )
 
 
@@ -71,6 +80,12 @@ def fleets(draw: st.DrawFn) -> tuple[list[QueueView], list[WorkerView]]:
 
 
 Member = tuple[str, Work]
+
+
+def is_plan(work: Work, worker: WorkerView) -> bool:
+    """Whether a worker has two of the kind at most."""
+    beside = work.kind is Kind.SAMPLE and worker.samples is not None
+    return not (beside or work.kind is Kind.UPDATE)
 
 
 def members(decided: Plan, queues: list[QueueView]) -> dict[tuple[str, int], list[Member]]:
@@ -105,7 +120,7 @@ def test_groups_are_compatible_and_within_their_limit(fleet):
         keys = [key for key, _ in group]
         assert len(set(keys)) == len(keys)
         if len(group) + len(there) > 1:
-            assert None not in kinds
+            assert kinds <= set(TOGETHER)
             cost = sum(work.cost for _, work in group) + sum(view.cost for view in there)
             assert cost <= worker.group_cost + 1e-9
 
@@ -135,10 +150,15 @@ def test_no_more_than_credits_and_two_plans_are_with_a_worker(fleet):
         opened = [
             number
             for number, group in own.items()
-            if number >= worker.next_group and group[0][1].kind is not Kind.UPDATE
+            if number >= worker.next_group and is_plan(group[0][1], worker)
         ]
         if worker.group_cost and opened:
             assert worker.plans + len(opened) <= 2
+        room = worker.samples
+        samples = [work for group in own.values() for _, work in group if work.kind is Kind.SAMPLE]
+        if room is not None and samples:
+            assert len(samples) <= room.credits
+            assert sum(work.cost for work in samples[:-1]) < room.cost
 
 
 @settings(deadline=None)
@@ -161,13 +181,16 @@ def test_what_could_go_goes_unless_it_waits_for_company(fleet):
             own = {number: group for (id_, number), group in found.items() if id_ == worker.id}
             if sum(map(len, own.values())) == worker.credits:
                 continue
+            if work.kind is Kind.SAMPLE and worker.samples is not None:
+                there = [w for group in own.values() for _, w in group if w.kind is Kind.SAMPLE]
+                cost = sum(w.cost for w in there)
+                assert len(there) >= worker.samples.credits or cost >= worker.samples.cost
+                continue
             assert worker.group_cost
             assert work.kind is not Kind.UPDATE
-            heavy = [
-                n for n in own if n >= worker.next_group and own[n][0][1].kind is not Kind.UPDATE
-            ]
+            heavy = [n for n in own if n >= worker.next_group and is_plan(own[n][0][1], worker)]
             assert worker.plans + len(heavy) >= 2
-            if work.kind is None:
+            if work.kind not in TOGETHER:
                 continue
             after = last.get(queue.key, queue.last_group)
             for number in {*own, *(view.number for view in worker.groups)}:
@@ -259,6 +282,39 @@ def test_only_a_small_gradient_waits_and_only_if_others_may_come():
     assert wakes([*small, other_work], company=company) is None
     update = QueueView("a", "a", "small", [Work(1.0, Kind.UPDATE)], "w", since_s=1.0)
     assert wakes([update], company=company) is None
+
+
+def test_samples_of_several_tenants_go_beside_two_plans_of_training():
+    queues = [gradient_queue(key, 0.9 * LIMIT) for key in "abc"]
+    queues += [QueueView(f"s{n}", f"t{n}", "small", [Work(60.0, Kind.SAMPLE)]) for n in range(6)]
+    worker = grouping_worker(samples=SampleRoom(200.0, 32))
+    sent = {each.key for each in plan(queues, [worker], FairShares()).assignments}
+    assert sent == {"a", "b", "s0", "s1", "s2", "s3"}
+    full = grouping_worker(samples=SampleRoom(0.0, 32))
+    assert {each.key for each in plan(queues, [full], FairShares()).assignments} == {"a", "b"}
+    one_by_one = grouping_worker()
+    assert len(plan(queues[3:], [one_by_one], FairShares()).assignments) == 2
+
+
+def test_a_sample_keeps_its_place_between_the_operations_of_its_run():
+    work = [Work(10.0, Kind.GRADIENT), Work(60.0, Kind.SAMPLE), Work(10.0, Kind.GRADIENT)]
+    queue = QueueView("a", "a", "small", work, "w")
+    worker = grouping_worker(samples=SampleRoom(200.0, 32))
+    assert numbers(plan([queue], [worker], FairShares())) == [("a", 1), ("a", 2), ("a", 3)]
+
+
+def test_samples_without_a_run_go_where_most_room_is_and_count_as_no_run():
+    lane = [
+        QueueView(f"s{n}", "t", "small", [Work(60.0, Kind.SAMPLE)], is_lane=True) for n in range(3)
+    ]
+    run = QueueView("a", "t", "small", [Work(10.0, Kind.GRADIENT)])
+    workers = [
+        WorkerView("free", frozenset(["small"]), 9, 5, samples=SampleRoom(200.0, 9)),
+        WorkerView("full", frozenset(["small"]), 9, 1, samples=SampleRoom(100.0, 9)),
+    ]
+    decided = plan([*lane, run], workers, FairShares())
+    where = {each.key: each.worker_id for each in decided.assignments}
+    assert where == {"s0": "free", "s1": "free", "s2": "full", "a": "full"}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from unit.server.small_store import Small, operation
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.training_pb2 import RUN_STATUS_DELETED
 from tensafe_server.operations.model import PendingOperation
@@ -68,10 +69,10 @@ def test_a_deleted_run_takes_none(tmp_path: Path):
     Small.run(tmp_path, body)
 
 
-def waiting_for(small: Small, seq: int) -> PendingOperation:
+def waiting_for(small: Small, seq: int, **fields: int) -> PendingOperation:
     """An operation that the worker has run, and of which the log knows nothing yet."""
     small.settle(seq - 1)
-    pending = PendingOperation(operation(seq), b"", "m", worker_id="wkr-1")
+    pending = PendingOperation(operation(seq, **fields), b"", "m", worker_id="wkr-1")
     small.ledger.reserve(pending, small.run_state)
     small.ledger.admit([pending])
     small.run_state.queue.popleft()
@@ -115,11 +116,35 @@ def test_it_never_counts_if_the_run_moved_before_that(tmp_path: Path):
 def test_only_the_newest_stay(tmp_path: Path):
     async def body(small: Small) -> None:
         small.settle(9)
+        unneeded = []
         for seq in (2, 4, 6, 8):
             assert await small.upload(seq) is None
-            kept = await small.book.retire(small.run_state)
+            unneeded.append(await small.book.retire(small.run_state))
+        assert unneeded == [0, 2, 4, 6]
+        kept = await small.store.snapshots("run-1")
         assert [row.seq for row in kept] == [8, 6]
-        assert [row.seq for row in await small.store.snapshots("run-1")] == [8, 6]
         assert {key.split("/")[1] for key in small.blob_keys()} == {row.id for row in kept}
+
+    Small.run(tmp_path, body)
+
+
+def test_a_sample_that_goes_on_holds_none_up_and_keeps_those_that_it_may_need(tmp_path: Path):
+    async def body(small: Small) -> None:
+        small.settle(5)
+        for seq in (2, 3, 5):
+            assert await small.upload(seq) is None
+        sample = waiting_for(small, 6, kind=ops.OPERATION_KIND_SAMPLE)
+        small.settle(12)
+        for seq in (8, 9, 10):
+            assert await small.upload(seq) is None
+            assert await small.book.retire(small.run_state) == 3
+        rows = await small.store.snapshots("run-1")
+        assert [row.seq for row in rows] == [10, 9, 5, 3]
+        assert (await small.restorer.newest(small.run_state)).seq == 10
+        before = await small.restorer.newest(small.run_state, before=small.run_state.open_seq)
+        assert before.seq == 5
+        small.ledger.retire(sample)
+        assert await small.book.retire(small.run_state) == 9
+        assert [row.seq for row in await small.store.snapshots("run-1")] == [10, 9]
 
     Small.run(tmp_path, body)

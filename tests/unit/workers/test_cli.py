@@ -46,6 +46,7 @@ async def test_a_worker_process_serves_and_sigterm_ends_it_with_0():
     [
         (["--backend", "mock"], "", "TENSAFE_WORKER_KEY is not set"),
         (["--backend", "mock", "--model", "x"], "k", "the mock backend serves any model"),
+        (["--backend", "mock", "--compile", "first"], "k", "leave out --pass-tokens"),
         ([], "k", "needs at least one --model"),
         (["--model", "/no/such/model"], "k", "there is no directory /no/such/model"),
         (["--model", "./here", "--device", "tpu"], "k", "no device 'tpu'"),

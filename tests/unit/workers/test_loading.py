@@ -102,7 +102,7 @@ def test_a_missing_head_is_an_error_unless_it_is_tied(directory):
     with pytest.raises(ModelLoadError, match=r"lacks lm_head\.weight"):
         load_one(directory)
     rewrite(directory, lambda tensors: tensors.pop("lm_head.weight", None), tied=True)
-    model = load_one(directory)._model("tiny-llama")
+    model = load_one(directory).base_model("tiny-llama")
     assert model.head.weight is model.module.get_input_embeddings().weight
 
 

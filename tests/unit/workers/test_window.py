@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensafe.wire.status import TenSafeFault
-from workers.operations import Reduction
-from workers.window import Window
+from workers.operations import Combine, Metric, Reduction
+from workers.window import Window, combine
 
 MEAN, SUM = Reduction.TOKEN_MEAN, Reduction.SUM
 
@@ -107,3 +107,34 @@ def test_metrics_of_a_mean_and_of_a_sum():
     assert (values["grad_norm"].value, values["learning_rate"].value) == (1.5, 1e-4)
     add(window, SUM, loss_sum=6.0)
     assert window.call().metrics(1.5, 1e-4, 0.0)[0].value == 6.0
+
+
+def test_a_state_from_before_the_reduction_was_renamed():
+    window = Window()
+    window.add(MEAN, loss_sum=1.0, denominator=2.0, tokens=3, compute_ms=0.0)
+    saved = window.as_json()
+    saved["reduction"] = "weighted_mean"
+    del saved["defined"]
+    other = Window()
+    other.restore(saved)
+    assert other.reduction is MEAN
+    assert other.defined == []
+
+
+def test_metrics_combine_as_they_say():
+    metrics = [
+        Metric("a", 1.0, Combine.MEAN, 1.0),
+        Metric("b", 2.0, Combine.MAX),
+        Metric("a", 4.0, Combine.MEAN, 3.0),
+        Metric("b", 1.0, Combine.MAX),
+        Metric("c", 5.0, Combine.SUM),
+        Metric("c", 6.0, Combine.SUM),
+        Metric("d", 5.0, Combine.MIN),
+        Metric("d", 6.0, Combine.MIN),
+    ]
+    assert combine(metrics) == [
+        Metric("a", 3.25, Combine.MEAN, 4.0),
+        Metric("b", 2.0, Combine.MAX),
+        Metric("c", 11.0, Combine.SUM),
+        Metric("d", 5.0, Combine.MIN),
+    ]

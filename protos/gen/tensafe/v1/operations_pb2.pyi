@@ -82,7 +82,9 @@ class _OperationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operat
     OPERATION_STATE_FAILED: _OperationState.ValueType  # 4
     """Ended with an error."""
     OPERATION_STATE_CANCELLED: _OperationState.ValueType  # 5
-    """Cancelled, or its deadline passed, before it ran."""
+    """Cancelled, or its deadline passed, before it ran; or a SAMPLE that was
+    cancelled while it ran.
+    """
 
 class OperationState(_OperationState, metaclass=_OperationStateEnumTypeWrapper):
     """Where an operation is. It leaves QUEUED once and ends once."""
@@ -98,7 +100,9 @@ OPERATION_STATE_SUCCEEDED: OperationState.ValueType  # 3
 OPERATION_STATE_FAILED: OperationState.ValueType  # 4
 """Ended with an error."""
 OPERATION_STATE_CANCELLED: OperationState.ValueType  # 5
-"""Cancelled, or its deadline passed, before it ran."""
+"""Cancelled, or its deadline passed, before it ran; or a SAMPLE that was
+cancelled while it ran.
+"""
 Global___OperationState: _TypeAlias = OperationState  # noqa: Y015
 
 class _FinishReason:
@@ -243,6 +247,11 @@ class Completion(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    RAW_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_TOKENS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Which prompt of the call it continues, from 0."""
     prompt: _builtins.str
@@ -250,18 +259,47 @@ class Completion(_message.Message):
     without tokenizer.
     """
     completion: _builtins.str
-    """The generated text."""
+    """The generated text, without the token or the text that ended it."""
     finish_reason: Global___FinishReason.ValueType
     """Why it ended."""
     prompt_tokens: _builtins.int
-    """Tokens of the prompt as the model read it."""
+    """Tokens of the prompt as the model read it, P."""
+    sample_index: _builtins.int
+    """Which of its prompt's completions it is, from 0."""
     @_builtins.property
     def tokens(self) -> _types_pb2.Tensor:
-        """int32 [G]: the generated tokens, without the one that stopped it."""
+        """int32 [G]: all tokens that were sampled, the one that ended it, or completed
+        the text that did, included: its choice was part of the policy.
+        """
 
     @_builtins.property
     def logprobs(self) -> _types_pb2.Tensor:
-        """float32 [G]: log-probability of each under the distribution sampled from."""
+        """float32 [G]: log-probability of each under the distribution sampled from; 0 at
+        temperature 0.
+        """
+
+    @_builtins.property
+    def raw_logprobs(self) -> _types_pb2.Tensor:
+        """float32 [G]: log-probability of each under the model itself, at temperature 1
+        and nothing left out: what Forward gives for the same tokens and weights.
+        """
+
+    @_builtins.property
+    def top_tokens(self) -> _types_pb2.Tensor:
+        """int32 [G, k]: the k likeliest tokens at each place, the likeliest first, under
+        the model itself; with SamplingParams.top_logprobs only.
+        """
+
+    @_builtins.property
+    def top_logprobs(self) -> _types_pb2.Tensor:
+        """float32 [G, k]: their log-probabilities."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _types_pb2.Tensor:
+        """float32 [P]: log-probability of each token of the prompt after those before
+        it, under the model itself; NaN for the first. With
+        SamplingParams.prompt_logprobs only.
+        """
 
     def __init__(
         self,
@@ -273,10 +311,15 @@ class Completion(_message.Message):
         logprobs: _types_pb2.Tensor | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         prompt_tokens: _builtins.int = ...,
+        sample_index: _builtins.int = ...,
+        raw_logprobs: _types_pb2.Tensor | None = ...,
+        top_tokens: _types_pb2.Tensor | None = ...,
+        top_logprobs: _types_pb2.Tensor | None = ...,
+        prompt_logprobs: _types_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "raw_logprobs", b"raw_logprobs", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_index", b"prompt_index", "prompt_tokens", b"prompt_tokens", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion", b"completion", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "prompt", b"prompt", "prompt_index", b"prompt_index", "prompt_logprobs", b"prompt_logprobs", "prompt_tokens", b"prompt_tokens", "raw_logprobs", b"raw_logprobs", "sample_index", b"sample_index", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -689,7 +732,9 @@ class CancelOperationResponse(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def operation(self) -> Global___Operation:
-        """CANCELLED if it never ran; else the state it has."""
+        """CANCELLED if it never ran, or is a SAMPLE that was stopped; else the state it
+        has.
+        """
 
     def __init__(
         self,
@@ -803,3 +848,114 @@ class WatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class StreamSampleRequest(_message.Message):
+    """Asks for a sample's tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """The operation, a SAMPLE."""
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSampleRequest: _TypeAlias = StreamSampleRequest  # noqa: Y015
+
+@_typing.final
+class TokenChunk(_message.Message):
+    """Tokens of one completion that follow one another. Within a stream each chunk
+    of a completion begins where the one before it ended, with one exception: a
+    sample whose worker was lost is executed again, and where it comes out
+    differently, that completion begins anew with a chunk at position 0.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_INDEX_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    RAW_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    prompt_index: _builtins.int
+    """Which prompt of the call the completion continues, from 0."""
+    sample_index: _builtins.int
+    """Which of its prompt's completions it is, from 0."""
+    position: _builtins.int
+    """Tokens of the completion before these."""
+    text: _builtins.str
+    """The text that has become certain. What may yet turn out to be half of a
+    character, or to begin a stop text, comes later or never; all of a
+    completion's texts together are Completion.completion.
+    """
+    @_builtins.property
+    def tokens(self) -> _types_pb2.Tensor:
+        """int32 [T]: the tokens; none if it only brings text that was held back."""
+
+    @_builtins.property
+    def logprobs(self) -> _types_pb2.Tensor:
+        """float32 [T]: as Completion.logprobs."""
+
+    @_builtins.property
+    def raw_logprobs(self) -> _types_pb2.Tensor:
+        """float32 [T]: as Completion.raw_logprobs."""
+
+    def __init__(
+        self,
+        *,
+        prompt_index: _builtins.int = ...,
+        sample_index: _builtins.int = ...,
+        position: _builtins.int = ...,
+        tokens: _types_pb2.Tensor | None = ...,
+        logprobs: _types_pb2.Tensor | None = ...,
+        raw_logprobs: _types_pb2.Tensor | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "raw_logprobs", b"raw_logprobs", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "position", b"position", "prompt_index", b"prompt_index", "raw_logprobs", b"raw_logprobs", "sample_index", b"sample_index", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenChunk: _TypeAlias = TokenChunk  # noqa: Y015
+
+@_typing.final
+class StreamSampleResponse(_message.Message):
+    """Tokens since the answer before, or the end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenChunk]:
+        """Tokens, of any of the completions."""
+
+    @_builtins.property
+    def operation(self) -> Global___Operation:
+        """Set in the last answer only: the operation as it ended, with its result."""
+
+    def __init__(
+        self,
+        *,
+        chunks: _abc.Iterable[Global___TokenChunk] | None = ...,
+        operation: Global___Operation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "operation", b"operation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSampleResponse: _TypeAlias = StreamSampleResponse  # noqa: Y015

@@ -60,6 +60,11 @@ class OperationsServiceStub:
                 request_serializer=tensafe_dot_v1_dot_operations__pb2.WatchRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_operations__pb2.WatchResponse.FromString,
                 _registered_method=True)
+        self.StreamSample = channel.unary_stream(
+                '/tensafe.v1.OperationsService/StreamSample',
+                request_serializer=tensafe_dot_v1_dot_operations__pb2.StreamSampleRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_operations__pb2.StreamSampleResponse.FromString,
+                _registered_method=True)
 
 
 class OperationsServiceServicer:
@@ -90,9 +95,9 @@ class OperationsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelOperation(self, request, context):
-        """Cancels an operation that has not started; one that has runs to its end.
-        The returned state tells which it was. Errors: NOT_FOUND
-        OPERATION_NOT_FOUND.
+        """Cancels an operation that has not started, and a SAMPLE also while it runs;
+        anything else that has started runs to its end. The returned state tells
+        which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,6 +109,19 @@ class OperationsServiceServicer:
         on, without gap or repetition, until the caller ends it. Errors:
         OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
         call again with the last cursor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamSample(self, request, context):
+        """Pushes the tokens of a SAMPLE as they are drawn, each completion from its
+        first token on, then the operation as it ended, and with it ends. After a
+        break call it again, and pass over what you have: the tokens come again from
+        the first on. The result is the truth, and every stream that ends has sent
+        all of it. Only while Sample.stream is set do tokens come before the end.
+        Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
+        another kind, UNAVAILABLE DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,6 +154,11 @@ def add_OperationsServiceServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=tensafe_dot_v1_dot_operations__pb2.WatchRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_operations__pb2.WatchResponse.SerializeToString,
+            ),
+            'StreamSample': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamSample,
+                    request_deserializer=tensafe_dot_v1_dot_operations__pb2.StreamSampleRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_operations__pb2.StreamSampleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -274,6 +297,33 @@ class OperationsService:
             '/tensafe.v1.OperationsService/Watch',
             tensafe_dot_v1_dot_operations__pb2.WatchRequest.SerializeToString,
             tensafe_dot_v1_dot_operations__pb2.WatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamSample(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensafe.v1.OperationsService/StreamSample',
+            tensafe_dot_v1_dot_operations__pb2.StreamSampleRequest.SerializeToString,
+            tensafe_dot_v1_dot_operations__pb2.StreamSampleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,9 +43,9 @@ class OperationsServiceStub:
     ListOperations: _grpc.UnaryUnaryMultiCallable[_operations_pb2.ListOperationsRequest, _operations_pb2.ListOperationsResponse]
     """Lists operations, newest first."""
     CancelOperation: _grpc.UnaryUnaryMultiCallable[_operations_pb2.CancelOperationRequest, _operations_pb2.CancelOperationResponse]
-    """Cancels an operation that has not started; one that has runs to its end.
-    The returned state tells which it was. Errors: NOT_FOUND
-    OPERATION_NOT_FOUND.
+    """Cancels an operation that has not started, and a SAMPLE also while it runs;
+    anything else that has started runs to its end. The returned state tells
+    which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_operations_pb2.WatchRequest, _operations_pb2.WatchResponse]
     """Pushes each operation of the scope as it finishes, and per-step metrics on
@@ -53,6 +53,15 @@ class OperationsServiceStub:
     on, without gap or repetition, until the caller ends it. Errors:
     OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
     call again with the last cursor.
+    """
+    StreamSample: _grpc.UnaryStreamMultiCallable[_operations_pb2.StreamSampleRequest, _operations_pb2.StreamSampleResponse]
+    """Pushes the tokens of a SAMPLE as they are drawn, each completion from its
+    first token on, then the operation as it ended, and with it ends. After a
+    break call it again, and pass over what you have: the tokens come again from
+    the first on. The result is the truth, and every stream that ends has sent
+    all of it. Only while Sample.stream is set do tokens come before the end.
+    Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
+    another kind, UNAVAILABLE DRAINING.
     """
 
 @_typing.type_check_only
@@ -70,9 +79,9 @@ class OperationsServiceAsyncStub(OperationsServiceStub):
     ListOperations: _aio.UnaryUnaryMultiCallable[_operations_pb2.ListOperationsRequest, _operations_pb2.ListOperationsResponse]  # type: ignore[assignment]
     """Lists operations, newest first."""
     CancelOperation: _aio.UnaryUnaryMultiCallable[_operations_pb2.CancelOperationRequest, _operations_pb2.CancelOperationResponse]  # type: ignore[assignment]
-    """Cancels an operation that has not started; one that has runs to its end.
-    The returned state tells which it was. Errors: NOT_FOUND
-    OPERATION_NOT_FOUND.
+    """Cancels an operation that has not started, and a SAMPLE also while it runs;
+    anything else that has started runs to its end. The returned state tells
+    which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
     """
     Watch: _aio.UnaryStreamMultiCallable[_operations_pb2.WatchRequest, _operations_pb2.WatchResponse]  # type: ignore[assignment]
     """Pushes each operation of the scope as it finishes, and per-step metrics on
@@ -80,6 +89,15 @@ class OperationsServiceAsyncStub(OperationsServiceStub):
     on, without gap or repetition, until the caller ends it. Errors:
     OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
     call again with the last cursor.
+    """
+    StreamSample: _aio.UnaryStreamMultiCallable[_operations_pb2.StreamSampleRequest, _operations_pb2.StreamSampleResponse]  # type: ignore[assignment]
+    """Pushes the tokens of a SAMPLE as they are drawn, each completion from its
+    first token on, then the operation as it ended, and with it ends. After a
+    break call it again, and pass over what you have: the tokens come again from
+    the first on. The result is the truth, and every stream that ends has sent
+    all of it. Only while Sample.stream is set do tokens come before the end.
+    Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
+    another kind, UNAVAILABLE DRAINING.
     """
 
 class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -118,9 +136,9 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operations_pb2.CancelOperationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operations_pb2.CancelOperationResponse, _abc.Awaitable[_operations_pb2.CancelOperationResponse]]:
-        """Cancels an operation that has not started; one that has runs to its end.
-        The returned state tells which it was. Errors: NOT_FOUND
-        OPERATION_NOT_FOUND.
+        """Cancels an operation that has not started, and a SAMPLE also while it runs;
+        anything else that has started runs to its end. The returned state tells
+        which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod
@@ -134,6 +152,21 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
         on, without gap or repetition, until the caller ends it. Errors:
         OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
         call again with the last cursor.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamSample(
+        self,
+        request: _operations_pb2.StreamSampleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operations_pb2.StreamSampleResponse], _abc.AsyncIterator[_operations_pb2.StreamSampleResponse]]:
+        """Pushes the tokens of a SAMPLE as they are drawn, each completion from its
+        first token on, then the operation as it ended, and with it ends. After a
+        break call it again, and pass over what you have: the tokens come again from
+        the first on. The result is the truth, and every stream that ends has sent
+        all of it. Only while Sample.stream is set do tokens come before the end.
+        Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
+        another kind, UNAVAILABLE DRAINING.
         """
 
 def add_OperationsServiceServicer_to_server(servicer: OperationsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

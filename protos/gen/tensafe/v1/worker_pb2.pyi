@@ -112,7 +112,9 @@ class HeldRun(_message.Message):
     epoch: _builtins.int
     """The assignment it was received under."""
     last_seq: _builtins.int
-    """The last operation of the run that it has executed."""
+    """The last operation of the run that it has executed, or begun if it is a
+    SAMPLE. What it has begun before and not ended it still is at.
+    """
     def __init__(
         self,
         *,
@@ -163,6 +165,7 @@ class Register(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     GROUP_TOKENS_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    SAMPLE_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, for people and logs."""
     backend: _builtins.str
@@ -179,6 +182,12 @@ class Register(_message.Message):
     instance: _builtins.str
     """Drawn at random when the worker's process starts: who comes back with the
     same one was cut off, and not lost. A stream that is still open under it ends.
+    """
+    sample_tokens: _builtins.int
+    """Tokens of prompts and completions that it can hold at once while it generates
+    text: it begins a SAMPLE in its turn, on a copy of the weights, and goes on
+    with what comes after it, so that several are generated together and beside
+    training. 0: it executes a SAMPLE by itself, from beginning to end.
     """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -204,10 +213,11 @@ class Register(_message.Message):
         fingerprint: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         group_tokens: _builtins.int = ...,
         instance: _builtins.str = ...,
+        sample_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "group_tokens", b"group_tokens", "held_runs", b"held_runs", "instance", b"instance", "models", b"models", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "credits", b"credits", "device", b"device", "fingerprint", b"fingerprint", "group_tokens", b"group_tokens", "held_runs", b"held_runs", "instance", b"instance", "models", b"models", "name", b"name", "sample_tokens", b"sample_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,7 +272,9 @@ class OperationDone(_message.Message):
     compute_ms: _builtins.float
     """Time on the worker, ms; of a group's time, its share."""
     cancelled: _builtins.bool
-    """A cancel came in time: it never ran. The outcome is unset."""
+    """A cancel came in time: it never ran, or is a SAMPLE that was stopped. The
+    outcome is unset.
+    """
     replay: _builtins.bool
     """It was replayed: the outcome is only compared with the one in the log."""
     run_id: _builtins.str
@@ -309,6 +321,40 @@ class OperationDone(_message.Message):
 Global___OperationDone: _TypeAlias = OperationDone  # noqa: Y015
 
 @_typing.final
+class SampleChunk(_message.Message):
+    """Tokens that a running SAMPLE has drawn. Over each stream a worker sends them
+    from the first on.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.str
+    """The operation."""
+    epoch: _builtins.int
+    """The assignment of its run; 0 for an operation without run."""
+    @_builtins.property
+    def chunk(self) -> _operations_pb2.TokenChunk:
+        """The tokens."""
+
+    def __init__(
+        self,
+        *,
+        operation_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        chunk: _operations_pb2.TokenChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "epoch", b"epoch", "operation_id", b"operation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleChunk: _TypeAlias = SampleChunk  # noqa: Y015
+
+@_typing.final
 class RefusedSnapshot(_message.Message):
     """A run whose snapshot could not be loaded: the worker does not hold it."""
 
@@ -353,6 +399,7 @@ class Report(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationStarted]:
         """Operations that began and did not end yet."""
@@ -365,16 +412,23 @@ class Report(_message.Message):
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedSnapshot]:
         """Snapshots that could not be loaded."""
 
+    @_builtins.property
+    def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleChunk]:
+        """Tokens of samples with Sample.stream, each completion's in order; before
+        `done` of the same operation.
+        """
+
     def __init__(
         self,
         *,
         started: _abc.Iterable[Global___OperationStarted] | None = ...,
         done: _abc.Iterable[Global___OperationDone] | None = ...,
         refused: _abc.Iterable[Global___RefusedSnapshot] | None = ...,
+        chunks: _abc.Iterable[Global___SampleChunk] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "refused", b"refused", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "done", b"done", "refused", b"refused", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -640,7 +694,8 @@ Global___RunAssignment: _TypeAlias = RunAssignment  # noqa: Y015
 @_typing.final
 class PlannedOperation(_message.Message):
     """An operation to execute. Operations are executed in the order of their groups,
-    and within a group in the order in which they came.
+    and within a group in the order in which they came. A SAMPLE of a worker with
+    Register.sample_tokens begins in this order; others may end before it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -733,21 +788,27 @@ Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
 @_typing.final
 class CancelPlanned(_message.Message):
-    """Asks the worker not to start an operation. The answer is its OperationDone."""
+    """Asks the worker not to start an operation, and to stop a SAMPLE also while it
+    runs, before it draws another token. The answer is its OperationDone.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPERATION_ID_FIELD_NUMBER: _builtins.int
+    WAITING_ONLY_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
+    waiting_only: _builtins.bool
+    """Only if it has not started: its deadline has passed."""
     def __init__(
         self,
         *,
         operation_id: _builtins.str = ...,
+        waiting_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id", "waiting_only", b"waiting_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Prompts as token ids, and token ids as text."""
+"""Prompts as token ids."""
 
 from __future__ import annotations
 
@@ -99,19 +99,3 @@ def decode(model: BaseModel, tokens: list[int]) -> str:
         return ""
     text: str = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
     return text
-
-
-def completion_text(model: BaseModel, prompt: EncodedPrompt, tokens: list[int]) -> str:
-    """The text that the tokens add to the prompt, without special tokens.
-
-    Some tokenizers drop a leading space at the start of a text, so the prompt is decoded too.
-    """
-    if model.tokenizer is None or not tokens:
-        return ""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before: str = model.tokenizer.decode(prompt.tokens.tolist(), **options)
-    whole: str = model.tokenizer.decode([*prompt.tokens.tolist(), *tokens], **options)
-    if whole.startswith(before):
-        return whole[len(before) :]
-    alone: str = model.tokenizer.decode(tokens, **options)
-    return alone

@@ -1,0 +1,56 @@
+"""What no layout saves: the products with frozen weights, by themselves, on the machine at hand."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from workers.engine.base_model import BaseModel
+
+_HEAD_ROWS = 256
+_RATE_ROWS, _RATE_ROUNDS = 1024, 9
+
+
+def frozen_products(model: BaseModel, tokens: int, scored: int) -> None:
+    """The products of one training step, forward and backward, and nothing else.
+
+    Args:
+        tokens: that go through the layers.
+        scored: that go through the head.
+    """
+    inputs: dict[int, Tensor] = {}
+    for layer in model.layers.values():
+        _both(layer.weight, inputs, tokens)
+    for begin in range(0, scored, _HEAD_ROWS):
+        _both(model.head.weight, {}, min(_HEAD_ROWS, scored - begin))
+
+
+def _both(weight_OK: Tensor, inputs: dict[int, Tensor], rows: int) -> None:  # noqa: N803
+    for width in weight_OK.shape:
+        if width not in inputs:
+            inputs[width] = torch.ones(rows, width, dtype=weight_OK.dtype, device=weight_OK.device)
+    linear(inputs[weight_OK.shape[1]], weight_OK)
+    inputs[weight_OK.shape[0]] @ weight_OK
+
+
+def gigaflops(model: BaseModel) -> float:
+    """Rate of the model's widest layer for many tokens: the best of some rounds."""
+    weight = max((layer.weight for layer in model.layers.values()), key=lambda w: w.shape[0])
+    inputs = torch.ones(_RATE_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    best = float("inf")
+    for _ in range(_RATE_ROUNDS):
+        begin = _now()
+        linear(inputs, weight)
+        best = min(best, _now() - begin)
+    return 2 * _RATE_ROWS * weight.numel() / best / 1e9
+
+
+def _now() -> float:
+    """A CPU's own time, since others may use the machine; a GPU's by the wall."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()

@@ -1,0 +1,153 @@
+"""Single courses of events that the machine of random moves would seldom make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fault.order_world import World, forward_backward, sample
+from google.rpc.status_pb2 import Status
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1 import training_pb2 as training
+from tensafe.wire.status import from_status
+
+GRADIENT: dict[str, Any] = {"forward_backward": forward_backward()}
+UPDATE: dict[str, Any] = {"optim_step": training.OptimStep()}
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(runs=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(world: World) -> str:
+    [run_id] = world.next_seq
+    return run_id
+
+
+def submit(world: World, run: str, *operations: dict[str, Any]) -> list[str]:
+    return [world.do(world.submit(run, **operation)) for operation in operations]
+
+
+def flow(world: World, times: int = 8) -> None:
+    """Everything goes on but the drawing of tokens."""
+    for _ in range(times):
+        world.do(world.deliver())
+        world.worker.execute()
+        world.do(world.report())
+
+
+def outcomes(world: World, run: str) -> list[str]:
+    """SUCCEEDED, or the reason, of each of a run's operations."""
+    return [
+        from_status(Status.FromString(row.error)).reason
+        if row.error
+        else ops.OperationState.Name(row.state).removeprefix("OPERATION_STATE_")
+        for row in world.rows(run)
+    ]
+
+
+def test_a_hole_behind_what_was_lost_with_a_worker_is_told_to_the_next(world: World, run: str):
+    _, cancelled = submit(world, run, GRADIENT, GRADIENT)
+    world.do(world.deliver())  # both are there, and neither has begun
+    world.do(world.cancel(cancelled))
+    world.do(world.deliver())
+    world.do(world.report())
+    world.do(world.kill_worker())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "WINDOW_POISONED"]
+
+
+def test_a_hole_that_is_told_twice_poisons_one_window(world: World, run: str):
+    _, cancelled = submit(world, run, GRADIENT, GRADIENT)
+    world.do(world.deliver())
+    world.do(world.cancel(cancelled))
+    world.do(world.deliver())
+    world.do(world.report())
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    for _ in range(3):  # the worker has gone on past the hole, and is not heard of it
+        world.do(world.deliver())
+        world.worker.execute()
+    world.do(world.cut())
+    world.finish()
+    expected = ["SUCCEEDED", "OPERATION_CANCELLED", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+    assert outcomes(world, run) == expected
+
+
+@pytest.mark.parametrize("back", ["before", "after"])
+def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(
+    world: World, run: str, back: str
+):
+    _, step = submit(world, run, GRADIENT, UPDATE)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass  # it has stepped, and nobody has heard of it
+    world.do(world.cut())
+    if back == "before":
+        usual, world.worker.backend.credits = world.worker.backend.credits, 0
+        world.do(world.connect())  # … and is not asked again, since it takes nothing now
+        world.do(world.cancel(step))
+        assert world.link is not None
+        world.link.credits = world.worker.backend.credits = usual
+    else:
+        world.do(world.cancel(step))
+    submit(world, run, UPDATE, {"sample": sample(3)})
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED", "SUCCEEDED"]
+    assert world.result(world.rows(run)[-1]).sample.model_step == 1
+
+
+def test_a_sample_whose_weights_are_lost_fails_alone(world: World, run: str):
+    for _ in range(2):
+        submit(world, run, GRADIENT, UPDATE)
+        flow(world)
+        assert world.do(world.snapshot(run)) is None
+    [drawn] = submit(world, run, {"sample": sample(9)})
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)
+    assert world.do(world.snapshot(run)) is None
+    world.do(world.prune(run))
+    rows = world.do(world.store.snapshots(run))
+    assert [row.seq for row in rows] == [7, 4, 2]  # the sample has seq 5
+    for row in rows[1:]:
+        (world.home / "blobs" / "snapshots" / row.id / "state.json").write_text("torn")
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE, {"sample": sample(2)})
+    world.finish()
+    [lost] = [row for row in world.rows(run) if row.id == drawn]
+    assert outcomes(world, run)[4] == "RUN_STATE_LOST"
+    assert "The run itself goes on" in Status.FromString(lost.error or b"").message
+    assert [one for one in outcomes(world, run) if one != "SUCCEEDED"] == ["RUN_STATE_LOST"]
+    assert world.result(world.rows(run)[-1]).sample.model_step == 4
+
+
+def test_a_sample_that_is_beside_everything_outlives_three_workers_and_not_a_fourth(
+    world: World, run: str
+):
+    submit(world, run, {"sample": sample(9)})
+    for _ in range(3):
+        flow(world, 2)
+        assert world.worker.draw()
+        world.do(world.kill_worker())
+    flow(world, 2)
+    assert world.coordinator.ledger.unfinished == 1
+    world.do(world.kill_worker())
+    assert outcomes(world, run) == ["INTERNAL"]
+
+
+def test_what_crashes_beside_a_sample_is_found_and_the_sample_is_not_blamed(world: World, run: str):
+    submit(world, run, {"sample": sample(9)})
+    flow(world, 2)
+    submit(world, run, GRADIENT)
+    for _ in range(3):  # the worker dies before it has said that it began
+        world.do(world.deliver())
+        world.do(world.kill_worker())
+        flow(world, 2)  # the sample runs again, and is told of
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "INTERNAL"]

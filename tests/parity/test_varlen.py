@@ -1,0 +1,67 @@
+"""What a GPU's ragged attention kernel is given means what the CPU's way computes.
+
+The kernel itself has no CPU form; a plain one with its signature stands in for it here.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+
+from workers.engine.attention import _Bucketed, _varlen, pack
+
+
+def ragged(q, k, v, borders_q, borders_k, longest_q, longest_k, **options):
+    """Attention document by document, as `varlen_attn` documents its arguments."""
+    assert all(part.is_contiguous() for part in (q, k, v))
+    assert borders_q.dtype == torch.int32
+    assert torch.equal(borders_q, borders_k)
+    assert longest_q == longest_k == int(borders_q.diff().max())
+    left, right = options["window_size"]
+    assert right == 0
+    assert options["enable_gqa"] == (q.shape[1] != k.shape[1])
+    outputs = []
+    for begin, end in zip(borders_q[:-1].tolist(), borders_q[1:].tolist(), strict=True):
+        groups = q.shape[1] // k.shape[1]
+        own_k, own_v = (part[begin:end].repeat_interleave(groups, 1) for part in (k, v))
+        scores = torch.einsum("nhe,mhe->hnm", q[begin:end], own_k) * options["scale"]
+        place = torch.arange(end - begin)
+        behind = place[:, None] - place
+        seen = (behind >= 0) & ((left < 0) | (behind <= left))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hnm,mhe->nhe", weights, own_v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_it_computes_what_the_cpu_does(monkeypatch, window, groups):
+    monkeypatch.setattr(varlen, "varlen_attn", ragged)
+    lengths = [17, 16, 9, 1]
+    packing = pack(lengths, "cpu")
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for way in (_varlen, _Bucketed.apply):
+        generator.manual_seed(3)
+        # As `transformers` brings them: heads before tokens, and not contiguous.
+        leaves = [
+            torch.randn(heads, sum(lengths), 8, generator=generator, dtype=torch.float64)
+            .transpose(0, 1)
+            .requires_grad_()
+            for heads in (2 * groups, 2, 2)
+        ]
+        output = way(*leaves, packing, 0.3, window)
+        slope = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        found.append([output, *torch.autograd.grad(output, leaves, slope)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_the_kernel_has_the_arguments_that_it_is_given():
+
+    known = inspect.signature(varlen.varlen_attn).parameters
+    assert {"scale", "window_size", "enable_gqa"} <= known.keys()
+    assert list(known)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]

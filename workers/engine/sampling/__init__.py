@@ -1,0 +1,1 @@
+"""Text: prompts in, tokens out, decoded for many operations together."""
