@@ -16,6 +16,9 @@ from workers.engine.sampling.cache import Place, Pool
 _LEAST_ROWS = 4
 
 
+_LEAST_ROWS = 4
+
+
 @dataclass(slots=True)
 class _Part:
     """Rows that are attended to in one call: neighbours in the pass and in their pool.
