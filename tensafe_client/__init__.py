@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tensafe_client.admin import Admin
     from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
-    from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+    from tensafe_client.config import LoRAConfig, OptimizerConfig, TrainingConfig
     from tensafe_client.connection import ClientConfig
     from tensafe_client.custom_loss import Logprobs
     from tensafe_client.data.datum import Datum
     from tensafe_client.data.loader import DataLoader
+    from tensafe_client.dp_config import DPConfig
     from tensafe_client.errors import (
         ArtifactExpiredError,
         ArtifactInUseError,
@@ -37,9 +38,14 @@ if TYPE_CHECKING:
         ConflictError,
         ConnectionFailedError,
         ContextExceededError,
+        DatasetInUseError,
+        DatasetNotFoundError,
         DeadlineExceededError,
+        DPBudgetExceededError,
+        DPStepLostError,
         EmptyWindowError,
         InvalidArgumentError,
+        InvalidDatasetError,
         MaxStepsReachedError,
         MessageTooLargeError,
         MissingExtraError,
@@ -127,14 +133,19 @@ __all__ = [
     "ConflictError",
     "ConnectionFailedError",
     "ContextExceededError",
+    "DPBudgetExceededError",
     "DPConfig",
+    "DPStepLostError",
     "DataLoader",
+    "DatasetInUseError",
+    "DatasetNotFoundError",
     "Datum",
     "DeadlineExceededError",
     "EmptyWindowError",
     "ForwardBackwardResult",
     "ForwardResult",
     "InvalidArgumentError",
+    "InvalidDatasetError",
     "KeyInfo",
     "LoRAConfig",
     "LoadStateResult",
@@ -208,11 +219,12 @@ __all__ = [
 _MODULES = {
     "admin": "Admin",
     "aio": "AsyncAdmin AsyncServiceClient AsyncTrainingClient",
-    "config": "DPConfig LoRAConfig OptimizerConfig TrainingConfig",
+    "config": "LoRAConfig OptimizerConfig TrainingConfig",
     "connection": "ClientConfig",
     "custom_loss": "Logprobs",
     "data.datum": "Datum",
     "data.loader": "DataLoader",
+    "dp_config": "DPConfig",
     "futures": "OperationFuture",
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",

@@ -158,3 +158,13 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             )
         async for chunk in artifact_chunks(self._blobs, artifact.id, artifact.files):
             yield pb.FetchArtifactResponse(chunk=chunk)
+
+    async def FetchPrivateBatch(
+        self, request: pb.FetchPrivateBatchRequest, context: Any
+    ) -> AsyncIterator[pb.FetchPrivateBatchResponse]:
+        raise TenSafeFault(
+            "STALE_ASSIGNMENT",
+            f"{request.worker_id} has no private step {request.operation_id}",
+            operation_id=request.operation_id,
+        )
+        yield
