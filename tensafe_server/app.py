@@ -65,6 +65,7 @@ from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.streaming import SampleStreams
+from tensafe_server.privacy.parts import PrivacyParts
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.tls import Certificate
@@ -148,18 +149,25 @@ class Coordinator:
         self._ledger = Ledger(settings.spec_memory_bytes)
         self._payloads = payloads
         self._hub = EventHub(store, payloads)
-        outcomes = Outcomes(store, self._ledger, self._hub, payloads)
         recovery = settings.recovery
         snapshots = SnapshotBook(store, blobs, self._ledger, recovery.snapshots_kept)
+        privacy = self._privacy = PrivacyParts(store, payloads, self._ledger, snapshots)
+        outcomes = Outcomes(store, self._ledger, self._hub, payloads, privacy.outcomes)
         self._pruner = Pruner(
             store, blobs, payloads, self._ledger, snapshots, recovery.result_retention_s
         )
         snapshots.on_kept = self._pruner.look_at
-        restorer = Restorer(store, payloads, snapshots)
+        restorer = Restorer(store, payloads, snapshots, privacy.steps)
         specs = SpecReader(store, payloads, self._ledger)
         self._blame = Blame(store, self._ledger)
         self.dispatcher = Dispatcher(
-            store, self._ledger, restorer, specs, settings.company, self._blame
+            store,
+            self._ledger,
+            restorer,
+            specs,
+            settings.company,
+            self._blame,
+            privacy.steps,
         )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
@@ -190,8 +198,10 @@ class Coordinator:
             Liveness(settings.worker_silence_s),
             self._blame,
         )
-        runs = RunBook(store, self._ledger, self._models)
+        runs = RunBook(store, self._ledger, self._models, privacy.configs)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        privacy.steps.on_ready = self.dispatcher.kick
+        privacy.steps.on_refused = cancellation.refuse
         self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""
@@ -302,6 +312,7 @@ class Coordinator:
         await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
         await self._blame.load()
+        await self._privacy.load()
         self._artifacts.start()
         self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
@@ -354,6 +365,7 @@ class Coordinator:
             link.close(draining())
         await self._server.stop(self._settings.grace_s if grace_s is None else grace_s)
         await self._pruner.stop()
+        self._privacy.close()
         await self._store.close()
         if self._lock is not None:
             self._lock.close()

@@ -29,6 +29,7 @@ from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.limits import RETRY_S, Admission, Limits
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
 from tensafe_server.operations.validation import check_rules
+from tensafe_server.privacy.checks import check_private
 from tensafe_server.store.base import OperationRow, Store
 
 # Kinds that use an artifact beside or in place of a run's own weights.
@@ -246,7 +247,9 @@ class Intake:
         else:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
-        return model.name, checks.check_content(spec, model, self._models.losses(model.name))
+        cost = checks.check_content(spec, model, self._models.losses(model.name))
+        check_private(spec, run.private if run is not None else None, spec.run_id)
+        return model.name, cost
 
     def _check_model(self, artifact: Artifact, run: RunState, kind: str) -> None:
         field = f"{kind}.artifact_id" if kind == "load_state" else f"{kind}.loss.reference"

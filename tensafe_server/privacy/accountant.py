@@ -79,16 +79,22 @@ class Accountant:
         )
 
     async def noise_multiplier(
-        self, target_epsilon: float, steps: int, terms: Terms, sample_rate: float
+        self,
+        target_epsilon: float,
+        steps: int,
+        terms: Terms,
+        sample_rate: float,
+        before: Composition,
     ) -> float:
-        """The least σ with which so many steps stay within ε.
+        """The least σ with which so many steps stay within ε after what was released before.
 
         Raises:
             ValueError: none is enough.
+            UnsupportedCompositionError: it cannot be added up.
         """
-        key = (target_epsilon, steps, terms, sample_rate)
+        asked = (target_epsilon, steps, terms, sample_rate)
         return await self._once(
-            key, lambda: accounting.noise_multiplier(target_epsilon, steps, terms, sample_rate)
+            (*asked, _frozen(before)), lambda: accounting.noise_multiplier(*asked, before)
         )
 
     async def _once(self, key: Hashable, compute: Callable[[], T]) -> T:

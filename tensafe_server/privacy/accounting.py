@@ -78,16 +78,26 @@ def check_supported(accountant: AccountantType, adjacency: Adjacency, sample_rat
 
 
 def noise_multiplier(
-    target_epsilon: float, steps: int, terms: Terms, sample_rate: float = 1.0
+    target_epsilon: float,
+    steps: int,
+    terms: Terms,
+    sample_rate: float = 1.0,
+    before: Composition | None = None,
 ) -> float:
     """The least σ with which so many steps stay within ε, rounded up by at most 2e-5.
 
+    Args:
+        before: what was released already, and counts too.
+
     Raises:
         ValueError: no σ up to 1e6 is enough.
+        UnsupportedCompositionError: it cannot be added up.
     """
+    others = dict(before or {})
 
     def spent(sigma: float, accountant: AccountantType) -> float:
-        used = {Mechanism(sigma, sample_rate): steps}
+        mechanism = Mechanism(sigma, sample_rate)
+        used = {**others, mechanism: others.get(mechanism, 0) + steps}
         return epsilon(used, Terms(terms.delta, accountant, terms.adjacency))
 
     cheap = _cheap(terms.accountant, terms.adjacency, sample_rate)

@@ -127,6 +127,16 @@ def test_sigma_of_a_generous_target_is_small_and_still_enough() -> None:
     assert epsilon({Mechanism(found): 1}, terms) <= 1e4
 
 
+def test_sigma_makes_up_for_what_was_released_before() -> None:
+    terms = Terms(1e-5)
+    before = {Mechanism(4.0): 20}
+    found = noise_multiplier(5.0, 10, terms, before=before)
+    assert found > noise_multiplier(5.0, 10, terms)
+    assert 4.99 < epsilon({**before, Mechanism(found): 10}, terms) <= 5.0
+    with pytest.raises(ValueError, match="no noise multiplier"):
+        noise_multiplier(1.0, 1, terms, before=before)
+
+
 def test_no_sigma_is_enough() -> None:
     with pytest.raises(ValueError, match="no noise multiplier"):
         noise_multiplier(1e-9, 10**9, Terms(1e-12))

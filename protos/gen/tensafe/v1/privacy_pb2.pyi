@@ -184,10 +184,11 @@ class DpConfig(_message.Message):
     MAX_LOSS_FIELD_NUMBER: _builtins.int
     TEST_SEED_FIELD_NUMBER: _builtins.int
     enabled: _builtins.bool
-    """Whether the run trains privately. False: no other field may be set."""
+    """Whether the run trains privately. False: the other fields have no effect."""
     noise_multiplier: _builtins.float
-    """σ: standard deviation of the noise over max_grad_norm. Unset: computed from
-    target_epsilon for max_steps. 0: no noise, ε infinite; not with target_epsilon.
+    """σ: standard deviation of the noise over max_grad_norm. Unset: the least with which
+    max_steps stay within target_epsilon, together with what the ledger already has.
+    0: no noise, ε infinite; not with target_epsilon.
     """
     max_grad_norm: _builtins.float
     """C: clipping bound of one unit's gradient, L2 norm over all of the adapter's
