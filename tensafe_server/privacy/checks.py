@@ -6,6 +6,7 @@ advantage whitened over a batch, lets one unit move what the others add.
 
 from __future__ import annotations
 
+from tensafe.v1 import losses_pb2 as losses
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import decode
@@ -13,7 +14,11 @@ from tensafe_server.privacy.runs import PrivateRun, Units
 
 _PER_EXAMPLE_LOSSES = frozenset({"cross_entropy"})
 _PER_EXAMPLE_REDUCTIONS = frozenset(
-    {training.LOSS_REDUCTION_UNSPECIFIED, training.LOSS_REDUCTION_SUM}
+    {
+        losses.LOSS_REDUCTION_UNSPECIFIED,
+        losses.LOSS_REDUCTION_SUM,
+        losses.LOSS_REDUCTION_SEQUENCE_MEAN,
+    }
 )
 
 
@@ -67,7 +72,7 @@ def _check_gradient(operation: training.ForwardBackward, private: PrivateRun, ru
         raise _unsupported(
             "forward_backward.loss.reduction",
             "a mean over a batch's tokens lets one example move what the others add; leave it out "
-            "for each example's own mean, or use `sum`",
+            "for the sum of each example's own mean, or use `sum`",
         )
     batch = operation.batch.inline
     if private.units is not Units.UNIT_ID:
