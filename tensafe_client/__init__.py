@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tensafe_client.data.datum import Datum
     from tensafe_client.data.loader import DataLoader
     from tensafe_client.dp_config import DPConfig
+    from tensafe_client.dp_metrics import DPMetrics
     from tensafe_client.errors import (
         ArtifactExpiredError,
         ArtifactInUseError,
@@ -135,6 +136,7 @@ __all__ = [
     "ContextExceededError",
     "DPBudgetExceededError",
     "DPConfig",
+    "DPMetrics",
     "DPStepLostError",
     "DataLoader",
     "DatasetInUseError",
@@ -225,6 +227,7 @@ _MODULES = {
     "data.datum": "Datum",
     "data.loader": "DataLoader",
     "dp_config": "DPConfig",
+    "dp_metrics": "DPMetrics",
     "futures": "OperationFuture",
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",

@@ -213,11 +213,14 @@ class Restorer:
         while after < end:
             rows = await self._store.history(run.id, after, _PAGE)
             for row in rows:
-                if (row.seq or 0) <= end and changed_state(row, private=private):
-                    planned = await self._planned(run, row, epoch)
-                    if row.id in units:
-                        planned.units.CopyFrom(units[row.id])
-                    yield row.seq or 0, planned
+                if (row.seq or 0) > end or not changed_state(row, private=private):
+                    continue
+                if private and _is_gradient(row) and row.id not in units:
+                    continue  # its window was closed without an update
+                planned = await self._planned(run, row, epoch)
+                if row.id in units:
+                    planned.units.CopyFrom(units[row.id])
+                yield row.seq or 0, planned
             if len(rows) < _PAGE:
                 break
             after = rows[-1].seq or end
@@ -276,6 +279,10 @@ def changed_state(row: OperationRow, *, private: bool = False) -> bool:
     return is_void(row, private=private) or (
         row.kind in _CHANGES_STATE and (row.state == SUCCEEDED or failed_step)
     )
+
+
+def _is_gradient(row: OperationRow) -> bool:
+    return row.kind == ops.OPERATION_KIND_FORWARD_BACKWARD and row.state == SUCCEEDED
 
 
 def settled_seq(run: RunState) -> int:

@@ -79,8 +79,8 @@ def _check_gradient(operation: training.ForwardBackward, private: PrivateRun, ru
         if batch.unit_ids:
             raise _unsupported(
                 "forward_backward.batch.inline.unit_ids",
-                f"the privacy unit of run {run_id} is the example; leave them out, or create a run "
-                "with privacy_unit unit_id",
+                f"the privacy unit of run {run_id} is the example; leave unit_ids out, or "
+                "create a run with privacy_unit unit_id",
             )
         return
     datums = len(decode(batch.offsets)) - 1
@@ -98,7 +98,7 @@ def _refuse_units(spec: training.OperationSpec, kind: str) -> None:
     if batch.inline.unit_ids:
         raise _unsupported(
             f"{kind}.batch.inline.unit_ids",
-            "only a private run with privacy_unit unit_id takes them; leave them out",
+            "only a private run with privacy_unit unit_id takes unit_ids; leave them out",
         )
 
 
