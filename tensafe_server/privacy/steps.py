@@ -83,6 +83,8 @@ class PrivateSteps:
             if placeable and not head.preparing:
                 self._spawn(run, head, self._forfeit(run, head))
             return []
+        if waiting[0].spec is None:
+            return waiting[:1]  # it is read first
         found: list[PendingOperation] = []
         for operation in waiting:
             if not self._is_prepared(run, operation):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
+from google.rpc.error_details_pb2 import ErrorInfo
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
@@ -67,9 +68,15 @@ class PrivateWorker:
         planned: every operation that it was sent.
         assignments: every run that it was to take on.
         drawn: of each private step, the datums that it fetched.
+        releases: charges under which it has made an update, by run, in all of its lives.
+        windows: the operations that each of these summed.
+
+    Args:
+        comes_back: it connects anew, with all that it holds, when its stream breaks.
     """
 
-    def __init__(self, target: str, key: str, *, connect: bool = True) -> None:
+    def __init__(self, target: str, key: str, *, comes_back: bool = False) -> None:
+        self._comes_back = comes_back
         self._metadata = [("authorization", f"Bearer {key}")]
         self._channel = grpc.insecure_channel(target)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
@@ -78,8 +85,11 @@ class PrivateWorker:
         self.planned: list[pb.PlannedOperation] = []
         self.assignments: list[pb.RunAssignment] = []
         self.drawn: dict[str, list[list[int]]] = defaultdict(list)
+        self.releases: dict[str, list[str]] = defaultdict(list)
+        self.windows: dict[str, list[list[str]]] = defaultdict(list)
         self.news = threading.Condition()
         self._answers: dict[tuple[str, int], pb.OperationDone] = {}
+        self._unstored: set[tuple[str, int]] = set()
         self._worker_id = ""
         self._threads: list[threading.Thread] = []
         model = Model(
@@ -91,9 +101,10 @@ class PrivateWorker:
         )
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             model.linear_modules.add(name=name, count=1)
-        self._stub.PublishModel(pb.PublishModelRequest(model=model), metadata=self._metadata)
-        if connect:
-            self.connect()
+        self._stub.PublishModel(
+            pb.PublishModelRequest(model=model), metadata=self._metadata, wait_for_ready=True
+        )
+        self.connect()
 
     def connect(self) -> None:
         """Opens a stream, naming the runs that it holds."""
@@ -113,12 +124,15 @@ class PrivateWorker:
         self._stream = stream
         thread = threading.Thread(target=self._work, args=(stream, outgoing), daemon=True)
         thread.start()
+        threading.Thread(target=self._beat, args=(thread, outgoing), daemon=True).start()
         self._threads.append(thread)
 
     def vanish(self) -> None:
         """The process is gone, and all that it held."""
+        self._comes_back = False
         self.runs.clear()
         self._answers.clear()
+        self._unstored.clear()
         self._stream.cancel()
         self._outgoing.put(None)
 
@@ -142,6 +156,11 @@ class PrivateWorker:
             assert self.news.wait_for(lambda: len(self.planned) >= count, timeout_s), self.planned
             return self.planned[:count]
 
+    def _beat(self, work, outgoing) -> None:
+        while work.is_alive():
+            outgoing.put(pb.ConnectRequest(heartbeat=pb.WorkerHeartbeat()))
+            work.join(1.0)
+
     def _work(self, stream, outgoing) -> None:
         try:
             for message in stream:
@@ -161,6 +180,8 @@ class PrivateWorker:
                         outgoing.put(pb.ConnectRequest(report=pb.Report(done=[done])))
         except (grpc.RpcError, VanishedError):
             outgoing.put(None)
+        if self._comes_back:
+            self.connect()
 
     def _take_on(self, assignment: pb.RunAssignment) -> None:
         with self.news:
@@ -196,7 +217,7 @@ class PrivateWorker:
                 run.poisoned = True
             run.last_seq = max(run.last_seq, spec.seq)
             return None
-        assert spec.seq > run.last_seq
+        assert spec.seq > run.last_seq or key in self._unstored
         self.before("begin", planned)
         done = pb.OperationDone(
             operation_id=planned.operation_id, epoch=planned.epoch, replay=planned.replay
@@ -238,27 +259,12 @@ class PrivateWorker:
         result.outputs.append(NamedTensor(name="logprobs", tensor=logprobs))
 
     def _step(self, run, planned, spec, done) -> None:
-        if spec.HasField("private_step"):
-            self._fetch(run, planned)
-        elif run.calls + 1 < run.accumulation_steps:
-            run.calls += 1
-            done.charge_unused = planned.HasField("charge")
-            done.result.optim_step.step = run.step
+        key = planned.operation_id, planned.epoch
+        if key not in self._unstored and not self._apply(run, planned, spec, done):
             return
-        elif run.poisoned or not run.window:
-            reason = "WINDOW_POISONED" if run.poisoned else "EMPTY_WINDOW"
-            run.window, run.calls, run.poisoned = [], 0, False
-            done.charge_unused = planned.HasField("charge")
-            done.error.code = 9
-            done.error.message = "no update"
-            from google.rpc.error_details_pb2 import ErrorInfo
-
-            done.error.details.add().Pack(ErrorInfo(reason=reason, domain="tensafe"))
-            return
-        assert planned.HasField("charge")
-        run.applied.append((planned.charge.id, run.window))
-        run.window, run.calls = [], 0
-        run.step += 1
+        # From here on the update is made: whatever breaks, it is stored and told, not made again.
+        self._unstored.add(key)
+        run.last_seq = spec.seq
         self.before("snapshot", planned)
         done.snapshot_id = self._store(run, planned, spec)
         result = done.result.optim_step
@@ -267,6 +273,31 @@ class PrivateWorker:
         done.compute_ms = 12.0
         for name in ("loss", "grad_norm", "tokens", "compute_ms"):
             done.step_metrics.add(name=name, value=1.0, reduction=REDUCTION_LAST)
+
+    def _apply(self, run, planned, spec, done) -> bool:
+        """Whether an update was made; else `done` says why not."""
+        if spec.HasField("private_step"):
+            self._fetch(run, planned)
+        elif run.calls + 1 < run.accumulation_steps:
+            run.calls += 1
+            done.charge_unused = planned.HasField("charge")
+            done.result.optim_step.step = run.step
+            return False
+        elif run.poisoned or not run.window:
+            reason = "WINDOW_POISONED" if run.poisoned else "EMPTY_WINDOW"
+            run.window, run.calls, run.poisoned = [], 0, False
+            done.charge_unused = planned.HasField("charge")
+            done.error.code = 9
+            done.error.message = "no update"
+            done.error.details.add().Pack(ErrorInfo(reason=reason, domain="tensafe"))
+            return False
+        assert planned.HasField("charge")
+        run.applied.append((planned.charge.id, run.window))
+        self.releases[spec.run_id].append(planned.charge.id)
+        self.windows[spec.run_id].append([operation for operation, _ in run.window])
+        run.window, run.calls = [], 0
+        run.step += 1
+        return True
 
     def _fetch(self, run, planned) -> None:
         answers = self._stub.FetchPrivateBatch(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.cluster import Cluster
+from harness.private_clients import BATCH, events, one_step, private_run
 from harness.private_worker import PrivateWorker, VanishedError, is_kind
 
 from tensafe_client import (
@@ -19,16 +18,11 @@ from tensafe_client import (
     DPBudgetExceededError,
     DPStepLostError,
     ServiceClient,
-    TrainingClient,
     UnsupportedOptionError,
     WindowPoisonedError,
 )
 from tensafe_server.privacy.accounting import epsilon, most_uses
 from tensafe_server.privacy.mechanisms import Mechanism, Terms
-from tensafe_server.store.charges import LedgerRow, first_break
-
-BATCH = [Datum([1, 2, 3], [2, 3, 4]), Datum([5, 6], [6, 7])]
-DP = {"dataset_id": "corpus", "noise_multiplier": 4.0}
 
 
 @pytest.fixture
@@ -49,37 +43,6 @@ def worker(cluster: Cluster) -> Iterator[PrivateWorker]:
 def client(cluster: Cluster, worker: PrivateWorker) -> Iterator[ServiceClient]:
     with ServiceClient(cluster.target, api_key=cluster.new_tenant("t")) as client:
         yield client
-
-
-def private_run(
-    client: ServiceClient, run: dict[str, Any] | None = None, **dp: Any
-) -> TrainingClient:
-    return client.create_training_client({"model_ref": "m", "dp_config": DP | dp, **(run or {})})
-
-
-def one_step(tc: TrainingClient, batch: list[Datum] | None = None) -> Any:
-    tc.forward_backward(batch or BATCH)
-    return tc.optim_step()
-
-
-def ledger(cluster: Cluster, dataset: str = "corpus") -> list[LedgerRow]:
-    """What is on disk, while the coordinator lives."""
-    names = [field.name for field in fields(LedgerRow)]
-    connection = sqlite3.connect(cluster.data / "tensafe.db")
-    try:
-        rows = connection.execute(
-            f"SELECT {', '.join(names)} FROM dp_ledger WHERE dataset_id = ? ORDER BY position",
-            (dataset,),
-        ).fetchall()
-    finally:
-        connection.close()
-    return [LedgerRow(*row) for row in rows]
-
-
-def events(cluster: Cluster) -> list[str]:
-    rows = ledger(cluster)
-    assert first_break(rows) is None
-    return [row.event for row in rows]
 
 
 def test_each_step_is_reserved_made_durable_and_committed(
