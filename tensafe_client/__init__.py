@@ -97,6 +97,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from tensafe_client.losses import LossInfo
+    from tensafe_client.privacy_report import DatasetInfo, LedgerLine, PrivacyReport
     from tensafe_client.profiles import Profile, read_profiles, save_profile
     from tensafe_client.results import (
         ForwardBackwardResult,
@@ -140,6 +141,7 @@ __all__ = [
     "DPStepLostError",
     "DataLoader",
     "DatasetInUseError",
+    "DatasetInfo",
     "DatasetNotFoundError",
     "Datum",
     "DeadlineExceededError",
@@ -149,6 +151,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidDatasetError",
     "KeyInfo",
+    "LedgerLine",
     "LoRAConfig",
     "LoadStateResult",
     "Logprobs",
@@ -176,6 +179,7 @@ __all__ = [
     "OutOfRangeError",
     "PermissionDeniedError",
     "PreconditionError",
+    "PrivacyReport",
     "Profile",
     "QueueFullError",
     "RequestTimeoutError",
@@ -232,6 +236,7 @@ _MODULES = {
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",
     "losses": "LossInfo",
+    "privacy_report": "DatasetInfo LedgerLine PrivacyReport",
     "profiles": "Profile read_profiles save_profile",
     "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult "
     "SaveStateResult StepMetrics",

@@ -20,12 +20,16 @@ from tensafe.v1 import (
     admin_pb2_grpc,
     artifacts_pb2,
     artifacts_pb2_grpc,
+    datasets_pb2,
+    datasets_pb2_grpc,
     metrics_pb2,
     metrics_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     operations_pb2,
     operations_pb2_grpc,
+    privacy_pb2,
+    privacy_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
     worker_pb2,
@@ -34,10 +38,12 @@ from tensafe.v1 import (
 from tensafe.wire.channel import server_options
 from tensafe_server.api.admin import AdminServicer
 from tensafe_server.api.artifacts import ArtifactsServicer
+from tensafe_server.api.datasets import DatasetsServicer
 from tensafe_server.api.guard import Guard
 from tensafe_server.api.metrics import MetricsServicer
 from tensafe_server.api.models import ModelsServicer
 from tensafe_server.api.operations import OperationsServicer
+from tensafe_server.api.privacy import PrivacyServicer
 from tensafe_server.api.training import TrainingServicer
 from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.local import LocalBlobStore
@@ -78,9 +84,11 @@ _SERVICES = [
     for module, name in (
         (admin_pb2, "AdminService"),
         (artifacts_pb2, "ArtifactsService"),
+        (datasets_pb2, "DatasetsService"),
         (metrics_pb2, "MetricsService"),
         (models_pb2, "ModelsService"),
         (operations_pb2, "OperationsService"),
+        (privacy_pb2, "PrivacyService"),
         (training_pb2, "TrainingService"),
         (worker_pb2, "WorkerService"),
     )
@@ -151,7 +159,7 @@ class Coordinator:
         self._hub = EventHub(store, payloads)
         recovery = settings.recovery
         snapshots = SnapshotBook(store, blobs, self._ledger, recovery.snapshots_kept)
-        privacy = self._privacy = PrivacyParts(store, payloads, self._ledger, snapshots)
+        privacy = self._privacy = PrivacyParts(store, blobs, payloads, self._ledger, snapshots)
         outcomes = Outcomes(store, self._ledger, self._hub, payloads, privacy.outcomes)
         self._pruner = Pruner(
             store, blobs, payloads, self._ledger, snapshots, recovery.result_retention_s
@@ -183,6 +191,7 @@ class Coordinator:
             self._hub,
             self._artifacts,
             settings.limits,
+            privacy.configs,
         )
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
@@ -253,7 +262,15 @@ class Coordinator:
             ),
             (
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(store, blobs, self._models, reception, snapshots),
+                WorkerServicer(store, blobs, self._models, reception, snapshots, privacy.draws),
+            ),
+            (
+                datasets_pb2_grpc.add_DatasetsServiceServicer_to_server,
+                DatasetsServicer(privacy.datasets),
+            ),
+            (
+                privacy_pb2_grpc.add_PrivacyServiceServicer_to_server,
+                PrivacyServicer(self._ledger, privacy.reports),
             ),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]

@@ -39,7 +39,9 @@ class RunBook:
         if known is not None:
             return self._ledger.run(tenant_id, known.subject)
         config = self._models.resolve_config(request.config)
-        await self._private.resolve(tenant_id, request.config, config)  # which may take its time
+        model = self._models.find(config.model_ref)
+        # Which may take its time, and needs nobody else to wait.
+        await self._private.resolve(tenant_id, request.config, config, model)
         return await uninterrupted(self._create(tenant_id, request, config))
 
     async def _create(

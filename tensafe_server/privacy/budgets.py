@@ -172,6 +172,17 @@ class Budgets:
         left = None if at_most is None else max(0, at_most - budget.lines.get(private.line, 0))
         return await self._cost(private, budget.lines, left)
 
+    async def exact_cost(self, tenant_id: str, private: PrivateRun) -> Cost:
+        """As `cost`, with nothing interpolated."""
+        budget = await self.dataset(tenant_id, private.dataset_id)
+        cost = await self.cost(tenant_id, private)
+        attested = None if private.server_poisson else if_poisson(budget.lines)
+        poisson = None
+        if attested is not None and private.line.sample_rate is not None:
+            poisson = await self._accountant.epsilon(attested, private.terms)
+        total = await self._accountant.epsilon(enforced(budget.lines), private.terms)
+        return replace(cost, total=total, if_poisson=poisson)
+
     def end(self, charge: Charge, event: LedgerEvent) -> ChargeEnd:
         """What is to be written down of a charge's end. It holds in memory from now on, and the
         store insists on writing it."""

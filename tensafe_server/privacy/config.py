@@ -7,11 +7,15 @@ from typing import Any
 
 from tensafe.v1 import privacy_pb2 as pb
 from tensafe.v1 import training_pb2 as training
+from tensafe.v1.datasets_pb2 import Dataset
+from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.model import RunState
 from tensafe_server.operations.validation import refused
 from tensafe_server.privacy.accountant import Accountant
 from tensafe_server.privacy.accounting import UnsupportedCompositionError, check_supported
 from tensafe_server.privacy.budgets import Budgets
+from tensafe_server.privacy.datasets import DatasetDesk
 from tensafe_server.privacy.mechanisms import Composition
 from tensafe_server.privacy.runs import PrivateRun, accountant_type, adjacency
 
@@ -43,17 +47,19 @@ class DatasetSize:
 class PrivateConfigs:
     """Fills in the `dp` of new runs."""
 
-    def __init__(self, budgets: Budgets, accountant: Accountant) -> None:
+    def __init__(self, datasets: DatasetDesk, budgets: Budgets, accountant: Accountant) -> None:
+        self._datasets = datasets
         self._budgets = budgets
         self._accountant = accountant
 
     async def resolve(
-        self, tenant_id: str, given: training.RunConfig, resolved: training.RunConfig
+        self, tenant_id: str, given: training.RunConfig, resolved: training.RunConfig, model: Model
     ) -> None:
         """Fills in `resolved.dp`.
 
         Raises:
-            TenSafeFault: what `resolve` raises; DATASET_NOT_FOUND.
+            TenSafeFault: what `resolve` raises; DATASET_NOT_FOUND; TOKEN_OUT_OF_RANGE or
+                CONTEXT_EXCEEDED if the model cannot read the dataset.
         """
         if not given.HasField("dp"):
             return
@@ -61,8 +67,19 @@ class PrivateConfigs:
             resolved.dp.CopyFrom(pb.DpConfig())
             return
         dataset = None
+        if given.dp.sampling == pb.DP_SAMPLING_SERVER_POISSON and given.dp.HasField("dataset_id"):
+            found = self._datasets.find(tenant_id, given.dp.dataset_id)
+            _check_readable(found, model)
+            unit_ids = found.unit_ids if found.HasField("unit_ids") else None
+            dataset = DatasetSize(found.examples, unit_ids)
         spent = await self._budgets.spent(tenant_id, given.dp.dataset_id)
         await resolve(given, resolved, dataset, spent, self._accountant)
+
+    def expected_tokens(self, run: RunState) -> float:
+        """Tokens of a batch that the server draws, on average."""
+        dp = run.config.dp
+        dataset = self._datasets.known(run.tenant_id, dp.dataset_id)
+        return dp.sample_rate * dataset.tokens if dataset is not None else 0.0
 
 
 async def resolve(
@@ -216,6 +233,26 @@ async def _fill_noise(
             f"{sigma:.4g}",
         )
     dp.noise_multiplier = left**-0.5
+
+
+def _check_readable(dataset: Dataset, model: Model) -> None:
+    if model.vocabulary_size and dataset.largest_token >= model.vocabulary_size:
+        raise TenSafeFault(
+            "TOKEN_OUT_OF_RANGE",
+            f"dataset {dataset.id} has token {dataset.largest_token}, the vocabulary of "
+            f"{model.name} is 0 to {model.vocabulary_size - 1}; was another tokenizer used?",
+            field="config.dp.dataset_id",
+            token_id=dataset.largest_token,
+            vocabulary_size=model.vocabulary_size,
+        )
+    if model.context_length and dataset.longest > model.context_length:
+        raise TenSafeFault(
+            "CONTEXT_EXCEEDED",
+            f"dataset {dataset.id} has a row of {dataset.longest} tokens, the context of "
+            f"{model.name} is {model.context_length}; cut its rows and upload it again",
+            field="config.dp.dataset_id",
+            context_length=model.context_length,
+        )
 
 
 def _refused(name: str, rule: str) -> TenSafeFault:

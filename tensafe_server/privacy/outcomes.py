@@ -9,6 +9,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.snapshots import SnapshotBook
 from tensafe_server.privacy.budgets import Budgets, Charge
+from tensafe_server.privacy.draws import Draws
 from tensafe_server.privacy.released import (
     dp_metrics,
     release_error,
@@ -28,8 +29,14 @@ class PrivateOutcomes:
     """The part of settling that only private runs have."""
 
     def __init__(
-        self, ledger: Ledger, budgets: Budgets, steps: PrivateSteps, snapshots: SnapshotBook
+        self,
+        ledger: Ledger,
+        budgets: Budgets,
+        steps: PrivateSteps,
+        snapshots: SnapshotBook,
+        draws: Draws,
     ) -> None:
+        self._draws = draws
         self._ledger = ledger
         self._budgets = budgets
         self._steps = steps
@@ -75,6 +82,7 @@ class PrivateOutcomes:
         if run is None or run.private is None:
             return
         self._steps.ended(run, operation, ending.result)
+        self._draws.forget(operation.row.id)
         if ending.snapshot_id:
             self._snapshots.confirm(run, ending.snapshot_id)
         elif operation.charge is not None:

@@ -118,7 +118,9 @@ class PrivateSteps:
             run.window = OpenWindow()
         elif row.kind in STEPS and not row.executed and operation.charge is not None:
             self._reopen(run)  # it was cancelled, charged but not sent
-        elif row.kind in STEPS and row.executed and not private.every_call_closes:
+        elif (
+            row.kind in STEPS and row.executed and not self._closed_when_charged(private, operation)
+        ):
             run.window = run.window if result and not result.optim_step.applied else OpenWindow()
 
     async def units(self, run: RunState) -> dict[str, Tensor]:
@@ -145,7 +147,9 @@ class PrivateSteps:
         # Which window a batch belongs to must be known.
         assert run.private is not None
         closing = {_LOAD} if run.private.every_call_closes else {_LOAD, *STEPS}
-        open_ones = any(one.row.kind in closing for one in (*run.in_flight, *before))
+        open_ones = any(
+            one.row.kind in closing or _is_recovered(one) for one in (*run.in_flight, *before)
+        )
         return operation.spec is not None and not open_ones
 
     def _spawn(
@@ -193,10 +197,11 @@ class PrivateSteps:
     async def _charge(
         self, run: RunState, private: PrivateRun, operation: PendingOperation
     ) -> None:
-        window = await self._window(run)
-        counted = window.used if private.line.max_participation is not None else []
+        counted: list[bytes] = []
+        if private.line.max_participation is not None:
+            counted = list((await self._window(run)).used)
         charge = await self._budgets.reserve(
-            run.tenant_id, private, run.id, operation.row.id, run.epoch, list(counted)
+            run.tenant_id, private, run.id, operation.row.id, run.epoch, counted
         )
         failpoints.hit("after-charge")
         if operation.void or operation.finishing:  # it was cancelled meanwhile
@@ -256,11 +261,19 @@ class PrivateSteps:
         uses = await self._store.unit_uses(run.id, list(set(keys))) if most is not None else {}
         return window.take(keys, uses, most)
 
+    def _closed_when_charged(self, private: PrivateRun, operation: PendingOperation) -> bool:
+        return private.every_call_closes and not _is_recovered(operation)
+
     def _reopen(self, run: RunState) -> None:
         """What was taken for closed is not. Nothing of the run was sent since."""
         run.window = None
         for operation in run.queue:
             operation.units = None
+
+
+def _is_recovered(operation: PendingOperation) -> bool:
+    """Whether it was charged before a restart."""
+    return operation.charge is not None and operation.charge.cost is None
 
 
 def _has_closed(row: OperationRow) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.datasets_pb2 import Dataset
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
 from tensafe_server.store.charges import ChargeEnd, LedgerRow, Reservation
@@ -173,6 +174,17 @@ class UploadRow:
     body: bytes
     created_ns: int
     finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetUploadRow:
+    """A dataset on its way in; `body` is the BeginDatasetUploadRequest."""
+
+    id: str
+    tenant_id: str
+    body: bytes
+    created_ns: int
+    dataset_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +357,16 @@ class Store(Protocol):
     async def open_uploads(self, tenant_id: str | None) -> list[UploadRow]: ...
     async def finish_upload(self, upload_id: str, tenant_id: str, artifact: Artifact) -> None: ...
     async def drop_upload(self, upload_id: str) -> None: ...
+
+    # Datasets.
+    async def datasets(self) -> list[tuple[str, Dataset]]: ...  # (tenant id, dataset)
+    async def put_dataset(
+        self, tenant_id: str, dataset: Dataset, upload_id: str | None = None
+    ) -> None: ...
+    async def add_dataset_upload(self, row: DatasetUploadRow, request: RequestRow) -> None: ...
+    async def dataset_upload(self, tenant_id: str, upload_id: str) -> DatasetUploadRow | None: ...
+    async def open_dataset_uploads(self) -> list[DatasetUploadRow]: ...
+    async def drop_dataset_upload(self, upload_id: str) -> None: ...
 
     # Models.
     async def models(self) -> list[Model]: ...

@@ -27,6 +27,7 @@ from tensafe_server.store.base import (
     TenantRow,
 )
 from tensafe_server.store.connection import connect, connect_and_recover
+from tensafe_server.store.datasets import SqliteDatasets
 from tensafe_server.store.migrations import migrate
 from tensafe_server.store.privacy import SqlitePrivacy, write_ends
 from tensafe_server.store.retention import SqliteRetention
@@ -60,7 +61,9 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy):
+class SqliteStore(
+    SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets
+):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.

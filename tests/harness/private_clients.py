@@ -39,8 +39,8 @@ def ledger(cluster: Cluster, dataset: str = "corpus") -> list[LedgerRow]:
     return [LedgerRow(*row) for row in rows]
 
 
-def events(cluster: Cluster) -> list[str]:
+def events(cluster: Cluster, dataset: str = "corpus") -> list[str]:
     """What happened to charges, in order; the chain is whole."""
-    rows = ledger(cluster)
+    rows = ledger(cluster, dataset)
     assert first_break(rows) is None
     return [row.event for row in rows]

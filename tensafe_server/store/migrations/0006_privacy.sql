@@ -32,3 +32,20 @@ CREATE TABLE dp_uses (           -- of runs whose units may be used a bounded nu
 
 ALTER TABLE snapshots ADD COLUMN charge_id TEXT;  -- set: none yet, until this charge is committed
 ALTER TABLE runs ADD COLUMN released_seq INTEGER NOT NULL DEFAULT 0;  -- newest private step told
+
+CREATE TABLE datasets (
+  tenant_id TEXT NOT NULL REFERENCES tenants (id),
+  id TEXT NOT NULL,              -- made of its content
+  body BLOB NOT NULL,            -- proto Dataset
+  created_ns INTEGER NOT NULL,
+  deleted_ns INTEGER,            -- its files are gone, or about to go
+  PRIMARY KEY (tenant_id, id)
+) WITHOUT ROWID;
+
+CREATE TABLE dataset_uploads (
+  id TEXT PRIMARY KEY,
+  tenant_id TEXT NOT NULL REFERENCES tenants (id),
+  body BLOB NOT NULL,            -- proto BeginDatasetUploadRequest
+  created_ns INTEGER NOT NULL,
+  dataset_id TEXT                -- what it has become; NULL before
+);

@@ -63,7 +63,7 @@ class Small:
         self.ledger = Ledger()
         self.book = SnapshotBook(store, self.blobs, self.ledger, kept)
         self.pruner = Pruner(store, self.blobs, self.payloads, self.ledger, self.book, 3600.0)
-        self.privacy = PrivacyParts(store, self.payloads, self.ledger, self.book)
+        self.privacy = PrivacyParts(store, self.blobs, self.payloads, self.ledger, self.book)
         self.restorer = Restorer(store, self.payloads, self.book, self.privacy.steps)
         row = RunRow("run-1", "ten-1", "m", b"", training.RUN_STATUS_ACTIVE, 0, 1, None, 0, 1)
         self.row = row

@@ -3,17 +3,19 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -404,3 +406,305 @@ class DpMetrics(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__total_epsilon) -> _WhichOneofReturnType__total_epsilon | None: ...
 
 Global___DpMetrics: _TypeAlias = DpMetrics  # noqa: Y015
+
+@_typing.final
+class LedgerLine(_message.Message):
+    """Releases of one kind in a dataset's ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SAMPLE_RATE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    MAX_PARTICIPATION_FIELD_NUMBER: _builtins.int
+    TEST_MODE_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    sampling: Global___DpSampling.ValueType
+    """Who drew the batches."""
+    noise_multiplier: _builtins.float
+    """σ of all that a step has released together."""
+    sample_rate: _builtins.float
+    """q; attested only under CLIENT_ATTESTED, and unset there if not even that."""
+    run_id: _builtins.str
+    """The run, of CLIENT_ATTESTED; empty for all runs under SERVER_POISSON."""
+    max_participation: _builtins.int
+    """Steps that a unit was in at most; unset without a bound."""
+    test_mode: _builtins.bool
+    """The noise came from a seed that somebody knows."""
+    uses: _builtins.int
+    """Charges that count: committed, lost, or not ended yet."""
+    def __init__(
+        self,
+        *,
+        sampling: Global___DpSampling.ValueType = ...,
+        noise_multiplier: _builtins.float = ...,
+        sample_rate: _builtins.float | None = ...,
+        run_id: _builtins.str = ...,
+        max_participation: _builtins.int | None = ...,
+        test_mode: _builtins.bool = ...,
+        uses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "max_participation", b"max_participation", "sample_rate", b"sample_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "max_participation", b"max_participation", "noise_multiplier", b"noise_multiplier", "run_id", b"run_id", "sample_rate", b"sample_rate", "sampling", b"sampling", "test_mode", b"test_mode", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_participation: _TypeAlias = _typing.Literal["max_participation"]  # noqa: Y015
+    _WhichOneofArgType__max_participation: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation"]  # noqa: Y015
+    _WhichOneofReturnType__sample_rate: _TypeAlias = _typing.Literal["sample_rate"]  # noqa: Y015
+    _WhichOneofArgType__sample_rate: _TypeAlias = _typing.Literal["_sample_rate", b"_sample_rate"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_participation) -> _WhichOneofReturnType__max_participation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_rate) -> _WhichOneofReturnType__sample_rate | None: ...
+
+Global___LedgerLine: _TypeAlias = LedgerLine  # noqa: Y015
+
+@_typing.final
+class PrivacyReport(_message.Message):
+    """What a private run promises, and on what that stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    HEADLINE_FIELD_NUMBER: _builtins.int
+    TEST_MODE_FIELD_NUMBER: _builtins.int
+    EPSILON_FIELD_NUMBER: _builtins.int
+    EPSILON_IF_POISSON_FIELD_NUMBER: _builtins.int
+    TARGET_EPSILON_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    ADJACENCY_FIELD_NUMBER: _builtins.int
+    PRIVACY_UNIT_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    SAMPLING_VERIFIED_FIELD_NUMBER: _builtins.int
+    SAMPLE_RATE_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    LOSS_NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
+    EXPECTED_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_PARTICIPATION_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    LOST_STEPS_FIELD_NUMBER: _builtins.int
+    STEPS_LEFT_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_USED_FIELD_NUMBER: _builtins.int
+    ACCOUNTANT_VERSION_FIELD_NUMBER: _builtins.int
+    RNG_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    DATASET_SHA256_FIELD_NUMBER: _builtins.int
+    DATASET_UNITS_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    LEDGER_ENTRIES_FIELD_NUMBER: _builtins.int
+    LEDGER_SHA256_FIELD_NUMBER: _builtins.int
+    ENFORCED_FIELD_NUMBER: _builtins.int
+    ATTESTED_FIELD_NUMBER: _builtins.int
+    CAVEATS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    headline: _builtins.str
+    """What to read first, in words: `privacy: none (test mode)`, or ε and δ with what
+    they are about.
+    """
+    test_mode: _builtins.bool
+    """Noise or draws of a release on this dataset came from a test seed: no promise
+    holds.
+    """
+    epsilon: _builtins.float
+    """ε of all that was released of the dataset, with no more assumed than was
+    enforced; unset if infinite.
+    """
+    epsilon_if_poisson: _builtins.float
+    """ε had every batch been drawn by Poisson sampling as was attested; nobody has
+    checked that. Unset where there is nothing attested, or too little.
+    """
+    target_epsilon: _builtins.float
+    """The bound that the run was held to: holds also if it was decided by looking at
+    results when to stop. Unset without target_epsilon.
+    """
+    delta: _builtins.float
+    """δ of each ε here."""
+    adjacency: Global___DpAdjacency.ValueType
+    """What ε is about."""
+    privacy_unit: Global___PrivacyUnit.ValueType
+    """What is protected."""
+    sampling: Global___DpSampling.ValueType
+    """Who drew the batches of this run."""
+    sampling_verified: _builtins.bool
+    """Whether the server drew them itself."""
+    sample_rate: _builtins.float
+    """q of this run; under CLIENT_ATTESTED only attested, and unset if not even that."""
+    noise_multiplier: _builtins.float
+    """σ of the gradient's noise over max_grad_norm."""
+    loss_noise_multiplier: _builtins.float
+    """σ of the loss's noise over max_loss; unset if no loss was released."""
+    max_grad_norm: _builtins.float
+    """C."""
+    expected_batch_size: _builtins.float
+    """Units that each noised sum was divided by."""
+    max_participation: _builtins.int
+    """Steps that a unit may be in; unset without a bound."""
+    steps: _builtins.int
+    """Private steps of this run that were committed."""
+    lost_steps: _builtins.int
+    """Charges of this run that were spent without an update: its worker was lost."""
+    steps_left: _builtins.int
+    """Steps that the run may still make; unset without an end."""
+    accountant: Global___DpAccountant.ValueType
+    """The accountant that was asked for."""
+    accountant_used: Global___DpAccountant.ValueType
+    """The one by which `epsilon` was computed: RDP also where parameters changed."""
+    accountant_version: _builtins.str
+    """Library and version."""
+    rng: _builtins.str
+    """Where noise and draws come from."""
+    metrics: Global___DpMetricsMode.ValueType
+    """What the owner was told."""
+    dataset_id: _builtins.str
+    """The ledger's key."""
+    dataset_sha256: _builtins.str
+    """The uploaded dataset's SHA-256; empty under CLIENT_ATTESTED."""
+    dataset_units: _builtins.int
+    """Units of the uploaded dataset; unset under CLIENT_ATTESTED."""
+    ledger_entries: _builtins.int
+    """Entries of the ledger."""
+    ledger_sha256: _builtins.str
+    """SHA-256 of its newest entry, which covers all before it; lower-case hex."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerLine]:
+        """All that the ledger has, of all runs."""
+
+    @_builtins.property
+    def enforced(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the server has enforced."""
+
+    @_builtins.property
+    def attested(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What rests on the tenant's word."""
+
+    @_builtins.property
+    def caveats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What this does not promise."""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        headline: _builtins.str = ...,
+        test_mode: _builtins.bool = ...,
+        epsilon: _builtins.float | None = ...,
+        epsilon_if_poisson: _builtins.float | None = ...,
+        target_epsilon: _builtins.float | None = ...,
+        delta: _builtins.float = ...,
+        adjacency: Global___DpAdjacency.ValueType = ...,
+        privacy_unit: Global___PrivacyUnit.ValueType = ...,
+        sampling: Global___DpSampling.ValueType = ...,
+        sampling_verified: _builtins.bool = ...,
+        sample_rate: _builtins.float | None = ...,
+        noise_multiplier: _builtins.float = ...,
+        loss_noise_multiplier: _builtins.float | None = ...,
+        max_grad_norm: _builtins.float = ...,
+        expected_batch_size: _builtins.float = ...,
+        max_participation: _builtins.int | None = ...,
+        steps: _builtins.int = ...,
+        lost_steps: _builtins.int = ...,
+        steps_left: _builtins.int | None = ...,
+        accountant: Global___DpAccountant.ValueType = ...,
+        accountant_used: Global___DpAccountant.ValueType = ...,
+        accountant_version: _builtins.str = ...,
+        rng: _builtins.str = ...,
+        metrics: Global___DpMetricsMode.ValueType = ...,
+        dataset_id: _builtins.str = ...,
+        dataset_sha256: _builtins.str = ...,
+        dataset_units: _builtins.int | None = ...,
+        lines: _abc.Iterable[Global___LedgerLine] | None = ...,
+        ledger_entries: _builtins.int = ...,
+        ledger_sha256: _builtins.str = ...,
+        enforced: _abc.Iterable[_builtins.str] | None = ...,
+        attested: _abc.Iterable[_builtins.str] | None = ...,
+        caveats: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dataset_units", b"_dataset_units", "_epsilon", b"_epsilon", "_epsilon_if_poisson", b"_epsilon_if_poisson", "_loss_noise_multiplier", b"_loss_noise_multiplier", "_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "_steps_left", b"_steps_left", "_target_epsilon", b"_target_epsilon", "dataset_units", b"dataset_units", "epsilon", b"epsilon", "epsilon_if_poisson", b"epsilon_if_poisson", "loss_noise_multiplier", b"loss_noise_multiplier", "max_participation", b"max_participation", "sample_rate", b"sample_rate", "steps_left", b"steps_left", "target_epsilon", b"target_epsilon"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dataset_units", b"_dataset_units", "_epsilon", b"_epsilon", "_epsilon_if_poisson", b"_epsilon_if_poisson", "_loss_noise_multiplier", b"_loss_noise_multiplier", "_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "_steps_left", b"_steps_left", "_target_epsilon", b"_target_epsilon", "accountant", b"accountant", "accountant_used", b"accountant_used", "accountant_version", b"accountant_version", "adjacency", b"adjacency", "attested", b"attested", "caveats", b"caveats", "dataset_id", b"dataset_id", "dataset_sha256", b"dataset_sha256", "dataset_units", b"dataset_units", "delta", b"delta", "enforced", b"enforced", "epsilon", b"epsilon", "epsilon_if_poisson", b"epsilon_if_poisson", "expected_batch_size", b"expected_batch_size", "headline", b"headline", "ledger_entries", b"ledger_entries", "ledger_sha256", b"ledger_sha256", "lines", b"lines", "loss_noise_multiplier", b"loss_noise_multiplier", "lost_steps", b"lost_steps", "max_grad_norm", b"max_grad_norm", "max_participation", b"max_participation", "metrics", b"metrics", "noise_multiplier", b"noise_multiplier", "privacy_unit", b"privacy_unit", "rng", b"rng", "run_id", b"run_id", "sample_rate", b"sample_rate", "sampling", b"sampling", "sampling_verified", b"sampling_verified", "steps", b"steps", "steps_left", b"steps_left", "target_epsilon", b"target_epsilon", "test_mode", b"test_mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dataset_units: _TypeAlias = _typing.Literal["dataset_units"]  # noqa: Y015
+    _WhichOneofArgType__dataset_units: _TypeAlias = _typing.Literal["_dataset_units", b"_dataset_units"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon: _TypeAlias = _typing.Literal["epsilon"]  # noqa: Y015
+    _WhichOneofArgType__epsilon: _TypeAlias = _typing.Literal["_epsilon", b"_epsilon"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_if_poisson: _TypeAlias = _typing.Literal["epsilon_if_poisson"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_if_poisson: _TypeAlias = _typing.Literal["_epsilon_if_poisson", b"_epsilon_if_poisson"]  # noqa: Y015
+    _WhichOneofReturnType__loss_noise_multiplier: _TypeAlias = _typing.Literal["loss_noise_multiplier"]  # noqa: Y015
+    _WhichOneofArgType__loss_noise_multiplier: _TypeAlias = _typing.Literal["_loss_noise_multiplier", b"_loss_noise_multiplier"]  # noqa: Y015
+    _WhichOneofReturnType__max_participation: _TypeAlias = _typing.Literal["max_participation"]  # noqa: Y015
+    _WhichOneofArgType__max_participation: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation"]  # noqa: Y015
+    _WhichOneofReturnType__sample_rate: _TypeAlias = _typing.Literal["sample_rate"]  # noqa: Y015
+    _WhichOneofArgType__sample_rate: _TypeAlias = _typing.Literal["_sample_rate", b"_sample_rate"]  # noqa: Y015
+    _WhichOneofReturnType__steps_left: _TypeAlias = _typing.Literal["steps_left"]  # noqa: Y015
+    _WhichOneofArgType__steps_left: _TypeAlias = _typing.Literal["_steps_left", b"_steps_left"]  # noqa: Y015
+    _WhichOneofReturnType__target_epsilon: _TypeAlias = _typing.Literal["target_epsilon"]  # noqa: Y015
+    _WhichOneofArgType__target_epsilon: _TypeAlias = _typing.Literal["_target_epsilon", b"_target_epsilon"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dataset_units) -> _WhichOneofReturnType__dataset_units | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon) -> _WhichOneofReturnType__epsilon | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_if_poisson) -> _WhichOneofReturnType__epsilon_if_poisson | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_noise_multiplier) -> _WhichOneofReturnType__loss_noise_multiplier | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_participation) -> _WhichOneofReturnType__max_participation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_rate) -> _WhichOneofReturnType__sample_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__steps_left) -> _WhichOneofReturnType__steps_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_epsilon) -> _WhichOneofReturnType__target_epsilon | None: ...
+
+Global___PrivacyReport: _TypeAlias = PrivacyReport  # noqa: Y015
+
+@_typing.final
+class GetPrivacyReportRequest(_message.Message):
+    """Asks for a report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPrivacyReportRequest: _TypeAlias = GetPrivacyReportRequest  # noqa: Y015
+
+@_typing.final
+class GetPrivacyReportResponse(_message.Message):
+    """A report."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> Global___PrivacyReport:
+        """The report."""
+
+    def __init__(
+        self,
+        *,
+        report: Global___PrivacyReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPrivacyReportResponse: _TypeAlias = GetPrivacyReportResponse  # noqa: Y015

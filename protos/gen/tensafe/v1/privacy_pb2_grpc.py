@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from tensafe.v1 import privacy_pb2 as tensafe_dot_v1_dot_privacy__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -22,3 +23,82 @@ if _version_not_supported:
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
+
+
+class PrivacyServiceStub:
+    """What private runs have cost.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetPrivacyReport = channel.unary_unary(
+                '/tensafe.v1.PrivacyService/GetPrivacyReport',
+                request_serializer=tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportResponse.FromString,
+                _registered_method=True)
+
+
+class PrivacyServiceServicer:
+    """What private runs have cost.
+    """
+
+    def GetPrivacyReport(self, request, context):
+        """Says what a private run and all others on its dataset have released, and what
+        that is worth. Errors: NOT_FOUND RUN_NOT_FOUND, INVALID_ARGUMENT
+        UNSUPPORTED_OPTION for a run that is not private, DATA_LOSS CHECKSUM_MISMATCH if
+        the ledger is not what was written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PrivacyServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetPrivacyReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPrivacyReport,
+                    request_deserializer=tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tensafe.v1.PrivacyService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tensafe.v1.PrivacyService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class PrivacyService:
+    """What private runs have cost.
+    """
+
+    @staticmethod
+    def GetPrivacyReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tensafe.v1.PrivacyService/GetPrivacyReport',
+            tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportRequest.SerializeToString,
+            tensafe_dot_v1_dot_privacy__pb2.GetPrivacyReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

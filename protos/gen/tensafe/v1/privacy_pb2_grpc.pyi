@@ -5,9 +5,16 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from tensafe.v1 import privacy_pb2 as _privacy_pb2
 import abc as _abc_1
 import grpc as _grpc
+import sys
 import typing as _typing
+
+if sys.version_info >= (3, 11):
+    from typing import Self as _Self
+else:
+    from typing_extensions import Self as _Self
 
 _T = _typing.TypeVar("_T")
 
@@ -18,3 +25,46 @@ class _ServicerContext(_grpc.ServicerContext, _aio.ServicerContext):  # type: ig
 
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
+
+class PrivacyServiceStub:
+    """What private runs have cost."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> PrivacyServiceAsyncStub: ...
+    GetPrivacyReport: _grpc.UnaryUnaryMultiCallable[_privacy_pb2.GetPrivacyReportRequest, _privacy_pb2.GetPrivacyReportResponse]
+    """Says what a private run and all others on its dataset have released, and what
+    that is worth. Errors: NOT_FOUND RUN_NOT_FOUND, INVALID_ARGUMENT
+    UNSUPPORTED_OPTION for a run that is not private, DATA_LOSS CHECKSUM_MISMATCH if
+    the ledger is not what was written.
+    """
+
+@_typing.type_check_only
+class PrivacyServiceAsyncStub(PrivacyServiceStub):
+    """What private runs have cost."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetPrivacyReport: _aio.UnaryUnaryMultiCallable[_privacy_pb2.GetPrivacyReportRequest, _privacy_pb2.GetPrivacyReportResponse]  # type: ignore[assignment]
+    """Says what a private run and all others on its dataset have released, and what
+    that is worth. Errors: NOT_FOUND RUN_NOT_FOUND, INVALID_ARGUMENT
+    UNSUPPORTED_OPTION for a run that is not private, DATA_LOSS CHECKSUM_MISMATCH if
+    the ledger is not what was written.
+    """
+
+class PrivacyServiceServicer(metaclass=_abc_1.ABCMeta):
+    """What private runs have cost."""
+
+    @_abc_1.abstractmethod
+    def GetPrivacyReport(
+        self,
+        request: _privacy_pb2.GetPrivacyReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_privacy_pb2.GetPrivacyReportResponse, _abc.Awaitable[_privacy_pb2.GetPrivacyReportResponse]]:
+        """Says what a private run and all others on its dataset have released, and what
+        that is worth. Errors: NOT_FOUND RUN_NOT_FOUND, INVALID_ARGUMENT
+        UNSUPPORTED_OPTION for a run that is not private, DATA_LOSS CHECKSUM_MISMATCH if
+        the ledger is not what was written.
+        """
+
+def add_PrivacyServiceServicer_to_server(servicer: PrivacyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
