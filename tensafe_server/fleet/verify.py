@@ -83,7 +83,8 @@ class Verifications:
         """Yields progress, then the report.
 
         Raises:
-            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST; UNSUPPORTED_OPTION for a private run.
+            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST; UNSUPPORTED_OPTION for a private
+                run.
         """
         if run.deleted:
             raise TenSafeFault(

@@ -163,7 +163,7 @@ class Budgets:
                 if not budget.open:
                     raise await self._exceeded(private, budget.lines, run_id)
                 change = budget.waiting
-            await change
+            await asyncio.shield(change)  # others wait for the same
 
     async def cost(self, tenant_id: str, private: PrivateRun) -> Cost:
         """What the newest step of a run has cost, as the ledger is now."""

@@ -61,9 +61,7 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore(
-    SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets
-):
+class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
