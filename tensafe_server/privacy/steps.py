@@ -143,7 +143,8 @@ class PrivateSteps:
         if operation.preparing:
             return False
         if operation.row.kind in STEPS:
-            return not before and not run.in_flight
+            # A sample changes nothing, and may take its time.
+            return not before and all(one.is_sample for one in run.in_flight)
         # Which window a batch belongs to must be known.
         assert run.private is not None
         closing = {_LOAD} if run.private.every_call_closes else {_LOAD, *STEPS}

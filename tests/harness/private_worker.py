@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import queue
+import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class PrivateWorker:
 
     def __init__(self, target: str, key: str, *, comes_back: bool = False) -> None:
         self._comes_back = comes_back
+        self._instance = secrets.token_hex(8)
         self._metadata = [("authorization", f"Bearer {key}")]
         self._channel = grpc.insecure_channel(target)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
@@ -114,7 +116,12 @@ class PrivateWorker:
             for run_id, run in self.runs.items()
         ]
         register = pb.Register(
-            name="private", backend="mock", models=["private"], credits=8, held_runs=held
+            name="private",
+            backend="mock",
+            models=["private"],
+            credits=8,
+            held_runs=held,
+            instance=self._instance,
         )
         outgoing.put(pb.ConnectRequest(register=register))
         stream = self._stub.Connect(
