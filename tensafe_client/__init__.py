@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tensafe_client.admin import Admin
     from tensafe_client.aio import AsyncAdmin, AsyncServiceClient, AsyncTrainingClient
-    from tensafe_client.config import DPConfig, LoRAConfig, OptimizerConfig, TrainingConfig
+    from tensafe_client.config import LoRAConfig, OptimizerConfig, TrainingConfig
     from tensafe_client.connection import ClientConfig
     from tensafe_client.custom_loss import Logprobs
     from tensafe_client.data.datum import Datum
     from tensafe_client.data.loader import DataLoader
+    from tensafe_client.dp_config import DPConfig
+    from tensafe_client.dp_metrics import DPMetrics
     from tensafe_client.errors import (
         ArtifactExpiredError,
         ArtifactInUseError,
@@ -37,9 +39,14 @@ if TYPE_CHECKING:
         ConflictError,
         ConnectionFailedError,
         ContextExceededError,
+        DatasetInUseError,
+        DatasetNotFoundError,
         DeadlineExceededError,
+        DPBudgetExceededError,
+        DPStepLostError,
         EmptyWindowError,
         InvalidArgumentError,
+        InvalidDatasetError,
         MaxStepsReachedError,
         MessageTooLargeError,
         MissingExtraError,
@@ -90,6 +97,7 @@ if TYPE_CHECKING:
         VerifyReport,
     )
     from tensafe_client.losses import LossInfo
+    from tensafe_client.privacy_report import DatasetInfo, LedgerLine, PrivacyReport
     from tensafe_client.profiles import Profile, read_profiles, save_profile
     from tensafe_client.results import (
         ForwardBackwardResult,
@@ -127,15 +135,23 @@ __all__ = [
     "ConflictError",
     "ConnectionFailedError",
     "ContextExceededError",
+    "DPBudgetExceededError",
     "DPConfig",
+    "DPMetrics",
+    "DPStepLostError",
     "DataLoader",
+    "DatasetInUseError",
+    "DatasetInfo",
+    "DatasetNotFoundError",
     "Datum",
     "DeadlineExceededError",
     "EmptyWindowError",
     "ForwardBackwardResult",
     "ForwardResult",
     "InvalidArgumentError",
+    "InvalidDatasetError",
     "KeyInfo",
+    "LedgerLine",
     "LoRAConfig",
     "LoadStateResult",
     "Logprobs",
@@ -163,6 +179,7 @@ __all__ = [
     "OutOfRangeError",
     "PermissionDeniedError",
     "PreconditionError",
+    "PrivacyReport",
     "Profile",
     "QueueFullError",
     "RequestTimeoutError",
@@ -208,15 +225,18 @@ __all__ = [
 _MODULES = {
     "admin": "Admin",
     "aio": "AsyncAdmin AsyncServiceClient AsyncTrainingClient",
-    "config": "DPConfig LoRAConfig OptimizerConfig TrainingConfig",
+    "config": "LoRAConfig OptimizerConfig TrainingConfig",
     "connection": "ClientConfig",
     "custom_loss": "Logprobs",
     "data.datum": "Datum",
     "data.loader": "DataLoader",
+    "dp_config": "DPConfig",
+    "dp_metrics": "DPMetrics",
     "futures": "OperationFuture",
     "infos": "AdapterShape ArtifactFile ArtifactInfo KeyInfo ModelInfo NewKey OperationInfo "
     "RunInfo RunSummary StorageInfo TenantInfo VerifyReport",
     "losses": "LossInfo",
+    "privacy_report": "DatasetInfo LedgerLine PrivacyReport",
     "profiles": "Profile read_profiles save_profile",
     "results": "ForwardBackwardResult ForwardResult LoadStateResult OptimStepResult "
     "SaveStateResult StepMetrics",

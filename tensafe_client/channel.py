@@ -11,9 +11,11 @@ import grpc
 from tensafe.v1 import training_pb2
 from tensafe.v1.admin_pb2_grpc import AdminServiceStub
 from tensafe.v1.artifacts_pb2_grpc import ArtifactsServiceStub
+from tensafe.v1.datasets_pb2_grpc import DatasetsServiceStub
 from tensafe.v1.metrics_pb2_grpc import MetricsServiceStub
 from tensafe.v1.models_pb2_grpc import ModelsServiceStub
 from tensafe.v1.operations_pb2_grpc import OperationsServiceStub
+from tensafe.v1.privacy_pb2_grpc import PrivacyServiceStub
 from tensafe.v1.training_pb2_grpc import TrainingServiceStub
 from tensafe.wire.channel import client_options
 from tensafe.wire.tls import find_mismatch, open_channel
@@ -36,6 +38,8 @@ class Stubs:
         self.metrics = MetricsServiceStub(channel)
         self.artifacts = ArtifactsServiceStub(channel)
         self.models = ModelsServiceStub(channel)
+        self.datasets = DatasetsServiceStub(channel)
+        self.privacy = PrivacyServiceStub(channel)
         self.admin = AdminServiceStub(channel)
         self.submit_batch: Any = channel.unary_unary(
             _SUBMIT_BATCH,

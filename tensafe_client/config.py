@@ -8,83 +8,25 @@ the server fills in its default, and what was given is refused if it has no effe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 from tensafe.v1 import training_pb2 as pb
 from tensafe_client.checks import (
     check_bool,
     check_count,
-    check_fields,
     check_number,
     check_pair,
     check_string,
     check_strings,
 )
+from tensafe_client.dp_config import DPConfig
 from tensafe_client.errors import ConfigError
-
-
-class _Given:
-    """Remembers the names of the fields that the caller passed."""
-
-    _given: frozenset[str]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        self = super().__new__(cls)
-        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        given = frozenset(names[: len(args)]) | kwargs.keys()
-        object.__setattr__(self, "_given", given)
-        return self
-
-    def given(self, name: str) -> bool:
-        """Tells whether the caller passed this field."""
-        return name in self._given
-
-    def given_fields(self) -> dict[str, Any]:
-        """The fields that the caller passed."""
-        return {name: getattr(self, name) for name in self._given}
-
-    def replace(self, **changes: Any) -> Self:
-        """Returns a copy with other values; fields that were not given stay so.
-
-        Raises:
-            ConfigError: for an unknown field or a wrong type.
-        """
-        check_fields(type(self).__name__, changes, type(self))
-        return type(self)(**{**self.given_fields(), **changes})
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], path: str = "") -> Self:
-        """Builds the config from a dict; nested configs may be dicts too.
-
-        Raises:
-            ConfigError: for an unknown field, naming the closest valid one, or a wrong type.
-        """
-        if not isinstance(values, Mapping):
-            shown = path.rstrip(".") or cls.__name__
-            raise ConfigError.of(shown, f"must be a dict or a {cls.__name__}, got {values!r}")
-        check_fields(cls.__name__, values, cls, path)
-        for field_ in fields(cls):  # type: ignore[arg-type]
-            required = field_.default is MISSING and field_.default_factory is MISSING
-            if required and field_.name not in values:
-                raise ConfigError.of(f"{path}{field_.name}", f"is required in a {cls.__name__}")
-        return cls(**values)
-
-    def _check(self, name: str, check: Any, **options: Any) -> None:
-        value = getattr(self, name)
-        if value is not None:
-            object.__setattr__(self, name, check(f"{type(self).__name__}.{name}", value, **options))
-
-    def _nest(self, name: str, config: type[_Given]) -> None:
-        value = getattr(self, name)
-        if isinstance(value, Mapping):
-            object.__setattr__(self, name, config.from_dict(value, f"{name}."))
-        elif value is not None and not isinstance(value, config):
-            raise ConfigError.of(name, f"must be a dict or a {config.__name__}, got {value!r}")
+from tensafe_client.given import Given, present
 
 
 @dataclass(frozen=True)
-class LoRAConfig(_Given):
+class LoRAConfig(Given):
     """LoRA adapter (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank)·B·A.
 
     Attributes:
@@ -121,14 +63,14 @@ class LoRAConfig(_Given):
     @classmethod
     def from_proto(cls, message: pb.LoraConfig) -> LoRAConfig:
         """Unpacks the set fields."""
-        values = _present(message, "rank", "alpha", "dropout", "bias")
+        values = present(message, "rank", "alpha", "dropout", "bias")
         if message.target_modules:
             values["target_modules"] = list(message.target_modules)
         return cls(**values)
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(_Given):
+class OptimizerConfig(Given):
     """Optimizer of a run. An option that the named optimizer lacks is refused by the server.
 
     Attributes:
@@ -172,48 +114,10 @@ class OptimizerConfig(_Given):
     def from_proto(cls, message: pb.OptimizerConfig) -> OptimizerConfig:
         """Unpacks the set fields."""
         scalars = ("name", "learning_rate", "weight_decay", "eps", "momentum", "grad_clip_norm")
-        values = _present(message, *scalars)
+        values = present(message, *scalars)
         if message.HasField("beta1") and message.HasField("beta2"):
             values["betas"] = (message.beta1, message.beta2)
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class DPConfig(_Given):
-    """Differential privacy of a run; a server that does not offer it refuses the run.
-
-    Attributes:
-        enabled: whether the run trains privately.
-        noise_multiplier: standard deviation of the noise over max_grad_norm.
-        max_grad_norm: clipping bound C of one example's gradient, L2 norm.
-        target_epsilon: ε that must not be passed.
-        target_delta: δ at which ε is stated.
-    """
-
-    enabled: bool = True
-    noise_multiplier: float | None = None
-    max_grad_norm: float | None = None
-    target_epsilon: float | None = None
-    target_delta: float | None = None
-
-    def __post_init__(self) -> None:
-        self._check("enabled", check_bool)
-        for name in ("noise_multiplier", "max_grad_norm", "target_epsilon", "target_delta"):
-            self._check(name, check_number)
-
-    def to_proto(self) -> pb.DpConfig:
-        """Packs the given fields, and `enabled` always: proto3 has no presence for it."""
-        given = {name: getattr(self, name) for name in self._given}
-        return pb.DpConfig(
-            **{name: value for name, value in given.items() if value is not None}
-            | {"enabled": self.enabled}
-        )
-
-    @classmethod
-    def from_proto(cls, message: pb.DpConfig) -> DPConfig:
-        """Unpacks the set fields."""
-        names = ("noise_multiplier", "max_grad_norm", "target_epsilon", "target_delta")
-        return cls(enabled=message.enabled, **_present(message, *names))
 
 
 _SCALARS = (
@@ -227,7 +131,7 @@ _SCALARS = (
 
 
 @dataclass(frozen=True)
-class TrainingConfig(_Given):
+class TrainingConfig(Given):
     """Everything that defines a run.
 
     Attributes:
@@ -297,7 +201,7 @@ class TrainingConfig(_Given):
     @classmethod
     def from_proto(cls, message: pb.RunConfig) -> TrainingConfig:
         """Unpacks the set fields."""
-        values = _present(message, *_SCALARS)
+        values = present(message, *_SCALARS)
         if message.HasField("lora"):
             values["lora_config"] = LoRAConfig.from_proto(message.lora)
         if message.HasField("optimizer"):
@@ -305,7 +209,3 @@ class TrainingConfig(_Given):
         if message.HasField("dp"):
             values["dp_config"] = DPConfig.from_proto(message.dp)
         return cls(model_ref=message.model_ref, **values)
-
-
-def _present(message: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in names if message.HasField(name)}

@@ -227,6 +227,42 @@ class VersionNotSavedError(PreconditionError):
     """No weights of the run were saved at that step."""
 
 
+class DPBudgetExceededError(PreconditionError):
+    """A private step would pass the target ε of its dataset's ledger; nothing was done."""
+
+    @property
+    def current_epsilon(self) -> float | None:
+        """ε that the ledger has; None if the server did not say."""
+        value = self.metadata.get("current_epsilon")
+        return None if value is None else float(value)
+
+    @property
+    def max_epsilon(self) -> float | None:
+        """The run's `target_epsilon`; None if the server did not say."""
+        value = self.metadata.get("max_epsilon")
+        return None if value is None else float(value)
+
+
+class DPStepLostError(TenSafeError):
+    """The worker was lost during a private step: it is charged, and made no update."""
+
+    remedy = "the next window starts clean: repeat its forward_backward calls"
+
+
+class DatasetNotFoundError(NotFoundError):
+    """No such dataset."""
+
+    remedy = "client.datasets() lists the datasets of this key's tenant"
+
+
+class DatasetInUseError(PreconditionError):
+    """A run draws from the dataset."""
+
+
+class InvalidDatasetError(InvalidArgumentError):
+    """A dataset's file is malformed."""
+
+
 class ConflictError(TenSafeError):
     """Something like this exists already."""
 
@@ -344,6 +380,11 @@ _BY_REASON: dict[str, type[TenSafeError]] = {
     "OUT_OF_MEMORY": OutOfMemoryError,
     "DRAINING": ConnectionFailedError,
     "RUN_STATE_LOST": ServerError,
+    "DP_BUDGET_EXCEEDED": DPBudgetExceededError,
+    "DP_STEP_LOST": DPStepLostError,
+    "DATASET_NOT_FOUND": DatasetNotFoundError,
+    "DATASET_IN_USE": DatasetInUseError,
+    "INVALID_DATASET": InvalidDatasetError,
 }
 
 _BY_CODE: dict[str, type[TenSafeError]] = {

@@ -41,7 +41,8 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
     run on the SDK's I/O thread: they may submit operations, but must not block.
 
     Attributes:
-        kind: "forward", "forward_backward", "optim_step", "sample", "save_state", "load_state".
+        kind: "forward", "forward_backward", "optim_step", "private_step", "sample", "save_state",
+            "load_state".
         run_id: its run; empty for a sample from an artifact or a base model.
         seq: its place in the run's order; 0 if it has none.
     """

@@ -116,7 +116,8 @@ class RunOperations:
         Args:
             batch: a mapping as a Hugging Face data loader yields (`input_ids`, `labels`, maybe
                 `attention_mask`, each [B, T] as lists, NumPy or torch; labels aligned with the
-                inputs, −100 ignored, shifted inside), or a list of `Datum`.
+                inputs, −100 ignored, shifted inside; maybe `unit_id`, B texts), or a list of
+                `Datum`.
             loss_fn: name of the loss; `client.losses()` lists what each takes.
             reduction: "token_mean", "sequence_mean" or "sum"; one accumulation window has one.
                 None: the loss's own, for most the token mean.
@@ -231,6 +232,30 @@ class RunOperations:
         )
         specs.set_deadline(spec, deadline_s)
         return self._session.submit_numbered(self._sequence, "optim_step", spec)
+
+    def private_step(
+        self,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        grad_clip_norm: float | None = None,
+        *,
+        deadline_s: float | None = None,
+    ) -> OperationFuture[OptimStepResult]:
+        """Makes one whole private step on a batch that the server draws; `train_private` makes
+        many. For runs with sampling="server_poisson".
+
+        Args:
+            learning_rate, weight_decay, deadline_s: as for `optim_step`.
+            grad_clip_norm: L2 norm to which its noised gradient is clipped. None: the run's.
+        """
+        spec = specs.private_step(
+            self.run_id,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            grad_clip_norm=grad_clip_norm,
+        )
+        specs.set_deadline(spec, deadline_s)
+        return self._session.submit_numbered(self._sequence, "private_step", spec)
 
     def sample_async(
         self,

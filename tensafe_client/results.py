@@ -13,6 +13,7 @@ from google.protobuf import struct_pb2, timestamp_pb2
 
 from tensafe.v1 import metrics_pb2, operations_pb2, types_pb2
 from tensafe.wire.tensors import Array, decode
+from tensafe_client.dp_metrics import DPMetrics
 from tensafe_client.samples import SampleResult
 
 
@@ -60,13 +61,16 @@ class OptimStepResult:
         step: applied updates of the run.
         applied: whether this call closed the accumulation window and changed the weights.
         learning_rate: step size used, or that an update now would use.
-        grad_norm: L2 norm of the applied gradient before clipping; None if not applied.
+        grad_norm: L2 norm of the applied gradient before clipping, in a private run of the noised
+            one; None if not applied.
+        dp: of a private run's applied step what it cost; None else.
     """
 
     step: int
     applied: bool
     learning_rate: float
     grad_norm: float | None
+    dp: DPMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,7 @@ def _optim_step(message: operations_pb2.OptimStepResult) -> OptimStepResult:
         applied=message.applied,
         learning_rate=message.learning_rate,
         grad_norm=message.grad_norm if message.HasField("grad_norm") else None,
+        dp=DPMetrics.from_proto(message.dp) if message.HasField("dp") else None,
     )
 
 

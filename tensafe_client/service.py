@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +13,13 @@ from tensafe_client.admin import Admin
 from tensafe_client.api import Api
 from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig, Connection, resolve
+from tensafe_client.data.datum import Datum
+from tensafe_client.dataset_uploads import Datasets
 from tensafe_client.downloads import Downloads
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.losses import LossInfo
+from tensafe_client.privacy_report import DatasetInfo, PrivacyReport
 from tensafe_client.samples import SampleResult
 from tensafe_client.sampling import OtherSampling
 from tensafe_client.session import Session
@@ -49,6 +52,7 @@ class ServiceBase:
         self._session = Session(resolve(replace(ClientConfig.of(config), **chosen)))
         self._api = Api(self._session)
         self._downloads = Downloads(self._session)
+        self._datasets = Datasets(self._session)
         self._uploads = Uploads(self._session)
 
     @property
@@ -299,6 +303,44 @@ class ServiceClient(ServiceBase):
             ArtifactInUseError: while a run's recovery or an unfinished operation needs it.
         """
         self._io.run(self._api.delete_artifact(artifact_id))
+
+    def upload_dataset(
+        self, source: str | Path | Iterable[Datum], name: str | None = None
+    ) -> DatasetInfo:
+        """Uploads a dataset, from which the server draws the batches of private runs.
+
+        Equal content is one dataset with one privacy ledger, however often it is uploaded. An
+        upload that broke off goes on where it stopped when the same call is made again.
+
+        Args:
+            source: a path to JSONL whose lines have `tokens`, `target_tokens`, maybe `weights` and
+                `unit_id`; or `Datum`s, of which all have a `unit_id` or none has.
+            name: free text for people.
+
+        Raises:
+            InvalidDatasetError: naming the line and field that is malformed.
+        """
+        return self._io.run(self._datasets.upload(source, name))
+
+    def datasets(self) -> list[DatasetInfo]:
+        """Lists the uploaded datasets, newest first."""
+        return self._io.run(self._datasets.all())
+
+    def dataset(self, dataset_id: str) -> DatasetInfo:
+        """Reads a dataset's description."""
+        return self._io.run(self._datasets.get(dataset_id))
+
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Deletes a dataset's content; its privacy ledger stays.
+
+        Raises:
+            DatasetInUseError: while a run draws from it.
+        """
+        self._io.run(self._datasets.delete(dataset_id))
+
+    def privacy_report(self, run_id: str) -> PrivacyReport:
+        """Says what a private run and all others on its dataset have released."""
+        return self._io.run(self._datasets.report(run_id))
 
     def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""

@@ -118,6 +118,14 @@ def optim_step(run_id: str, **options: float | None) -> pb.OperationSpec:
     return pb.OperationSpec(run_id=run_id, optim_step=pb.OptimStep(**given))
 
 
+def private_step(run_id: str, **options: float | None) -> pb.OperationSpec:
+    """Packs a whole private step; an option that is None stays unset."""
+    given = {
+        name: check_number(name, value) for name, value in options.items() if value is not None
+    }
+    return pb.OperationSpec(run_id=run_id, private_step=pb.PrivateStep(**given))
+
+
 def save_state(
     run_id: str,
     metadata: Mapping[str, Any] | None,

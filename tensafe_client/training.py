@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
 from tensafe_client.api import Api
 from tensafe_client.infos import RunInfo
 from tensafe_client.operations import RunOperations
-from tensafe_client.results import LoadStateResult, SaveStateResult, StepMetrics
+from tensafe_client.private_training import PrivateSteps, check_on_step
+from tensafe_client.results import (
+    LoadStateResult,
+    OptimStepResult,
+    SaveStateResult,
+    StepMetrics,
+)
 from tensafe_client.samples import SampleResult
 from tensafe_client.sampling import RunSampling
 from tensafe_client.sequence import RunSequence
@@ -115,6 +121,32 @@ class TrainingClient(RunOperations):
             stream=stream,
         )
         return SampleStream(self._session, future) if stream else future.result()
+
+    def train_private(
+        self,
+        steps: int,
+        learning_rate: float | Callable[[int], float] | None = None,
+        on_step: Callable[[OptimStepResult], None] | None = None,
+    ) -> list[OptimStepResult]:
+        """Trains privately, on batches that the server draws from the run's dataset, and waits.
+
+        Args:
+            steps: private steps to make.
+            learning_rate: step size, or a schedule: a function of the update's number, from 1.
+                None: the run's.
+            on_step: called with each step's result as it comes.
+
+        Raises:
+            DPBudgetExceededError: the next step would pass `target_epsilon`. What was made before
+                stays made; `on_step` has seen it, and `metrics()` has it.
+        """
+        check_on_step(on_step)
+        results = []
+        for result in PrivateSteps(self, steps, learning_rate):
+            results.append(result)
+            if on_step is not None:
+                on_step(result)
+        return results
 
     def save_state(
         self,

@@ -57,7 +57,7 @@ class Uploads:
         if ttl_s is not None:
             request.ttl.CopyFrom(specs.time_to_live(ttl_s))
         for name in FILES:
-            request.files.append(await asyncio.to_thread(_described, place / name))
+            request.files.append(await asyncio.to_thread(described, place / name))
         digest = hashlib.sha256(request.SerializeToString(deterministic=True))
         request.request_id = f"upl-{digest.hexdigest()[:48]}"
         for attempt in range(1, _ATTEMPTS_DAMAGED + 1):
@@ -98,12 +98,12 @@ class Uploads:
                         upload_id=upload.upload_id, name=file.name, offset=arrived[file.name]
                     )
                     await stubs.artifacts.UploadFile(
-                        _requests(start, directory / file.name, file.size_bytes),
+                        file_requests(start, directory / file.name, file.size_bytes),
                         metadata=self._session.metadata,
                     )
             except grpc.aio.AioRpcError as error:
                 failure = from_rpc_error(error)
-                if not _goes_on(error, failure) or loop.time() > deadline:
+                if not goes_on(error, failure) or loop.time() > deadline:
                     raise failure from None
                 await asyncio.sleep(backoff.next_s(failure.retry_delay_s))
 
@@ -121,7 +121,7 @@ class Uploads:
         return ArtifactInfo.from_proto(response.artifact)
 
 
-def _goes_on(error: grpc.aio.AioRpcError, failure: TenSafeError) -> bool:
+def goes_on(error: grpc.aio.AioRpcError, failure: TenSafeError) -> bool:
     """Whether the upload may go on from what has arrived."""
     if error.code() is grpc.StatusCode.OUT_OF_RANGE:  # more has arrived than we were told
         return True
@@ -130,7 +130,7 @@ def _goes_on(error: grpc.aio.AioRpcError, failure: TenSafeError) -> bool:
     return retryable(error) or (broke and not failure.reason)
 
 
-async def _requests(
+async def file_requests(
     start: artifacts_pb2.UploadFileStart, path: Path, size_bytes: int
 ) -> AsyncIterator[artifacts_pb2.UploadFileRequest]:
     yield artifacts_pb2.UploadFileRequest(start=start)
@@ -145,12 +145,21 @@ async def _requests(
             offset += len(data)
 
 
-def _described(path: Path) -> artifacts_pb2.ArtifactFile:
+def described(path: Path, argument: str = "directory") -> artifacts_pb2.ArtifactFile:
+    """A file's name, size and sum. Blocks.
+
+    Raises:
+        InvalidArgumentError: if it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return artifacts_pb2.ArtifactFile(name=path.name, size_bytes=file.tell(), sha256=digest)
     except OSError as error:
+        if argument != "directory":
+            raise InvalidArgumentError.of(
+                argument, f"cannot be read ({error.strerror}: {path})"
+            ) from error
         raise InvalidArgumentError.of(
             "directory",
             f"has no {path.name} that can be read ({error.strerror}: {path})",

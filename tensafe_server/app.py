@@ -20,12 +20,16 @@ from tensafe.v1 import (
     admin_pb2_grpc,
     artifacts_pb2,
     artifacts_pb2_grpc,
+    datasets_pb2,
+    datasets_pb2_grpc,
     metrics_pb2,
     metrics_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     operations_pb2,
     operations_pb2_grpc,
+    privacy_pb2,
+    privacy_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
     worker_pb2,
@@ -34,10 +38,12 @@ from tensafe.v1 import (
 from tensafe.wire.channel import server_options
 from tensafe_server.api.admin import AdminServicer
 from tensafe_server.api.artifacts import ArtifactsServicer
+from tensafe_server.api.datasets import DatasetsServicer
 from tensafe_server.api.guard import Guard
 from tensafe_server.api.metrics import MetricsServicer
 from tensafe_server.api.models import ModelsServicer
 from tensafe_server.api.operations import OperationsServicer
+from tensafe_server.api.privacy import PrivacyServicer
 from tensafe_server.api.training import TrainingServicer
 from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.local import LocalBlobStore
@@ -65,6 +71,7 @@ from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.streaming import SampleStreams
+from tensafe_server.privacy.parts import PrivacyParts
 from tensafe_server.store.sqlite import SqliteStore
 from tensafe_server.tenants.identity import Identity
 from tensafe_server.tls import Certificate
@@ -77,9 +84,11 @@ _SERVICES = [
     for module, name in (
         (admin_pb2, "AdminService"),
         (artifacts_pb2, "ArtifactsService"),
+        (datasets_pb2, "DatasetsService"),
         (metrics_pb2, "MetricsService"),
         (models_pb2, "ModelsService"),
         (operations_pb2, "OperationsService"),
+        (privacy_pb2, "PrivacyService"),
         (training_pb2, "TrainingService"),
         (worker_pb2, "WorkerService"),
     )
@@ -148,18 +157,25 @@ class Coordinator:
         self._ledger = Ledger(settings.spec_memory_bytes)
         self._payloads = payloads
         self._hub = EventHub(store, payloads)
-        outcomes = Outcomes(store, self._ledger, self._hub, payloads)
         recovery = settings.recovery
         snapshots = SnapshotBook(store, blobs, self._ledger, recovery.snapshots_kept)
+        privacy = self._privacy = PrivacyParts(store, blobs, payloads, self._ledger, snapshots)
+        outcomes = Outcomes(store, self._ledger, self._hub, payloads, privacy.outcomes)
         self._pruner = Pruner(
             store, blobs, payloads, self._ledger, snapshots, recovery.result_retention_s
         )
         snapshots.on_kept = self._pruner.look_at
-        restorer = Restorer(store, payloads, snapshots)
+        restorer = Restorer(store, payloads, snapshots, privacy.steps)
         specs = SpecReader(store, payloads, self._ledger)
         self._blame = Blame(store, self._ledger)
         self.dispatcher = Dispatcher(
-            store, self._ledger, restorer, specs, settings.company, self._blame
+            store,
+            self._ledger,
+            restorer,
+            specs,
+            settings.company,
+            self._blame,
+            privacy.steps,
         )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
@@ -175,6 +191,7 @@ class Coordinator:
             self._hub,
             self._artifacts,
             settings.limits,
+            privacy.configs,
         )
         comparer = Comparer(store, payloads)
         verifications = Verifications(self.dispatcher, restorer, comparer, self._pruner.look_at)
@@ -190,8 +207,10 @@ class Coordinator:
             Liveness(settings.worker_silence_s),
             self._blame,
         )
-        runs = RunBook(store, self._ledger, self._models)
+        runs = RunBook(store, self._ledger, self._models, privacy.configs)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        privacy.steps.on_ready = self.dispatcher.kick
+        privacy.steps.on_refused = cancellation.refuse
         self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""
@@ -243,7 +262,15 @@ class Coordinator:
             ),
             (
                 worker_pb2_grpc.add_WorkerServiceServicer_to_server,
-                WorkerServicer(store, blobs, self._models, reception, snapshots),
+                WorkerServicer(store, blobs, self._models, reception, snapshots, privacy.draws),
+            ),
+            (
+                datasets_pb2_grpc.add_DatasetsServiceServicer_to_server,
+                DatasetsServicer(privacy.datasets),
+            ),
+            (
+                privacy_pb2_grpc.add_PrivacyServiceServicer_to_server,
+                PrivacyServicer(self._ledger, privacy.reports),
             ),
             (health_pb2_grpc.add_HealthServicer_to_server, self._health),
         ]
@@ -302,6 +329,7 @@ class Coordinator:
         await self._pruner.sweep()
         pending = await recover(self._store, self._payloads, self._models, self._ledger)
         await self._blame.load()
+        await self._privacy.load()
         self._artifacts.start()
         self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)
@@ -354,6 +382,7 @@ class Coordinator:
             link.close(draining())
         await self._server.stop(self._settings.grace_s if grace_s is None else grace_s)
         await self._pruner.stop()
+        self._privacy.close()
         await self._store.close()
         if self._lock is not None:
             self._lock.close()

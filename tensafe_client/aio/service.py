@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -11,9 +11,11 @@ from tensafe_client.aio.admin import AsyncAdmin
 from tensafe_client.aio.training import AsyncTrainingClient
 from tensafe_client.config import TrainingConfig
 from tensafe_client.connection import ClientConfig
+from tensafe_client.data.datum import Datum
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import ArtifactInfo, ModelInfo, OperationInfo, RunInfo, VerifyReport
 from tensafe_client.losses import LossInfo
+from tensafe_client.privacy_report import DatasetInfo, PrivacyReport
 from tensafe_client.samples import SampleResult
 from tensafe_client.sampling import OtherSampling
 from tensafe_client.service import ServiceBase
@@ -126,6 +128,32 @@ class AsyncServiceClient(ServiceBase):
     async def delete_artifact(self, artifact_id: str) -> None:
         """Deletes an artifact and its files."""
         await self._io.bridge(self._api.delete_artifact(artifact_id))
+
+    async def upload_dataset(
+        self, source: str | Path | Iterable[Datum], name: str | None = None
+    ) -> DatasetInfo:
+        """Uploads a dataset, from which the server draws the batches of private runs."""
+        return await self._io.bridge(self._datasets.upload(source, name))
+
+    async def datasets(self) -> list[DatasetInfo]:
+        """Lists the uploaded datasets, newest first."""
+        return await self._io.bridge(self._datasets.all())
+
+    async def dataset(self, dataset_id: str) -> DatasetInfo:
+        """Reads a dataset's description."""
+        return await self._io.bridge(self._datasets.get(dataset_id))
+
+    async def delete_dataset(self, dataset_id: str) -> None:
+        """Deletes a dataset's content; its privacy ledger stays.
+
+        Raises:
+            DatasetInUseError: while a run draws from it.
+        """
+        await self._io.bridge(self._datasets.delete(dataset_id))
+
+    async def privacy_report(self, run_id: str) -> PrivacyReport:
+        """Says what a private run and all others on its dataset have released."""
+        return await self._io.bridge(self._datasets.report(run_id))
 
     async def models(self) -> list[ModelInfo]:
         """Lists the models that the operator has registered."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -10,7 +10,13 @@ from tensafe_client.api import Api
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
 from tensafe_client.operations import RunOperations
-from tensafe_client.results import LoadStateResult, SaveStateResult, StepMetrics
+from tensafe_client.private_training import PrivateSteps, check_on_step
+from tensafe_client.results import (
+    LoadStateResult,
+    OptimStepResult,
+    SaveStateResult,
+    StepMetrics,
+)
 from tensafe_client.samples import SampleResult
 from tensafe_client.sampling import RunSampling
 from tensafe_client.sequence import RunSequence
@@ -80,6 +86,21 @@ class AsyncTrainingClient(RunOperations):
             stream=stream,
         )
         return AsyncSampleStream(self._session, future) if stream else future
+
+    async def train_private(
+        self,
+        steps: int,
+        learning_rate: float | Callable[[int], float] | None = None,
+        on_step: Callable[[OptimStepResult], None] | None = None,
+    ) -> list[OptimStepResult]:
+        """Trains privately, on batches that the server draws from the run's dataset."""
+        check_on_step(on_step)
+        results = []
+        async for result in PrivateSteps(self, steps, learning_rate):
+            results.append(result)
+            if on_step is not None:
+                on_step(result)
+        return results
 
     def save_state(
         self,

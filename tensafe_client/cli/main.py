@@ -33,6 +33,12 @@ COMMANDS = {
     "artifacts": LazyCommand(
         "tensafe_client.cli.artifacts:artifacts", "List, show and download saved checkpoints."
     ),
+    "datasets": LazyCommand(
+        "tensafe_client.cli.datasets:datasets", "Upload, list and delete datasets."
+    ),
+    "privacy": LazyCommand(
+        "tensafe_client.cli.privacy:privacy", "Report what private runs have released."
+    ),
     "models": LazyCommand("tensafe_client.cli.models:models", "List and show base models."),
     "operations": LazyCommand(
         "tensafe_client.cli.operations:operations", "List, show and cancel operations."

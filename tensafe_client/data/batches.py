@@ -17,13 +17,13 @@ import numpy as np
 from tensafe.v1 import training_pb2 as pb
 from tensafe.v1 import types_pb2
 from tensafe.wire.tensors import Array
-from tensafe_client.data.datum import IGNORE_INDEX, Datum, check_tokens, to_numpy
+from tensafe_client.data.datum import IGNORE_INDEX, Datum, check_tokens, to_numpy, unit_id_of
 from tensafe_client.errors import BatchError
 
 # Columns that tokenizers add and that change nothing in a causal language model's loss.
 _NEUTRAL = frozenset({"token_type_ids", "special_tokens_mask", "length"})
 _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
-_READ = ("input_ids", "attention_mask", "labels")
+_READ = ("input_ids", "attention_mask", "labels", "unit_id")
 
 
 class EncodedBatch(NamedTuple):
@@ -43,7 +43,8 @@ def encode_batch(batch: Any) -> EncodedBatch:
 
     Args:
         batch: a mapping with `input_ids` [B, T], `labels` [B, T] and, where rows are padded,
-            `attention_mask` [B, T], each as nested lists, NumPy or torch; or a sequence of `Datum`.
+            `attention_mask` [B, T], each as nested lists, NumPy or torch, and, for private runs,
+            maybe `unit_id`, B texts; or a sequence of `Datum`.
 
     Raises:
         BatchError: naming row and field, if the batch is empty, ragged or malformed, or nothing in
@@ -75,6 +76,12 @@ def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
     offsets = np.zeros(len(datums) + 1, np.int64)
     np.cumsum([len(datum) for datum in datums], out=offsets[1:])
     _check_alike(datums)
+    unit_ids = [datum.unit_id for datum in datums if datum.unit_id is not None]
+    if unit_ids and len(unit_ids) != len(datums):
+        row = next(row for row, datum in enumerate(datums) if datum.unit_id is None)
+        raise BatchError.of(
+            f"[{row}].unit_id", "is missing, which others have; say of every datum whose it is"
+        )
     # What is scored is left to the server here: negative weights, and weights that add up to 0,
     # have a meaning under the `sum` reduction.
     return _pack(
@@ -86,6 +93,7 @@ def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
             name: np.concatenate([datum.inputs[name] for datum in datums])
             for name in datums[0].inputs
         },
+        unit_ids=unit_ids,
     )
 
 
@@ -149,7 +157,16 @@ def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
             violations=[("labels", "all -100")],
             remedy="set labels to the input ids where the model shall learn",
         )
-    return _pack(offsets, inputs.ravel(), targets.ravel(), weights.ravel())
+    unit_ids = _unit_ids(batch.get("unit_id"), rows)
+    return _pack(offsets, inputs.ravel(), targets.ravel(), weights.ravel(), unit_ids=unit_ids)
+
+
+def _unit_ids(values: Any, rows: int) -> list[str]:
+    if values is None:
+        return []
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != rows:
+        raise BatchError.of("unit_id", f"must be {rows} texts, one for each row")
+    return [unit_id_of(f"unit_id[{row}]", value) for row, value in enumerate(values)]
 
 
 def _check_columns(batch: Mapping[str, Any]) -> None:
@@ -252,9 +269,11 @@ def _pack(
     targets: Array,
     weights: Array,
     more: Mapping[str, Array] | None = None,
+    *,
+    unit_ids: Sequence[str] = (),
 ) -> EncodedBatch:
     # Filled in place: messages that are built apart are copied when they are put together.
-    message = pb.Batch()
+    message = pb.Batch(unit_ids=unit_ids)
     _fill(message.offsets, types_pb2.DATA_TYPE_INT64, offsets, _INT64)
     _fill(message.input_tokens, types_pb2.DATA_TYPE_INT32, inputs, _INT32)
     add = message.loss_inputs.add

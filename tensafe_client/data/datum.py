@@ -26,6 +26,7 @@ class Datum:
         target_tokens: int [T]: what it must predict at each position; or [T, K], soft targets.
         weights: float, as many as targets: 0 where nothing is scored. None: all 1; soft targets
             need them.
+        unit_id: whose it is, for private runs whose privacy unit is "unit_id".
         inputs: what else the loss takes, by name: [T], or as many as soft targets, or one number
             for all positions. An int32 array stays one; everything else is sent as float32.
 
@@ -33,9 +34,18 @@ class Datum:
         BatchError: if the lengths differ, or a token is negative or no integer.
     """
 
-    __slots__ = ("inputs", "target_tokens", "tokens", "weights")
+    __slots__ = ("inputs", "target_tokens", "tokens", "unit_id", "weights")
 
-    def __init__(self, tokens: Any, target_tokens: Any, weights: Any = None, **inputs: Any) -> None:
+    def __init__(
+        self,
+        tokens: Any,
+        target_tokens: Any,
+        weights: Any = None,
+        *,
+        unit_id: str | None = None,
+        **inputs: Any,
+    ) -> None:
+        self.unit_id = None if unit_id is None else unit_id_of("unit_id", unit_id)
         self.tokens = token_array("tokens", tokens)
         size = len(self.tokens)
         if size == 0:
@@ -74,6 +84,19 @@ class Datum:
         scored = self.weights != 0
         count = int(np.count_nonzero(scored if scored.ndim == 1 else scored.any(1)))
         return f"<Datum {len(self)} tokens, {count} scored>"
+
+
+def unit_id_of(field: str, value: object) -> str:
+    """Checks whose a datum is said to be.
+
+    Raises:
+        BatchError: if it is no text of 1 to 256 bytes.
+    """
+    if not isinstance(value, str) or not 1 <= len(value.encode(errors="ignore")) <= 256:
+        raise BatchError.of(field, f"must be a text of 1 to 256 bytes, got {value!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise BatchError.of(field, "has half of a surrogate pair, which UTF-8 cannot hold")
+    return value
 
 
 def number_array(field: str, values: Any) -> Array:

@@ -17,6 +17,7 @@ from tensafe_server.fleet.reception import Reception
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.snapshots import SnapshotBook, new_snapshot_id
 from tensafe_server.operations.validation import check_rules, refused
+from tensafe_server.privacy.draws import Draws
 from tensafe_server.store.base import Store
 from tensafe_server.store.requests import uninterrupted
 
@@ -29,7 +30,9 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         models: ModelRegistry,
         reception: Reception,
         snapshots: SnapshotBook,
+        draws: Draws,
     ) -> None:
+        self._draws = draws
         self._store = store
         self._blobs = blobs
         self._models = models
@@ -158,3 +161,9 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             )
         async for chunk in artifact_chunks(self._blobs, artifact.id, artifact.files):
             yield pb.FetchArtifactResponse(chunk=chunk)
+
+    async def FetchPrivateBatch(
+        self, request: pb.FetchPrivateBatchRequest, context: Any
+    ) -> AsyncIterator[pb.FetchPrivateBatchResponse]:
+        async for response in self._draws.batches(request):
+            yield response

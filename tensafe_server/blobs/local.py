@@ -93,10 +93,10 @@ class LocalBlobWriter:
 
     def _open(self) -> IO[bytes]:
         while True:  # a deletion may take an empty directory away between the two
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make_private(self._path.parent)
             with suppress(FileNotFoundError):
                 # Unbuffered: what a full disk did not take must not be tried again by `close`.
-                return open(self._partial, "xb", buffering=0)
+                return open(self._partial, "xb", buffering=0, opener=_for_the_owner)
 
     def write(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -120,3 +120,14 @@ class LocalBlobWriter:
             self._file.close()
         with suppress(FileNotFoundError):
             self._partial.unlink()
+
+
+def _for_the_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _make_private(directory: Path) -> None:
+    """Makes a directory and those above it, each for the owner only."""
+    if not directory.is_dir():
+        _make_private(directory.parent)
+        directory.mkdir(exist_ok=True, mode=0o700)

@@ -38,13 +38,17 @@ class Cancellation:
     async def cancel_run(self, run: RunState) -> None:
         """Cancels whatever of a run has not started, and its samples."""
         for operation in run.in_flight:
-            if operation.row.state != RUNNING or operation.is_sample:
+            if operation.is_sample or not _has_begun(operation):
                 self._ask_worker(operation, cancellation)
         await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 
     def fail_waiting(self, operations: Sequence[PendingOperation], fault: TenSafeFault) -> None:
         """Fails operations that no worker has, since the state that they need is lost."""
         self._spawn(self._end_waiting(operations, lambda _: fault.detail))
+
+    def refuse(self, operation: PendingOperation, why: ErrorDetail) -> None:
+        """Fails an operation that no worker has."""
+        self._spawn(self._end_waiting([operation], lambda _: why))
 
     def watch_deadline(self, operation: PendingOperation) -> None:
         """Starts the clock of an operation that has a deadline."""
@@ -65,7 +69,7 @@ class Cancellation:
         self._spawn(self._end_waiting([operation], lambda _: fault.detail))
 
     def _expire(self, operation: PendingOperation) -> None:
-        if operation.row.state == RUNNING or operation.void or operation.finishing:
+        if _has_begun(operation) or operation.void or operation.finishing:
             return
         self._spawn(self._withdraw(operation, expiry))
 
@@ -78,7 +82,8 @@ class Cancellation:
         if operation.worker_id is None:
             await self._end_waiting([operation], why)
         elif operation.row.state != RUNNING:
-            self._ask_worker(operation, why, waiting_only=True)
+            if not _has_begun(operation):
+                self._ask_worker(operation, why, waiting_only=True)
             await operation.wait_started()
 
     async def _end_waiting(self, operations: Iterable[PendingOperation], why: _Why) -> None:
@@ -97,3 +102,10 @@ class Cancellation:
         if link is not None:
             cancel = pb.CancelPlanned(operation_id=operation.row.id, waiting_only=waiting_only)
             link.send(pb.ConnectResponse(cancel=cancel))
+
+
+def _has_begun(operation: PendingOperation) -> bool:
+    """Whether an operation runs to its end: a private step does from when a worker has its charge,
+    since what comes behind it was sent as for the window after it."""
+    charge = operation.charge
+    return operation.row.state == RUNNING or (charge is not None and charge.handed_over)

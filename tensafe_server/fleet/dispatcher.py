@@ -23,10 +23,11 @@ from tensafe_server.fleet.works import company, work_of
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
 from tensafe_server.operations.specs import SpecReader
-from tensafe_server.operations.voids import is_void_gradient, void_spec
+from tensafe_server.operations.voids import is_void, void_spec
 from tensafe_server.planning.fairness import FairShares
 from tensafe_server.planning.planner import plan
 from tensafe_server.planning.views import Assignment, QueueView, WorkerView
+from tensafe_server.privacy.steps import PrivateSteps
 from tensafe_server.store.base import Store
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,10 @@ class Dispatcher:
         specs: SpecReader,
         policy: CompanyPolicy,
         blame: Blame,
+        private: PrivateSteps,
     ) -> None:
         self._store = store
+        self._private = private
         self._policy = policy
         self._timer: asyncio.TimerHandle | None = None
         self._ledger = ledger
@@ -178,13 +181,19 @@ class Dispatcher:
         views = []
         for run in runs.values():
             # However many before it are void: nothing comes after them by itself.
-            waiting = list(islice((p for p in run.queue if not p.void), look_ahead))
+            waiting: Sequence[PendingOperation] = list(
+                islice((p for p in run.queue if not p.void), look_ahead)
+            )
             if not waiting:
                 self._ledger.rest(run)
                 continue
             waiting = list(takewhile(lambda p: not p.on_trial, waiting))
             if not waiting or waiting[0].fetching:
                 continue  # its spec is on its way, or the verdict is, and so is a kick
+            if run.private is not None:
+                waiting = self._private.sendable(run, waiting, self._is_placeable(run))
+                if not waiting:
+                    continue  # it is being prepared, and then comes a kick
             views.append(
                 QueueView(
                     run.id,
@@ -208,6 +217,9 @@ class Dispatcher:
             view = QueueView(row.id, row.tenant_id, operation.model, [work], is_lane=True)
             views.append(view)
         return views, runs, lane
+
+    def _is_placeable(self, run: RunState) -> bool:
+        return any(run.model in one.models and not one.draining for one in self._links.values())
 
     def _last_group(self, run: RunState) -> int:
         link = self._links.get(run.worker_id or "")
@@ -302,6 +314,9 @@ class Dispatcher:
         if run.queue[0].spec is None:
             self._fetch(run)
             return
+        if not self._private.may_send(run, run.queue[0]):
+            self.kick()  # it was placed for this, and is prepared now
+            return
         operation = run.queue.popleft()
         run.in_flight.append(operation)
         if place.group:
@@ -343,21 +358,20 @@ class Dispatcher:
         operation.worker_id, operation.sent_under = link.id, epoch
         run = self._ledger.runs.get(row.run_id or "")
         link.give(row.id, operation.work or work_of(operation, run))
-        message.operations.append(
-            pb.PlannedOperation(
-                operation_id=row.id,
-                epoch=epoch,
-                spec=spec,
-                artifact_id=row.artifact_id or "",
-                model_ref=operation.model if epoch == 0 else "",
-                group=group,
-            )
+        planned = message.operations.add(
+            operation_id=row.id,
+            epoch=epoch,
+            spec=spec,
+            artifact_id=row.artifact_id or "",
+            model_ref=operation.model if epoch == 0 else "",
+            group=group,
         )
+        self._private.dress(operation, planned)
 
 
 def _add_void(operation: PendingOperation, run: RunState, message: pb.Plan, group: int) -> None:
     """Adds the hole that an operation leaves in its window, if it leaves one."""
-    if is_void_gradient(operation.row):
+    if is_void(operation.row, private=run.private is not None):
         message.operations.append(
             pb.PlannedOperation(
                 operation_id=operation.row.id,

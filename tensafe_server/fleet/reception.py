@@ -266,6 +266,7 @@ class Reception:
         if done.cancelled:
             return withdrawn(operation, operation.withdrawn)
         ending = Ending(operation, executed=True, compute_ms=done.compute_ms)
+        ending.snapshot_id, ending.charge_unused = done.snapshot_id, done.charge_unused
         # Nothing gives the same bits again without the company that it had.
         operation.row.fingerprint = None if done.company else link.digest
         if done.HasField("result"):

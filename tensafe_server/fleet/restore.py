@@ -19,7 +19,8 @@ from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.operations.model import SUCCEEDED, PendingOperation, RunState
 from tensafe_server.operations.snapshots import SnapshotBook
-from tensafe_server.operations.voids import is_void_gradient, void_spec
+from tensafe_server.operations.voids import is_void, void_spec
+from tensafe_server.privacy.steps import PrivateSteps
 from tensafe_server.store.base import OperationRow, SnapshotRow, Store
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,10 @@ class Onward:
 class Restorer:
     """Finds recovery points, and what is to be replayed after them."""
 
-    def __init__(self, store: Store, payloads: Payloads, snapshots: SnapshotBook) -> None:
+    def __init__(
+        self, store: Store, payloads: Payloads, snapshots: SnapshotBook, private: PrivateSteps
+    ) -> None:
+        self._private = private
         self._store = store
         self._payloads = payloads
         self._snapshots = snapshots
@@ -169,12 +173,14 @@ class Restorer:
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
+        # What a private step has released is released once: nothing goes back before it.
+        first = max(run.pruned_seq, run.released_seq)
         for point in await self._points(run):
             if before is not None and point.seq >= before:
                 continue
-            if point.seq >= run.pruned_seq and await self._is_intact(run, point):
+            if point.seq >= first and await self._is_intact(run, point):
                 return point
-        raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
+        raise _lost(run, f"no intact snapshot or artifact is left from seq {first} on")
 
     async def oldest(self, run: RunState) -> RecoveryPoint:
         """The first intact recovery point from which the log reaches to the present.
@@ -202,11 +208,19 @@ class Restorer:
     async def _logged(
         self, run: RunState, after: int, epoch: int, end: int
     ) -> AsyncIterator[tuple[int, pb.PlannedOperation]]:
+        private = run.private is not None
+        units = await self._private.units(run) if private and after < end else {}
         while after < end:
             rows = await self._store.history(run.id, after, _PAGE)
             for row in rows:
-                if (row.seq or 0) <= end and changed_state(row):
-                    yield row.seq or 0, await self._planned(run, row, epoch)
+                if (row.seq or 0) > end or not changed_state(row, private=private):
+                    continue
+                if private and _is_gradient(row) and row.id not in units:
+                    continue  # its window was closed without an update
+                planned = await self._planned(run, row, epoch)
+                if row.id in units:
+                    planned.units.CopyFrom(units[row.id])
+                yield row.seq or 0, planned
             if len(rows) < _PAGE:
                 break
             after = rows[-1].seq or end
@@ -240,7 +254,7 @@ class Restorer:
         return False
 
     async def _planned(self, run: RunState, row: OperationRow, epoch: int) -> pb.PlannedOperation:
-        if is_void_gradient(row):
+        if is_void(row, private=run.private is not None):
             return pb.PlannedOperation(
                 operation_id=row.id, epoch=epoch, spec=void_spec(row), void=True
             )
@@ -259,12 +273,16 @@ class Restorer:
         )
 
 
-def changed_state(row: OperationRow) -> bool:
+def changed_state(row: OperationRow, *, private: bool = False) -> bool:
     """Whether a finished operation is part of how its run came to its state."""
     failed_step = row.kind == ops.OPERATION_KIND_OPTIM_STEP and row.executed
-    return is_void_gradient(row) or (
+    return is_void(row, private=private) or (
         row.kind in _CHANGES_STATE and (row.state == SUCCEEDED or failed_step)
     )
+
+
+def _is_gradient(row: OperationRow) -> bool:
+    return row.kind == ops.OPERATION_KIND_FORWARD_BACKWARD and row.state == SUCCEEDED
 
 
 def settled_seq(run: RunState) -> int:

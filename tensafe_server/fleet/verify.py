@@ -83,11 +83,20 @@ class Verifications:
         """Yields progress, then the report.
 
         Raises:
-            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST.
+            TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST; UNSUPPORTED_OPTION for a private
+                run.
         """
         if run.deleted:
             raise TenSafeFault(
                 "RUN_DELETED", f"run {run.id} was deleted, and its log with it", run_id=run.id
+            )
+        if run.private is not None:
+            raise TenSafeFault(
+                "UNSUPPORTED_OPTION",
+                f"run {run.id} is private: its noise was drawn once and is not kept, so that "
+                "nothing can give its steps again; `tensafe privacy report` has its ledger's hash",
+                field="run_id",
+                run_id=run.id,
             )
         link = self._free_worker(run)
         await self._restorer.settled(run)

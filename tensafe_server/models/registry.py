@@ -98,7 +98,8 @@ class ModelRegistry:
         return [(name, f"{prefix}/{name}") for name in names]
 
     def resolve_config(self, config: training.RunConfig) -> training.RunConfig:
-        """A run's configuration with every default filled in and the model by its name.
+        """A run's configuration with the model by its name and every default filled in, but those
+        of `dp`.
 
         Raises:
             TenSafeFault: MODEL_NOT_FOUND, UNKNOWN_TARGET_MODULE or UNSUPPORTED_OPTION.
@@ -108,13 +109,6 @@ class ModelRegistry:
         model = self.find(config.model_ref, field="config.model_ref")
         if not model.accepts_any_reference:
             resolved.model_ref = model.name
-        if config.dp.enabled:
-            raise TenSafeFault(
-                "UNSUPPORTED_OPTION",
-                "this server does not offer differential privacy; leave dp_config out, or set "
-                "enabled to false to train without it",
-                field="config.dp.enabled",
-            )
         _fill_lora(resolved.lora, model)
         _fill_optimizer(resolved.optimizer)
         if not config.HasField("batch_size"):

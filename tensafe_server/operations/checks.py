@@ -28,6 +28,7 @@ KINDS = {
     "sample": ops.OPERATION_KIND_SAMPLE,
     "save_state": ops.OPERATION_KIND_SAVE_STATE,
     "load_state": ops.OPERATION_KIND_LOAD_STATE,
+    "private_step": ops.OPERATION_KIND_PRIVATE_STEP,
 }
 _INT32, _INT64 = np.dtype("<i4"), np.dtype("<i8")
 _FIELDS = {

@@ -29,6 +29,8 @@ from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.limits import RETRY_S, Admission, Limits
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, RunState
 from tensafe_server.operations.validation import check_rules
+from tensafe_server.privacy.checks import check_private
+from tensafe_server.privacy.config import PrivateConfigs
 from tensafe_server.store.base import OperationRow, Store
 
 # Kinds that use an artifact beside or in place of a run's own weights.
@@ -73,7 +75,9 @@ class Intake:
         hub: EventHub,
         artifacts: ArtifactBook,
         limits: Limits,
+        private: PrivateConfigs,
     ) -> None:
+        self._private = private
         self._store = store
         self._ledger = ledger
         self._models = models
@@ -246,7 +250,11 @@ class Intake:
         else:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
-        return model.name, checks.check_content(spec, model, self._models.losses(model.name))
+        cost = checks.check_content(spec, model, self._models.losses(model.name))
+        check_private(spec, run.private if run is not None else None, spec.run_id)
+        if run is not None and spec.HasField("private_step"):
+            cost = checks.BACKWARD_FACTOR * self._private.expected_tokens(run)
+        return model.name, cost
 
     def _check_model(self, artifact: Artifact, run: RunState, kind: str) -> None:
         field = f"{kind}.artifact_id" if kind == "load_state" else f"{kind}.loss.reference"

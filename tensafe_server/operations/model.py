@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
+from tensafe.v1.types_pb2 import Tensor
 from tensafe.wire.status import ErrorDetail
 from tensafe_server.operations.transcripts import Transcript
 from tensafe_server.planning.views import Work
+from tensafe_server.privacy.budgets import Charge
+from tensafe_server.privacy.participation import OpenWindow
+from tensafe_server.privacy.runs import PrivateRun
 from tensafe_server.store.base import OperationRow, RunRow
 
 QUEUED = ops.OPERATION_STATE_QUEUED
@@ -86,6 +90,9 @@ class PendingOperation:
         work: what the planner is told of it; None if that is to be found out.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
         transcript: what a sample has drawn so far; None if nothing, and nobody asked.
+        charge: of a private step, what it may release something under.
+        units: of a private run's batch, the number of each datum's unit.
+        preparing: it is being found out whether, and with what, it may be sent.
     """
 
     row: OperationRow
@@ -105,6 +112,9 @@ class PendingOperation:
     work: Work | None = None
     ready_s: float = 0.0
     transcript: Transcript | None = None
+    charge: Charge | None = None
+    units: Tensor | None = None
+    preparing: bool = False
     _waiters: list[asyncio.Future[None]] = field(default_factory=list)
     _started: list[asyncio.Future[None]] = field(default_factory=list)
 
@@ -175,6 +185,10 @@ class RunState:
         window_queue_ms: time that the operations since the last applied update waited, ms.
         disputed: an operation that was sent under the newest assignment has ended here, as if it
             had never run: whoever holds the run under it may contradict the log.
+        private: what makes it a private run; None for any other.
+        released_seq: its newest private step that was told; nothing before it is replayed.
+        window: of a private run of client's batches, their units since the last step; None until it
+            is known.
         restoring: its state is being brought to a worker; nothing may be sent before it is there.
         active_s: when its last operation ended, on the monotonic clock; 0 if that was before the
             coordinator.
@@ -211,6 +225,9 @@ class RunState:
     losses: Losses = field(default_factory=Losses)
     attempted: bool = False
     on_trial: bool = False
+    private: PrivateRun | None = None
+    released_seq: int = 0
+    window: OpenWindow | None = None
 
     @property
     def id(self) -> str:
@@ -264,9 +281,10 @@ class RunState:
 
 def run_state(row: RunRow, *, epochs_unwritten: int = 0) -> RunState:
     """A run as the store has it, with nothing queued."""
+    config = training.RunConfig.FromString(row.config)
     return RunState(
         row=row,
-        config=training.RunConfig.FromString(row.config),
+        config=config,
         step=row.step,
         epoch=row.epoch,
         base_artifact_id=row.base_artifact_id,
@@ -275,6 +293,8 @@ def run_state(row: RunRow, *, epochs_unwritten: int = 0) -> RunState:
         pruned_seq=row.pruned_seq,
         replay_mismatches=row.replay_mismatches,
         epochs_unwritten=epochs_unwritten,
+        private=PrivateRun.of(row.id, config) if config.dp.enabled else None,
+        released_seq=row.released_seq,
     )
 
 

@@ -29,7 +29,9 @@ from tensafe_server.operations.model import (
     PendingOperation,
     RunState,
 )
+from tensafe_server.privacy.outcomes import PrivateOutcomes
 from tensafe_server.store.base import Finish, RunUpdate, Store
+from tensafe_server.store.charges import ChargeEnd
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,8 @@ class Ending:
         executed: whether a worker ran it.
         step_metrics: of the update that it applied, without queue time.
         artifact_files: what was stored, for SAVE_STATE.
+        snapshot_id: of an applied private step, the state after it.
+        charge_unused: nothing was released under the operation's charge.
     """
 
     operation: PendingOperation
@@ -55,6 +59,8 @@ class Ending:
     compute_ms: float = 0.0
     step_metrics: Sequence[Metric] = ()
     artifact_files: Sequence[ArtifactFile] = ()
+    snapshot_id: str = ""
+    charge_unused: bool = False
 
 
 class Outcomes:
@@ -66,7 +72,15 @@ class Outcomes:
         on_saved: called when an artifact was saved.
     """
 
-    def __init__(self, store: Store, ledger: Ledger, hub: EventHub, payloads: Payloads) -> None:
+    def __init__(
+        self,
+        store: Store,
+        ledger: Ledger,
+        hub: EventHub,
+        payloads: Payloads,
+        private: PrivateOutcomes,
+    ) -> None:
+        self._private = private
         self._store = store
         self._ledger = ledger
         self._hub = hub
@@ -91,8 +105,11 @@ class Outcomes:
         finish, events = self._book(endings, saved)
 
         def tell() -> None:
+            if finish.charges:
+                failpoints.hit("after-private-commit")
             for ending in endings:
                 self._ledger.retire(ending.operation)
+                self._private.ended(ending)
             self._hub.publish(events)
             told.set_result(None)
             if finish.artifacts:
@@ -111,6 +128,7 @@ class Outcomes:
         return told
 
     async def _save(self, ending: Ending) -> tuple[bytes | None, str | None]:
+        await self._private.complete(ending)
         if ending.result is None:
             return None, None
         if ending.result.HasField("save_state"):
@@ -137,6 +155,7 @@ class Outcomes:
         metrics: list[tuple[str, StepMetrics]] = []
         artifacts: list[tuple[str, Artifact]] = []
         runs: dict[str, RunState] = {}
+        charges: list[ChargeEnd] = []
         for ending, (result, result_ref) in zip(endings, saved, strict=True):
             row = ending.operation.row
             row.result, row.result_ref = result, result_ref
@@ -152,6 +171,8 @@ class Outcomes:
             run = self._ledger.runs.get(row.run_id or "")
             if run is None:
                 continue
+            if ending.operation.charge is not None:
+                charges.append(self._private.end_charge(ending, ending.operation.charge))
             if _advance(run, ending):
                 runs[run.id] = run
             if ending.result is not None and ending.result.HasField("save_state"):
@@ -164,11 +185,20 @@ class Outcomes:
                     Event(item.cursor, row.tenant_id, run.id, "", ops.WatchEvent(metrics=item))
                 )
         updates = [
-            RunUpdate(run.id, run.step, run.base_artifact_id, run.base_seq) for run in runs.values()
+            RunUpdate(run.id, run.step, run.base_artifact_id, run.base_seq, run.released_seq)
+            for run in runs.values()
         ]
         rows = [ending.operation.row for ending in endings]
-        attempted = [ending.operation.row.id for ending in endings if ending.operation.attempted]
-        return Finish(rows, metrics, artifacts, updates, attempted), events
+        finish = Finish(
+            rows,
+            metrics,
+            artifacts,
+            updates,
+            attempted=[ending.operation.row.id for ending in endings if ending.operation.attempted],
+            charges=charges,
+            snapshots=[ending.snapshot_id for ending in endings if ending.snapshot_id],
+        )
+        return finish, events
 
     def _step_metrics(self, run: RunState, ending: Ending, now: int) -> StepMetrics:
         queue = Metric(name="queue_ms", value=run.window_queue_ms, reduction=REDUCTION_SUM)
@@ -239,11 +269,15 @@ def _advance(run: RunState, ending: Ending) -> bool:
     kind = ending.result.WhichOneof("result")
     if kind == "optim_step":
         run.step = ending.result.optim_step.step
+        if run.private is not None and ending.result.optim_step.applied:
+            run.released_seq = ending.operation.row.seq or 0
         return ending.result.optim_step.applied
     if kind == "load_state":
         run.step = ending.result.load_state.step
         return True
-    if kind == "save_state" and ending.result.save_state.artifact.has_optimizer:
+    # What a private run saves has no open window, so that a recovery cannot begin there.
+    complete = ending.result.save_state.artifact.has_optimizer and run.private is None
+    if kind == "save_state" and complete:
         run.base_artifact_id = ending.result.save_state.artifact.id
         run.base_seq = ending.operation.row.seq or 0
         return True

@@ -11,6 +11,7 @@ from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RunState, run_state
+from tensafe_server.privacy.config import PrivateConfigs
 from tensafe_server.store.base import Page, RunRow, Store
 from tensafe_server.store.requests import first_request, new_request, uninterrupted
 
@@ -18,7 +19,10 @@ from tensafe_server.store.requests import first_request, new_request, uninterrup
 class RunBook:
     """Creates and deletes runs."""
 
-    def __init__(self, store: Store, ledger: Ledger, models: ModelRegistry) -> None:
+    def __init__(
+        self, store: Store, ledger: Ledger, models: ModelRegistry, private: PrivateConfigs
+    ) -> None:
+        self._private = private
         self._store = store
         self._ledger = ledger
         self._models = models
@@ -28,16 +32,25 @@ class RunBook:
         """Makes a run, or gives the one that this request id made before.
 
         Raises:
-            TenSafeFault: REQUEST_ID_CONFLICT, or what `ModelRegistry.resolve_config` raises.
+            TenSafeFault: REQUEST_ID_CONFLICT, or what `ModelRegistry.resolve_config` and
+                `PrivateConfigs.resolve` raise.
         """
-        return await uninterrupted(self._create(tenant_id, request))
+        known = await first_request(self._store, tenant_id, request)
+        if known is not None:
+            return self._ledger.run(tenant_id, known.subject)
+        config = self._models.resolve_config(request.config)
+        model = self._models.find(config.model_ref)
+        # Which may take its time, and needs nobody else to wait.
+        await self._private.resolve(tenant_id, request.config, config, model)
+        return await uninterrupted(self._create(tenant_id, request, config))
 
-    async def _create(self, tenant_id: str, request: training.CreateRunRequest) -> RunState:
+    async def _create(
+        self, tenant_id: str, request: training.CreateRunRequest, config: training.RunConfig
+    ) -> RunState:
         async with self._creating:
             known = await first_request(self._store, tenant_id, request)
             if known is not None:
                 return self._ledger.run(tenant_id, known.subject)
-            config = self._models.resolve_config(request.config)
             row = RunRow(
                 id=new_id("run"),
                 tenant_id=tenant_id,

@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
+from tensafe import failpoints
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe_server.blobs.base import BlobNotFoundError, BlobStore
@@ -78,8 +79,17 @@ class SnapshotBook:
         self._blobs = blobs
         self._ledger = ledger
         self._kept = kept
+        self._staged: dict[str, SnapshotRow] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.damaged = 0
         self.on_kept: Callable[[RunState], None] = lambda run: None
+
+    async def load(self, open_charges: Container[str]) -> None:
+        """Takes up what waits for its charge's commit, if the charge is open still."""
+        for row in await self._store.staged_snapshots():
+            self._staged[row.id] = row
+            if row.charge_id not in open_charges:
+                await self.remove([row])
 
     def refusal(self, header: pb.SnapshotHeader) -> str | None:
         """Why a worker's snapshot is not wanted now; None if it is."""
@@ -90,6 +100,10 @@ class SnapshotBook:
             return f"run {run.id} is no longer with {header.worker_id} under {header.epoch}"
         if run.restoring or header.seq <= run.snapshot_seq:
             return f"run {run.id} has one of seq {run.snapshot_seq}"
+        if run.private is not None:
+            step = run.by_seq.get(header.seq)
+            if step is None or step.charge is None or step.charge.id != header.charge_id:
+                return f"a snapshot of private run {run.id} is of the state after a charged step"
         return None
 
     async def keep(
@@ -113,15 +127,13 @@ class SnapshotBook:
         self, snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[ArtifactFile]
     ) -> str | None:
         run = self._ledger.runs[header.run_id]
-        try:
-            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
-                while waiting := _contained(run, header.seq):
-                    await waiting[0].wait_finished()
-                    if refusal := self.refusal(header):
-                        return refusal
-        except TimeoutError:
-            return f"operations up to seq {header.seq} are not settled"
-        manifest = _manifest(snapshot_id, header, files)
+        position = None
+        if header.charge_id:
+            charge = run.by_seq[header.seq].charge
+            position = charge.reserved.position if charge is not None else None
+        elif refusal := await self._settled(run, header):
+            return refusal
+        manifest = _manifest(snapshot_id, header, files, position)
         await asyncio.to_thread(self._blobs.put, snapshot_key(snapshot_id, MANIFEST), manifest)
         if refusal := self.refusal(header):
             return refusal
@@ -134,7 +146,13 @@ class SnapshotBook:
             size_bytes=len(manifest) + sum(file.size_bytes for file in files),
             sha256=hashlib.sha256(manifest).hexdigest(),
             created_ns=time.time_ns(),
+            charge_id=header.charge_id or None,
         )
+        if header.charge_id:
+            await self._store.add_snapshot(row)
+            self._staged[row.id] = row
+            failpoints.hit("after-private-snapshot")
+            return None
         before, run.snapshot_seq = run.snapshot_seq, row.seq
         try:
             await self._store.add_snapshot(row)
@@ -144,6 +162,36 @@ class SnapshotBook:
         log.info("snapshot %s of %s at seq %d, %d bytes", row.id, run.id, row.seq, row.size_bytes)
         self.on_kept(run)
         return None
+
+    async def _settled(self, run: RunState, header: pb.SnapshotHeader) -> str | None:
+        try:
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                while waiting := _contained(run, header.seq):
+                    await waiting[0].wait_finished()
+                    if refusal := self.refusal(header):
+                        return refusal
+        except TimeoutError:
+            return f"operations up to seq {header.seq} are not settled"
+        return None
+
+    def staged(self, snapshot_id: str) -> SnapshotRow | None:
+        """One that is on disk, and becomes a recovery point with its charge's commit."""
+        return self._staged.get(snapshot_id)
+
+    def confirm(self, run: RunState, snapshot_id: str) -> None:
+        """The charge is committed under which it was made."""
+        row = self._staged.pop(snapshot_id)
+        run.snapshot_seq = row.seq
+        log.info("snapshot %s of %s at seq %d, %d bytes", row.id, run.id, row.seq, row.size_bytes)
+        self.on_kept(run)
+
+    def drop_staged(self, charge_id: str) -> None:
+        """Nothing will come of what was made under a charge."""
+        rows = [row for row in self._staged.values() if row.charge_id == charge_id]
+        if rows:
+            task = asyncio.get_running_loop().create_task(self.remove(rows))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def files(self, row: SnapshotRow) -> list[ArtifactFile] | None:
         """A snapshot's files by its manifest; None if the manifest is damaged or missing."""
@@ -188,6 +236,8 @@ class SnapshotBook:
 
     async def remove(self, rows: Sequence[SnapshotRow]) -> None:
         """Rows first: what a crash leaves are files that nobody names, swept at the next start."""
+        for row in rows:
+            self._staged.pop(row.id, None)
         await self._store.remove_snapshots([row.id for row in rows])
         for row in rows:
             await self.remove_files(row.id)
@@ -222,7 +272,12 @@ def new_snapshot_id() -> str:
     return new_id("snap")
 
 
-def _manifest(snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[ArtifactFile]) -> bytes:
+def _manifest(
+    snapshot_id: str,
+    header: pb.SnapshotHeader,
+    files: Sequence[ArtifactFile],
+    ledger_position: int | None,
+) -> bytes:
     content = {
         "format": _FORMAT,
         "id": snapshot_id,
@@ -230,6 +285,7 @@ def _manifest(snapshot_id: str, header: pb.SnapshotHeader, files: Sequence[Artif
         "epoch": header.epoch,
         "seq": header.seq,
         "step": header.step,
+        "ledger_position": ledger_position,
         "files": [
             {"name": file.name, "size_bytes": file.size_bytes, "sha256": file.sha256}
             for file in files

@@ -1,7 +1,8 @@
 """Operations that ended before they ran, but must be known where they would have run.
 
 A forward_backward that was refused or cancelled leaves a hole in its accumulation window; the
-worker has to hear of it at its place in the order, or it would step on half a gradient.
+worker has to hear of it at its place in the order, or it would step on half a gradient. So does a
+private step that was lost with its worker: the sum that it was to noise is gone.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from tensafe.v1 import training_pb2 as training
 from tensafe_server.store.base import OperationRow
 
 
-def is_void_gradient(row: OperationRow) -> bool:
-    """Whether a finished operation was a forward_backward without effect, or never came at all."""
-    return (
-        row.kind in (ops.OPERATION_KIND_FORWARD_BACKWARD, ops.OPERATION_KIND_UNSPECIFIED)
-        and row.state != ops.OPERATION_STATE_SUCCEEDED
-    )
+def is_void(row: OperationRow, *, private: bool) -> bool:
+    """Whether a finished operation is only a mark in the order of its run.
+
+    It was a forward_backward without effect, or never came at all; or, in a private run, an
+    optim_step that has closed its window without an update, which must not be tried again.
+    """
+    if row.state == ops.OPERATION_STATE_SUCCEEDED:
+        return False
+    if row.kind == ops.OPERATION_KIND_OPTIM_STEP:
+        return private and row.executed
+    return row.kind in (ops.OPERATION_KIND_FORWARD_BACKWARD, ops.OPERATION_KIND_UNSPECIFIED)
 
 
 def void_spec(row: OperationRow) -> bytes:
     """What stands in for the spec of a void operation: its place, and no content."""
-    return training.OperationSpec(
-        run_id=row.run_id or "",
-        seq=row.seq or 0,
-        forward_backward=training.ForwardBackward(),
-    ).SerializeToString()
+    spec = training.OperationSpec(run_id=row.run_id or "", seq=row.seq or 0)
+    if row.kind == ops.OPERATION_KIND_OPTIM_STEP:
+        spec.optim_step.SetInParent()
+    else:
+        spec.forward_backward.SetInParent()
+    return spec.SerializeToString()

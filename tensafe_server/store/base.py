@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.datasets_pb2 import Dataset
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
+from tensafe_server.store.charges import ChargeEnd, LedgerRow, Reservation
 
 
 class SchemaTooNewError(RuntimeError):
@@ -67,11 +69,15 @@ class RunRow:
     created_ns: int
     pruned_seq: int = 0
     replay_mismatches: int = 0
+    released_seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
-    """A run's recovery point; `sha256` is that of its manifest."""
+    """A run's recovery point; `sha256` is that of its manifest.
+
+    With a `charge_id` it is none yet: it becomes one with the charge's commit.
+    """
 
     id: str
     run_id: str
@@ -81,6 +87,7 @@ class SnapshotRow:
     size_bytes: int
     sha256: str
     created_ns: int
+    charge_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,17 @@ class UploadRow:
 
 
 @dataclass(frozen=True, slots=True)
+class DatasetUploadRow:
+    """A dataset on its way in; `body` is the BeginDatasetUploadRequest."""
+
+    id: str
+    tenant_id: str
+    body: bytes
+    created_ns: int
+    dataset_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunUpdate:
     """New values of a run's row after some of its operations finished."""
 
@@ -177,6 +195,7 @@ class RunUpdate:
     step: int
     base_artifact_id: str | None
     base_seq: int
+    released_seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +212,8 @@ class Finish:
     artifacts: Sequence[tuple[str, Artifact]] = ()
     runs: Sequence[RunUpdate] = ()
     attempted: Sequence[str] = ()
+    charges: Sequence[ChargeEnd] = ()
+    snapshots: Sequence[str] = ()  # ids of those that become recovery points now
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +308,7 @@ class Store(Protocol):
     async def snapshot(self, snapshot_id: str) -> SnapshotRow | None: ...
     async def snapshots(self, run_id: str) -> list[SnapshotRow]: ...
     async def newest_snapshots(self) -> dict[str, int]: ...
+    async def staged_snapshots(self) -> list[SnapshotRow]: ...
     async def remove_snapshots(self, ids: Sequence[str]) -> None: ...
     async def count_mismatch(self, run_id: str) -> None: ...
     async def prune_specs(self, run_id: str, up_to_seq: int, limit: int) -> Pruned: ...
@@ -296,6 +318,16 @@ class Store(Protocol):
     async def replace_results(self, rows: Sequence[tuple[str, bytes | None]]) -> None: ...
     async def blob_references(self) -> set[str]: ...
     async def use(self) -> StoreUse: ...
+
+    # The privacy ledger: append-only, a hash chain for each dataset of a tenant.
+    async def reserve_charge(self, reservation: Reservation) -> LedgerRow | None: ...
+    async def end_charges(self, ends: Sequence[ChargeEnd]) -> None: ...
+    async def ledger(
+        self, tenant_id: str, dataset_id: str, after: int = 0, limit: int = -1
+    ) -> list[LedgerRow]: ...
+    async def open_charges(self) -> list[LedgerRow]: ...
+    async def unit_uses(self, run_id: str, units: Sequence[bytes]) -> dict[bytes, int]: ...
+    async def secret(self, name: str, fresh: bytes) -> bytes: ...
 
     # Events.
     async def last_cursor(self) -> int: ...
@@ -325,6 +357,16 @@ class Store(Protocol):
     async def open_uploads(self, tenant_id: str | None) -> list[UploadRow]: ...
     async def finish_upload(self, upload_id: str, tenant_id: str, artifact: Artifact) -> None: ...
     async def drop_upload(self, upload_id: str) -> None: ...
+
+    # Datasets.
+    async def datasets(self) -> list[tuple[str, Dataset]]: ...  # (tenant id, dataset)
+    async def put_dataset(
+        self, tenant_id: str, dataset: Dataset, upload_id: str | None = None
+    ) -> None: ...
+    async def add_dataset_upload(self, row: DatasetUploadRow, request: RequestRow) -> None: ...
+    async def dataset_upload(self, tenant_id: str, upload_id: str) -> DatasetUploadRow | None: ...
+    async def open_dataset_uploads(self) -> list[DatasetUploadRow]: ...
+    async def drop_dataset_upload(self, upload_id: str) -> None: ...
 
     # Models.
     async def models(self) -> list[Model]: ...

@@ -11,7 +11,7 @@ from tensafe_server.store.tables import SqliteTables, columns, row_values
 
 _INSERT_SNAPSHOT = (
     f"INSERT INTO snapshots ({columns(SnapshotRow)}) "  # noqa: S608 - names of our own fields
-    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _WITH_SPEC = """
     SELECT id, seq, spec_ref FROM operations WHERE run_id = ?
@@ -37,17 +37,29 @@ class SqliteRetention(SqliteTables):
         return self._write(_INSERT_SNAPSHOT, [row_values(row)])
 
     async def snapshot(self, snapshot_id: str) -> SnapshotRow | None:
-        return await self._one(SnapshotRow, "snapshots WHERE id = ?", (snapshot_id,))
+        return await self._one(
+            SnapshotRow, "snapshots WHERE id = ? AND charge_id IS NULL", (snapshot_id,)
+        )
 
     async def snapshots(self, run_id: str) -> list[SnapshotRow]:
         """A run's snapshots, newest first."""
         return await self._rows(
-            SnapshotRow, "snapshots WHERE run_id = ? ORDER BY seq DESC, created_ns DESC", (run_id,)
+            SnapshotRow,
+            "snapshots WHERE run_id = ? AND charge_id IS NULL ORDER BY seq DESC, created_ns DESC",
+            (run_id,),
         )
+
+    async def staged_snapshots(self) -> list[SnapshotRow]:
+        """Those that wait for their charge's commit."""
+        return await self._rows(SnapshotRow, "snapshots WHERE charge_id IS NOT NULL")
 
     async def newest_snapshots(self) -> dict[str, int]:
         """Run id → seq of its newest snapshot."""
-        return dict(await self._select("SELECT run_id, MAX(seq) FROM snapshots GROUP BY run_id"))
+        return dict(
+            await self._select(
+                "SELECT run_id, MAX(seq) FROM snapshots WHERE charge_id IS NULL GROUP BY run_id"
+            )
+        )
 
     async def remove_snapshots(self, ids: Sequence[str]) -> None:
         await self._write("DELETE FROM snapshots WHERE id = ?", [(one,) for one in ids])

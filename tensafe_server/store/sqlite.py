@@ -27,7 +27,9 @@ from tensafe_server.store.base import (
     TenantRow,
 )
 from tensafe_server.store.connection import connect, connect_and_recover
+from tensafe_server.store.datasets import SqliteDatasets
 from tensafe_server.store.migrations import migrate
+from tensafe_server.store.privacy import SqlitePrivacy, write_ends
 from tensafe_server.store.retention import SqliteRetention
 from tensafe_server.store.tables import columns, row_values, where_clause
 from tensafe_server.store.writer import GroupCommitWriter
@@ -49,6 +51,9 @@ _FINISH_OPERATION = """
     UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
       error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ?, fingerprint = ?
     WHERE id = ?"""
+_UPDATE_RUN = """
+    UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ?,
+      released_seq = MAX(released_seq, ?) WHERE id = ?"""
 _MISSING_SEQS = """
     WITH RECURSIVE expected (seq) AS (
       SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
@@ -56,7 +61,7 @@ _MISSING_SEQS = """
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
 
 
-class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts):
+class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets):
     """A `Store` in one SQLite file.
 
     `synchronous=FULL`: what was answered survives a power cut, not only a crash of the process.
@@ -196,7 +201,10 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts):
             for tenant, item in finish.metrics
         ]
         artifacts = list(finish.artifacts)
-        runs = [(row.step, row.base_artifact_id, row.base_seq, row.run_id) for row in finish.runs]
+        runs = [
+            (row.step, row.base_artifact_id, row.base_seq, row.released_seq, row.run_id)
+            for row in finish.runs
+        ]
         attempted = list(finish.attempted)
 
         def write(connection: sqlite3.Connection) -> None:
@@ -206,12 +214,14 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts):
             if artifacts:
                 insert_artifacts(connection, artifacts)
             if runs:
-                connection.executemany(
-                    "UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ? WHERE id = ?",
-                    runs,
-                )
+                connection.executemany(_UPDATE_RUN, runs)
             if attempted:
                 end_attempts(connection, attempted)
+            write_ends(connection, finish.charges)
+            connection.executemany(
+                "UPDATE snapshots SET charge_id = NULL WHERE id = ?",
+                [(snapshot_id,) for snapshot_id in finish.snapshots],
+            )
 
         return self._writer.submit(write, then, insist=True)
 

@@ -24,7 +24,7 @@ from tensafe_server.operations.validation import refused
 from tensafe_server.store.base import Store, UploadRow
 from tensafe_server.store.requests import first_request, new_request, uninterrupted
 from tensafe_server.uploads import peft_folder
-from tensafe_server.uploads.parts import PART_BYTES, Parts
+from tensafe_server.uploads.parts import Parts, check_sum, receive
 
 log = logging.getLogger(__name__)
 
@@ -123,33 +123,7 @@ class UploadDesk:
         size = {file.name: file.size_bytes for file in _declared(row)}.get(start.name)
         if size is None:
             raise refused([("start.name", f"must be one of {', '.join(_NAMES)}")])
-        parts = Parts(self._blobs, row.id, start.name)
-        position = await asyncio.to_thread(parts.received_bytes)
-        if start.offset != position:
-            raise TenSafeFault(
-                "CURSOR_OUT_OF_RANGE",
-                f"{position} bytes of {start.name} have arrived; go on from there",
-                field="start.offset",
-                received_bytes=position,
-            )
-        waiting = bytearray()
-        try:
-            async for request in chunks:
-                chunk = request.chunk
-                arrived = position + len(waiting)
-                if chunk.name != start.name or chunk.offset != arrived:
-                    raise refused([("chunk.offset", f"must be {arrived}, of {start.name}")])
-                if arrived + len(chunk.data) > size:
-                    raise refused([("chunk.data", f"goes beyond the {size} declared bytes")])
-                waiting += chunk.data
-                if len(waiting) >= PART_BYTES:
-                    await asyncio.to_thread(parts.write, position, bytes(waiting))
-                    position += len(waiting)
-                    waiting.clear()
-        finally:  # also when the stream breaks: what has arrived need not come again
-            if waiting:
-                await uninterrupted(asyncio.to_thread(parts.write, position, bytes(waiting)))
-        return position + len(waiting)
+        return await receive(Parts(self._blobs, row.id, start.name), start, size, chunks)
 
     async def finish(self, tenant_id: str, upload_id: str) -> pb.Artifact:
         """Makes the artifact, or gives the one that was made.
@@ -167,7 +141,7 @@ class UploadDesk:
                 return artifact
             row = await self._open(tenant_id, upload_id)
             for file in _declared(row):
-                await asyncio.to_thread(self._check_sum, row, file)
+                await asyncio.to_thread(check_sum, Parts(self._blobs, row.id, file.name), file)
             request = pb.BeginUploadRequest.FromString(row.body)
             model = self._models.find(request.model_ref)
             try:
@@ -215,18 +189,6 @@ class UploadDesk:
         for name in _NAMES:
             await asyncio.to_thread(Parts(self._blobs, row.id, name).clear)
         await self._store.drop_upload(row.id)
-
-    def _check_sum(self, row: UploadRow, file: pb.ArtifactFile) -> None:
-        parts = Parts(self._blobs, row.id, file.name)
-        if parts.received_bytes() < file.size_bytes:
-            raise refused([("upload_id", f"{file.name} has not arrived whole; send the rest")])
-        if parts.digest() != file.sha256:
-            parts.clear()
-            raise TenSafeFault(
-                "CHECKSUM_MISMATCH",
-                f"{file.name} did not arrive as it was declared and was dropped; send it again",
-                file=file.name,
-            )
 
     def _check_content(self, row: UploadRow, model: Model) -> pb.AdapterShape:
         config = b"".join(Parts(self._blobs, row.id, peft_folder.CONFIG_FILE).read())

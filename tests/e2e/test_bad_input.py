@@ -88,9 +88,19 @@ BAD_CONFIGS = {
         {"optimizer": {"name": "sgd", "betas": (0.9, 0.99)}},
         Expected("INVALID_ARGUMENT", "UNSUPPORTED_OPTION", r"beta", r"sgd"),
     ),
-    "differential privacy": (
+    "differential privacy without a dataset or noise": (
         {"dp_config": {"enabled": True}},
-        Expected("INVALID_ARGUMENT", "UNSUPPORTED_OPTION", r"dp", r"."),
+        Expected("INVALID_ARGUMENT", "INVALID_ARGUMENT", r"dataset_id", r"noise_multiplier"),
+    ),
+    "a dataset that is not there": (
+        {
+            "dp_config": {
+                "sampling": "server_poisson",
+                "dataset_id": "ds-none",
+                "noise_multiplier": 1.0,
+            }
+        },
+        Expected("NOT_FOUND", "DATASET_NOT_FOUND", r"ds-none", r"datasets upload"),
     ),
 }
 

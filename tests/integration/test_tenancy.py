@@ -17,21 +17,26 @@ from tensafe.v1 import (
     admin_pb2,
     artifacts_pb2,
     artifacts_pb2_grpc,
+    datasets_pb2,
+    datasets_pb2_grpc,
     metrics_pb2,
     models_pb2,
     operations_pb2,
+    privacy_pb2,
     training_pb2,
     worker_pb2,
 )
 from tensafe.wire.status import from_status
-from tensafe_client import RunDeletedError, ServiceClient
+from tensafe_client import Datum, RunDeletedError, ServiceClient
 
 MODULES = [
     admin_pb2,
     artifacts_pb2,
+    datasets_pb2,
     metrics_pb2,
     models_pb2,
     operations_pb2,
+    privacy_pb2,
     training_pb2,
     worker_pb2,
 ]
@@ -61,6 +66,11 @@ NAMED = {
     "ArtifactsService/DeleteArtifact": "ARTIFACT_NOT_FOUND",
     "ArtifactsService/UploadFile": "UPLOAD_NOT_FOUND",
     "ArtifactsService/FinishUpload": "UPLOAD_NOT_FOUND",
+    "DatasetsService/GetDataset": "DATASET_NOT_FOUND",
+    "DatasetsService/DeleteDataset": "DATASET_NOT_FOUND",
+    "DatasetsService/UploadDatasetFile": "UPLOAD_NOT_FOUND",
+    "DatasetsService/FinishDatasetUpload": "UPLOAD_NOT_FOUND",
+    "PrivacyService/GetPrivacyReport": "RUN_NOT_FOUND",
 }
 # Methods of operators that name something: what a wrong name must get, whoever's it might be.
 OPERATORS_NAMED = {
@@ -85,6 +95,8 @@ UNNAMED = {
     "ModelsService/GetModel",
     "ModelsService/GetTokenizer",
     "ModelsService/ListLosses",
+    "DatasetsService/BeginDatasetUpload",
+    "DatasetsService/ListDatasets",
 }
 
 
@@ -138,9 +150,23 @@ def request_for(name: str, ids: Mapping[str, str]) -> Any:
         request.operation.optim_step.SetInParent()
     if short(name) == "ArtifactsService/UploadFile":
         request.start.upload_id, request.start.name = ids["upload_id"], "adapter_config.json"
+    if short(name) == "DatasetsService/UploadDatasetFile":
+        start = request.part.start
+        start.upload_id, start.name = ids["dataset_upload_id"], "rows.jsonl"
+    if short(name) == "DatasetsService/FinishDatasetUpload":
+        request.upload_id = ids["dataset_upload_id"]
+        return request
     if short(name) == "AdminService/CreateKey":
         request.kind = admin_pb2.KEY_KIND_TENANT
-    for field in ("run_id", "operation_id", "artifact_id", "upload_id", "tenant", "key_id"):
+    for field in (
+        "run_id",
+        "operation_id",
+        "artifact_id",
+        "upload_id",
+        "dataset_id",
+        "tenant",
+        "key_id",
+    ):
         if field in method.input_type.fields_by_name:
             setattr(request, field, ids[field])
     if "request_id" in method.input_type.fields_by_name:
@@ -160,6 +186,8 @@ def owned(service: LocalService) -> Iterator[dict[str, str]]:
             "operation_id": str(future.operation_id),
             "artifact_id": saved.artifact_id,
             "upload_id": begin_upload(service),
+            "dataset_id": client.upload_dataset([Datum([1], [2])]).id,
+            "dataset_upload_id": begin_dataset_upload(service),
         }
 
 
@@ -176,6 +204,16 @@ def begin_upload(service: LocalService) -> str:
         stub = artifacts_pb2_grpc.ArtifactsServiceStub(channel)
         metadata = [("authorization", f"Bearer {service.api_key}")]
         return stub.BeginUpload(request, metadata=metadata, timeout=30).upload_id
+
+
+def begin_dataset_upload(service: LocalService) -> str:
+    """A dataset's upload of the first tenant, of which nothing has arrived yet."""
+    file = artifacts_pb2.ArtifactFile(name="rows.jsonl", size_bytes=2, sha256="0" * 64)
+    request = datasets_pb2.BeginDatasetUploadRequest(request_id=uuid.uuid4().hex, file=file)
+    with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+        stub = datasets_pb2_grpc.DatasetsServiceStub(channel)
+        metadata = [("authorization", f"Bearer {service.api_key}")]
+        return stub.BeginDatasetUpload(request, metadata=metadata, timeout=30).upload_id
 
 
 @pytest.fixture(scope="module")

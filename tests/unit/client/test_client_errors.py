@@ -18,6 +18,7 @@ FAMILIES: dict[str, type[errors.TenSafeError]] = {
     "OUT_OF_RANGE": errors.OutOfRangeError,
     "RESOURCE_EXHAUSTED": errors.ResourceExhaustedError,
     "DATA_LOSS": errors.ChecksumMismatchError,
+    "ABORTED": errors.DPStepLostError,
     "CANCELLED": errors.OperationCancelledError,
     "DEADLINE_EXCEEDED": errors.DeadlineExceededError,
     "UNAVAILABLE": errors.ConnectionFailedError,

@@ -19,6 +19,7 @@ from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import run_state
 from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.snapshots import SnapshotBook, new_snapshot_id
+from tensafe_server.privacy.parts import PrivacyParts
 from tensafe_server.store.base import OperationRow, RunRow, TenantRow
 from tensafe_server.store.sqlite import SqliteStore
 from workers.transfers import file_chunks
@@ -62,7 +63,8 @@ class Small:
         self.ledger = Ledger()
         self.book = SnapshotBook(store, self.blobs, self.ledger, kept)
         self.pruner = Pruner(store, self.blobs, self.payloads, self.ledger, self.book, 3600.0)
-        self.restorer = Restorer(store, self.payloads, self.book)
+        self.privacy = PrivacyParts(store, self.blobs, self.payloads, self.ledger, self.book)
+        self.restorer = Restorer(store, self.payloads, self.book, self.privacy.steps)
         row = RunRow("run-1", "ten-1", "m", b"", training.RUN_STATUS_ACTIVE, 0, 1, None, 0, 1)
         self.row = row
         self.run_state = run_state(row)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
 
-from tensafe.v1 import artifacts_pb2, training_pb2
+from tensafe.v1 import artifacts_pb2, privacy_pb2, training_pb2
 from tensafe.wire.status import from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
@@ -265,7 +265,7 @@ def test_samples_of_every_kind_of_weights(driver):
 
 
 def test_a_run_that_cannot_be_opened_fails_its_own_operations_only(driver):
-    dp = training_pb2.DpConfig(enabled=True)
+    dp = privacy_pb2.DpConfig(enabled=True)
     sgd = training_pb2.OptimizerConfig(name="sgd", eps=1e-8)
     outcomes = driver.run(
         operation(1, "run-dp", **forward_backward()),

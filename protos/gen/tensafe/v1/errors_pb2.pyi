@@ -146,6 +146,20 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_UPLOAD_NOT_FOUND: _ErrorReason.ValueType  # 64
     """NOT_FOUND: no such upload, or it was finished or given up."""
+    ERROR_REASON_DP_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 80
+    """FAILED_PRECONDITION: the step would pass the dataset's target ε; nothing was
+    done.
+    """
+    ERROR_REASON_DP_STEP_LOST: _ErrorReason.ValueType  # 81
+    """ABORTED: the worker was lost during a private step. Its charge counts as
+    spent, no update was made, and the window's gradient is gone.
+    """
+    ERROR_REASON_DATASET_NOT_FOUND: _ErrorReason.ValueType  # 82
+    """NOT_FOUND: no such dataset, or it is another tenant's."""
+    ERROR_REASON_INVALID_DATASET: _ErrorReason.ValueType  # 83
+    """INVALID_ARGUMENT: a dataset's file is malformed; the message names the line."""
+    ERROR_REASON_DATASET_IN_USE: _ErrorReason.ValueType  # 84
+    """FAILED_PRECONDITION: a run that is not deleted draws from the dataset."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call or an operation failed: `google.rpc.ErrorInfo.reason` is the name
@@ -277,4 +291,18 @@ artifact.
 """
 ERROR_REASON_UPLOAD_NOT_FOUND: ErrorReason.ValueType  # 64
 """NOT_FOUND: no such upload, or it was finished or given up."""
+ERROR_REASON_DP_BUDGET_EXCEEDED: ErrorReason.ValueType  # 80
+"""FAILED_PRECONDITION: the step would pass the dataset's target ε; nothing was
+done.
+"""
+ERROR_REASON_DP_STEP_LOST: ErrorReason.ValueType  # 81
+"""ABORTED: the worker was lost during a private step. Its charge counts as
+spent, no update was made, and the window's gradient is gone.
+"""
+ERROR_REASON_DATASET_NOT_FOUND: ErrorReason.ValueType  # 82
+"""NOT_FOUND: no such dataset, or it is another tenant's."""
+ERROR_REASON_INVALID_DATASET: ErrorReason.ValueType  # 83
+"""INVALID_ARGUMENT: a dataset's file is malformed; the message names the line."""
+ERROR_REASON_DATASET_IN_USE: ErrorReason.ValueType  # 84
+"""FAILED_PRECONDITION: a run that is not deleted draws from the dataset."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -28,10 +28,11 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from tensafe.v1 import artifacts_pb2 as tensafe_dot_v1_dot_artifacts__pb2
 from tensafe.v1 import metrics_pb2 as tensafe_dot_v1_dot_metrics__pb2
+from tensafe.v1 import privacy_pb2 as tensafe_dot_v1_dot_privacy__pb2
 from tensafe.v1 import types_pb2 as tensafe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btensafe/v1/operations.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1atensafe/v1/artifacts.proto\x1a\x18tensafe/v1/metrics.proto\x1a\x16tensafe/v1/types.proto\"^\n\rForwardResult\x12#\n\x07metrics\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.tensafe.v1.NamedTensor\"f\n\x15\x46orwardBackwardResult\x12#\n\x07metrics\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.tensafe.v1.NamedTensor\"m\n\x0fOptimStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x16\n\tgrad_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_grad_norm\"\x97\x03\n\nCompletion\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12$\n\x08logprobs\x18\x05 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.tensafe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x14\n\x0csample_index\x18\x08 \x01(\r\x12(\n\x0craw_logprobs\x18\t \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12&\n\ntop_tokens\x18\n \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12(\n\x0ctop_logprobs\x18\x0b \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12+\n\x0fprompt_logprobs\x18\x0c \x01(\x0b\x32\x12.tensafe.v1.Tensor\"O\n\x0cSampleResult\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.Completion\x12\x12\n\nmodel_step\x18\x02 \x01(\x04\"9\n\x0fSaveStateResult\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"P\n\x0fLoadStateResult\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1a\n\x12optimizer_restored\x18\x03 \x01(\x08\"\xcd\x02\n\x0fOperationResult\x12,\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x19.tensafe.v1.ForwardResultH\x00\x12=\n\x10\x66orward_backward\x18\x02 \x01(\x0b\x32!.tensafe.v1.ForwardBackwardResultH\x00\x12\x31\n\noptim_step\x18\x03 \x01(\x0b\x32\x1b.tensafe.v1.OptimStepResultH\x00\x12*\n\x06sample\x18\x04 \x01(\x0b\x32\x18.tensafe.v1.SampleResultH\x00\x12\x31\n\nsave_state\x18\x05 \x01(\x0b\x32\x1b.tensafe.v1.SaveStateResultH\x00\x12\x31\n\nload_state\x18\x06 \x01(\x0b\x32\x1b.tensafe.v1.LoadStateResultH\x00\x42\x08\n\x06result\"\xf6\x02\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.tensafe.v1.OperationKind\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x1a.tensafe.v1.OperationState\x12+\n\x06result\x18\x06 \x01(\x0b\x32\x1b.tensafe.v1.OperationResult\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08queue_ms\x18\n \x01(\x01\x12\x12\n\ncompute_ms\x18\x0b \x01(\x01\x12\x15\n\rresult_pruned\x18\x0c \x01(\x08\"6\n\x13GetOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"@\n\x14GetOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"r\n\x14WaitOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x39\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xd8\x04\x32\x00\"A\n\x15WaitOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"\xa6\x01\n\x15ListOperationsRequest\x12\x17\n\x06run_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x39\n\x06states\x18\x02 \x03(\x0e\x32\x1a.tensafe.v1.OperationStateB\r\xbaH\n\x92\x01\x07\"\x05\x82\x01\x02\x10\x01\x12\x1b\n\tpage_size\x18\x03 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\\\n\x16ListOperationsResponse\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.tensafe.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x16\x43\x61ncelOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"C\n\x17\x43\x61ncelOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"}\n\x0cWatchRequest\x12\x13\n\x06\x63ursor\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x17\n\x06run_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x17\n\x0finclude_metrics\x18\x04 \x01(\x08\x42\t\n\x07_cursor\"m\n\nWatchEvent\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.OperationH\x00\x12*\n\x07metrics\x18\x02 \x01(\x0b\x32\x17.tensafe.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"G\n\rWatchResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.WatchEvent\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\"6\n\x13StreamSampleRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\xcc\x01\n\nTokenChunk\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12$\n\x08logprobs\x18\x05 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12(\n\x0craw_logprobs\x18\x06 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12\x0c\n\x04text\x18\x07 \x01(\t\"h\n\x14StreamSampleResponse\x12&\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.TokenChunk\x12(\n\toperation\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.Operation*\xe8\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_KIND_FORWARD\x10\x01\x12#\n\x1fOPERATION_KIND_FORWARD_BACKWARD\x10\x02\x12\x1d\n\x19OPERATION_KIND_OPTIM_STEP\x10\x03\x12\x19\n\x15OPERATION_KIND_SAMPLE\x10\x04\x12\x1d\n\x19OPERATION_KIND_SAVE_STATE\x10\x05\x12\x1d\n\x19OPERATION_KIND_LOAD_STATE\x10\x06*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x86\x04\n\x11OperationsService\x12Q\n\x0cGetOperation\x12\x1f.tensafe.v1.GetOperationRequest\x1a .tensafe.v1.GetOperationResponse\x12T\n\rWaitOperation\x12 .tensafe.v1.WaitOperationRequest\x1a!.tensafe.v1.WaitOperationResponse\x12W\n\x0eListOperations\x12!.tensafe.v1.ListOperationsRequest\x1a\".tensafe.v1.ListOperationsResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".tensafe.v1.CancelOperationRequest\x1a#.tensafe.v1.CancelOperationResponse\x12>\n\x05Watch\x12\x18.tensafe.v1.WatchRequest\x1a\x19.tensafe.v1.WatchResponse0\x01\x12S\n\x0cStreamSample\x12\x1f.tensafe.v1.StreamSampleRequest\x1a .tensafe.v1.StreamSampleResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btensafe/v1/operations.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1atensafe/v1/artifacts.proto\x1a\x18tensafe/v1/metrics.proto\x1a\x18tensafe/v1/privacy.proto\x1a\x16tensafe/v1/types.proto\"^\n\rForwardResult\x12#\n\x07metrics\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.tensafe.v1.NamedTensor\"f\n\x15\x46orwardBackwardResult\x12#\n\x07metrics\x18\x01 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12(\n\x07outputs\x18\x02 \x03(\x0b\x32\x17.tensafe.v1.NamedTensor\"\x90\x01\n\x0fOptimStepResult\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12\x15\n\rlearning_rate\x18\x03 \x01(\x01\x12\x16\n\tgrad_norm\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12!\n\x02\x64p\x18\n \x01(\x0b\x32\x15.tensafe.v1.DpMetricsB\x0c\n\n_grad_norm\"\x97\x03\n\nCompletion\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x12\n\ncompletion\x18\x03 \x01(\t\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12$\n\x08logprobs\x18\x05 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.tensafe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x07 \x01(\r\x12\x14\n\x0csample_index\x18\x08 \x01(\r\x12(\n\x0craw_logprobs\x18\t \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12&\n\ntop_tokens\x18\n \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12(\n\x0ctop_logprobs\x18\x0b \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12+\n\x0fprompt_logprobs\x18\x0c \x01(\x0b\x32\x12.tensafe.v1.Tensor\"O\n\x0cSampleResult\x12+\n\x0b\x63ompletions\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.Completion\x12\x12\n\nmodel_step\x18\x02 \x01(\x04\"9\n\x0fSaveStateResult\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"P\n\x0fLoadStateResult\x12\x13\n\x0b\x61rtifact_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x1a\n\x12optimizer_restored\x18\x03 \x01(\x08\"\xcd\x02\n\x0fOperationResult\x12,\n\x07\x66orward\x18\x01 \x01(\x0b\x32\x19.tensafe.v1.ForwardResultH\x00\x12=\n\x10\x66orward_backward\x18\x02 \x01(\x0b\x32!.tensafe.v1.ForwardBackwardResultH\x00\x12\x31\n\noptim_step\x18\x03 \x01(\x0b\x32\x1b.tensafe.v1.OptimStepResultH\x00\x12*\n\x06sample\x18\x04 \x01(\x0b\x32\x18.tensafe.v1.SampleResultH\x00\x12\x31\n\nsave_state\x18\x05 \x01(\x0b\x32\x1b.tensafe.v1.SaveStateResultH\x00\x12\x31\n\nload_state\x18\x06 \x01(\x0b\x32\x1b.tensafe.v1.LoadStateResultH\x00\x42\x08\n\x06result\"\xf6\x02\n\tOperation\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.tensafe.v1.OperationKind\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x1a.tensafe.v1.OperationState\x12+\n\x06result\x18\x06 \x01(\x0b\x32\x1b.tensafe.v1.OperationResult\x12!\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08queue_ms\x18\n \x01(\x01\x12\x12\n\ncompute_ms\x18\x0b \x01(\x01\x12\x15\n\rresult_pruned\x18\x0c \x01(\x08\"6\n\x13GetOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"@\n\x14GetOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"r\n\x14WaitOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x39\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\r\xbaH\n\xaa\x01\x07\"\x03\x08\xd8\x04\x32\x00\"A\n\x15WaitOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"\xa6\x01\n\x15ListOperationsRequest\x12\x17\n\x06run_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x39\n\x06states\x18\x02 \x03(\x0e\x32\x1a.tensafe.v1.OperationStateB\r\xbaH\n\x92\x01\x07\"\x05\x82\x01\x02\x10\x01\x12\x1b\n\tpage_size\x18\x03 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x1c\n\npage_token\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\\\n\x16ListOperationsResponse\x12)\n\noperations\x18\x01 \x03(\x0b\x32\x15.tensafe.v1.Operation\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x16\x43\x61ncelOperationRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"C\n\x17\x43\x61ncelOperationResponse\x12(\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.Operation\"}\n\x0cWatchRequest\x12\x13\n\x06\x63ursor\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\x1b\n\nsession_id\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x17\n\x06run_id\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x17\n\x0finclude_metrics\x18\x04 \x01(\x08\x42\t\n\x07_cursor\"m\n\nWatchEvent\x12*\n\toperation\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.OperationH\x00\x12*\n\x07metrics\x18\x02 \x01(\x0b\x32\x17.tensafe.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"G\n\rWatchResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.WatchEvent\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\"6\n\x13StreamSampleRequest\x12\x1f\n\x0coperation_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\xcc\x01\n\nTokenChunk\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\"\n\x06tokens\x18\x04 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12$\n\x08logprobs\x18\x05 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12(\n\x0craw_logprobs\x18\x06 \x01(\x0b\x32\x12.tensafe.v1.Tensor\x12\x0c\n\x04text\x18\x07 \x01(\t\"h\n\x14StreamSampleResponse\x12&\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x16.tensafe.v1.TokenChunk\x12(\n\toperation\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.Operation*\x89\x02\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_KIND_FORWARD\x10\x01\x12#\n\x1fOPERATION_KIND_FORWARD_BACKWARD\x10\x02\x12\x1d\n\x19OPERATION_KIND_OPTIM_STEP\x10\x03\x12\x19\n\x15OPERATION_KIND_SAMPLE\x10\x04\x12\x1d\n\x19OPERATION_KIND_SAVE_STATE\x10\x05\x12\x1d\n\x19OPERATION_KIND_LOAD_STATE\x10\x06\x12\x1f\n\x1bOPERATION_KIND_PRIVATE_STEP\x10\n*\xc4\x01\n\x0eOperationState\x12\x1f\n\x1bOPERATION_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16OPERATION_STATE_QUEUED\x10\x01\x12\x1b\n\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n\x19OPERATION_STATE_CANCELLED\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x86\x04\n\x11OperationsService\x12Q\n\x0cGetOperation\x12\x1f.tensafe.v1.GetOperationRequest\x1a .tensafe.v1.GetOperationResponse\x12T\n\rWaitOperation\x12 .tensafe.v1.WaitOperationRequest\x1a!.tensafe.v1.WaitOperationResponse\x12W\n\x0eListOperations\x12!.tensafe.v1.ListOperationsRequest\x1a\".tensafe.v1.ListOperationsResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".tensafe.v1.CancelOperationRequest\x1a#.tensafe.v1.CancelOperationResponse\x12>\n\x05Watch\x12\x18.tensafe.v1.WatchRequest\x1a\x19.tensafe.v1.WatchResponse0\x01\x12S\n\x0cStreamSample\x12\x1f.tensafe.v1.StreamSampleRequest\x1a .tensafe.v1.StreamSampleResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,58 +61,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\004r\002\030@'
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['operation_id']._loaded_options = None
   _globals['_STREAMSAMPLEREQUEST'].fields_by_name['operation_id']._serialized_options = b'\272H\006r\004\020\001\030@'
-  _globals['_OPERATIONKIND']._serialized_start=3273
-  _globals['_OPERATIONKIND']._serialized_end=3505
-  _globals['_OPERATIONSTATE']._serialized_start=3508
-  _globals['_OPERATIONSTATE']._serialized_end=3704
-  _globals['_FINISHREASON']._serialized_start=3706
-  _globals['_FINISHREASON']._serialized_end=3801
-  _globals['_FORWARDRESULT']._serialized_start=240
-  _globals['_FORWARDRESULT']._serialized_end=334
-  _globals['_FORWARDBACKWARDRESULT']._serialized_start=336
-  _globals['_FORWARDBACKWARDRESULT']._serialized_end=438
-  _globals['_OPTIMSTEPRESULT']._serialized_start=440
-  _globals['_OPTIMSTEPRESULT']._serialized_end=549
-  _globals['_COMPLETION']._serialized_start=552
-  _globals['_COMPLETION']._serialized_end=959
-  _globals['_SAMPLERESULT']._serialized_start=961
-  _globals['_SAMPLERESULT']._serialized_end=1040
-  _globals['_SAVESTATERESULT']._serialized_start=1042
-  _globals['_SAVESTATERESULT']._serialized_end=1099
-  _globals['_LOADSTATERESULT']._serialized_start=1101
-  _globals['_LOADSTATERESULT']._serialized_end=1181
-  _globals['_OPERATIONRESULT']._serialized_start=1184
-  _globals['_OPERATIONRESULT']._serialized_end=1517
-  _globals['_OPERATION']._serialized_start=1520
-  _globals['_OPERATION']._serialized_end=1894
-  _globals['_GETOPERATIONREQUEST']._serialized_start=1896
-  _globals['_GETOPERATIONREQUEST']._serialized_end=1950
-  _globals['_GETOPERATIONRESPONSE']._serialized_start=1952
-  _globals['_GETOPERATIONRESPONSE']._serialized_end=2016
-  _globals['_WAITOPERATIONREQUEST']._serialized_start=2018
-  _globals['_WAITOPERATIONREQUEST']._serialized_end=2132
-  _globals['_WAITOPERATIONRESPONSE']._serialized_start=2134
-  _globals['_WAITOPERATIONRESPONSE']._serialized_end=2199
-  _globals['_LISTOPERATIONSREQUEST']._serialized_start=2202
-  _globals['_LISTOPERATIONSREQUEST']._serialized_end=2368
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=2370
-  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=2462
-  _globals['_CANCELOPERATIONREQUEST']._serialized_start=2464
-  _globals['_CANCELOPERATIONREQUEST']._serialized_end=2521
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=2523
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=2590
-  _globals['_WATCHREQUEST']._serialized_start=2592
-  _globals['_WATCHREQUEST']._serialized_end=2717
-  _globals['_WATCHEVENT']._serialized_start=2719
-  _globals['_WATCHEVENT']._serialized_end=2828
-  _globals['_WATCHRESPONSE']._serialized_start=2830
-  _globals['_WATCHRESPONSE']._serialized_end=2901
-  _globals['_STREAMSAMPLEREQUEST']._serialized_start=2903
-  _globals['_STREAMSAMPLEREQUEST']._serialized_end=2957
-  _globals['_TOKENCHUNK']._serialized_start=2960
-  _globals['_TOKENCHUNK']._serialized_end=3164
-  _globals['_STREAMSAMPLERESPONSE']._serialized_start=3166
-  _globals['_STREAMSAMPLERESPONSE']._serialized_end=3270
-  _globals['_OPERATIONSSERVICE']._serialized_start=3804
-  _globals['_OPERATIONSSERVICE']._serialized_end=4322
+  _globals['_OPERATIONKIND']._serialized_start=3335
+  _globals['_OPERATIONKIND']._serialized_end=3600
+  _globals['_OPERATIONSTATE']._serialized_start=3603
+  _globals['_OPERATIONSTATE']._serialized_end=3799
+  _globals['_FINISHREASON']._serialized_start=3801
+  _globals['_FINISHREASON']._serialized_end=3896
+  _globals['_FORWARDRESULT']._serialized_start=266
+  _globals['_FORWARDRESULT']._serialized_end=360
+  _globals['_FORWARDBACKWARDRESULT']._serialized_start=362
+  _globals['_FORWARDBACKWARDRESULT']._serialized_end=464
+  _globals['_OPTIMSTEPRESULT']._serialized_start=467
+  _globals['_OPTIMSTEPRESULT']._serialized_end=611
+  _globals['_COMPLETION']._serialized_start=614
+  _globals['_COMPLETION']._serialized_end=1021
+  _globals['_SAMPLERESULT']._serialized_start=1023
+  _globals['_SAMPLERESULT']._serialized_end=1102
+  _globals['_SAVESTATERESULT']._serialized_start=1104
+  _globals['_SAVESTATERESULT']._serialized_end=1161
+  _globals['_LOADSTATERESULT']._serialized_start=1163
+  _globals['_LOADSTATERESULT']._serialized_end=1243
+  _globals['_OPERATIONRESULT']._serialized_start=1246
+  _globals['_OPERATIONRESULT']._serialized_end=1579
+  _globals['_OPERATION']._serialized_start=1582
+  _globals['_OPERATION']._serialized_end=1956
+  _globals['_GETOPERATIONREQUEST']._serialized_start=1958
+  _globals['_GETOPERATIONREQUEST']._serialized_end=2012
+  _globals['_GETOPERATIONRESPONSE']._serialized_start=2014
+  _globals['_GETOPERATIONRESPONSE']._serialized_end=2078
+  _globals['_WAITOPERATIONREQUEST']._serialized_start=2080
+  _globals['_WAITOPERATIONREQUEST']._serialized_end=2194
+  _globals['_WAITOPERATIONRESPONSE']._serialized_start=2196
+  _globals['_WAITOPERATIONRESPONSE']._serialized_end=2261
+  _globals['_LISTOPERATIONSREQUEST']._serialized_start=2264
+  _globals['_LISTOPERATIONSREQUEST']._serialized_end=2430
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_start=2432
+  _globals['_LISTOPERATIONSRESPONSE']._serialized_end=2524
+  _globals['_CANCELOPERATIONREQUEST']._serialized_start=2526
+  _globals['_CANCELOPERATIONREQUEST']._serialized_end=2583
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=2585
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=2652
+  _globals['_WATCHREQUEST']._serialized_start=2654
+  _globals['_WATCHREQUEST']._serialized_end=2779
+  _globals['_WATCHEVENT']._serialized_start=2781
+  _globals['_WATCHEVENT']._serialized_end=2890
+  _globals['_WATCHRESPONSE']._serialized_start=2892
+  _globals['_WATCHRESPONSE']._serialized_end=2963
+  _globals['_STREAMSAMPLEREQUEST']._serialized_start=2965
+  _globals['_STREAMSAMPLEREQUEST']._serialized_end=3019
+  _globals['_TOKENCHUNK']._serialized_start=3022
+  _globals['_TOKENCHUNK']._serialized_end=3226
+  _globals['_STREAMSAMPLERESPONSE']._serialized_start=3228
+  _globals['_STREAMSAMPLERESPONSE']._serialized_end=3332
+  _globals['_OPERATIONSSERVICE']._serialized_start=3899
+  _globals['_OPERATIONSSERVICE']._serialized_end=4417
 # @@protoc_insertion_point(module_scope)

@@ -13,6 +13,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from tensafe.v1 import artifacts_pb2 as _artifacts_pb2
 from tensafe.v1 import metrics_pb2 as _metrics_pb2
+from tensafe.v1 import privacy_pb2 as _privacy_pb2
 from tensafe.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -45,6 +46,8 @@ class _OperationKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Operati
     """SaveState."""
     OPERATION_KIND_LOAD_STATE: _OperationKind.ValueType  # 6
     """LoadState."""
+    OPERATION_KIND_PRIVATE_STEP: _OperationKind.ValueType  # 10
+    """PrivateStep."""
 
 class OperationKind(_OperationKind, metaclass=_OperationKindEnumTypeWrapper):
     """What an operation does."""
@@ -63,6 +66,8 @@ OPERATION_KIND_SAVE_STATE: OperationKind.ValueType  # 5
 """SaveState."""
 OPERATION_KIND_LOAD_STATE: OperationKind.ValueType  # 6
 """LoadState."""
+OPERATION_KIND_PRIVATE_STEP: OperationKind.ValueType  # 10
+"""PrivateStep."""
 Global___OperationKind: _TypeAlias = OperationKind  # noqa: Y015
 
 class _OperationState:
@@ -168,7 +173,10 @@ Global___ForwardResult: _TypeAlias = ForwardResult  # noqa: Y015
 
 @_typing.final
 class ForwardBackwardResult(_message.Message):
-    """Result of ForwardBackward."""
+    """Result of ForwardBackward. In a private run that releases private metrics only,
+    no metric but `tokens` and no output: the others are functions of private data
+    without noise.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -208,6 +216,7 @@ class OptimStepResult(_message.Message):
     APPLIED_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     GRAD_NORM_FIELD_NUMBER: _builtins.int
+    DP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Applied updates of the run, this one included if it applied."""
     applied: _builtins.bool
@@ -215,7 +224,13 @@ class OptimStepResult(_message.Message):
     learning_rate: _builtins.float
     """Step size used, or that an update now would use."""
     grad_norm: _builtins.float
-    """L2 norm of the applied gradient before clipping; unset if not applied."""
+    """L2 norm of the applied gradient before clipping; unset if not applied. In a
+    private run that of the noised gradient.
+    """
+    @_builtins.property
+    def dp(self) -> _privacy_pb2.DpMetrics:
+        """Of a private run's applied step; unset else."""
+
     def __init__(
         self,
         *,
@@ -223,10 +238,11 @@ class OptimStepResult(_message.Message):
         applied: _builtins.bool = ...,
         learning_rate: _builtins.float = ...,
         grad_norm: _builtins.float | None = ...,
+        dp: _privacy_pb2.DpMetrics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "grad_norm", b"grad_norm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "dp", b"dp", "grad_norm", b"grad_norm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "applied", b"applied", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "applied", b"applied", "dp", b"dp", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
     _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015
@@ -429,7 +445,7 @@ class OperationResult(_message.Message):
 
     @_builtins.property
     def optim_step(self) -> Global___OptimStepResult:
-        """Of OptimStep."""
+        """Of OptimStep and PrivateStep."""
 
     @_builtins.property
     def sample(self) -> Global___SampleResult:

@@ -14,6 +14,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from tensafe.v1 import losses_pb2 as _losses_pb2
 from tensafe.v1 import operations_pb2 as _operations_pb2
+from tensafe.v1 import privacy_pb2 as _privacy_pb2
 from tensafe.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -193,61 +194,6 @@ class OptimizerConfig(_message.Message):
 Global___OptimizerConfig: _TypeAlias = OptimizerConfig  # noqa: Y015
 
 @_typing.final
-class DpConfig(_message.Message):
-    """Differential privacy of a run. `enabled: true` is refused with
-    UNSUPPORTED_OPTION by a server that does not offer it.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ENABLED_FIELD_NUMBER: _builtins.int
-    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
-    MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
-    TARGET_EPSILON_FIELD_NUMBER: _builtins.int
-    TARGET_DELTA_FIELD_NUMBER: _builtins.int
-    enabled: _builtins.bool
-    """Whether the run trains privately."""
-    noise_multiplier: _builtins.float
-    """Standard deviation of the noise over max_grad_norm."""
-    max_grad_norm: _builtins.float
-    """Clipping bound C of one example's gradient, L2 norm."""
-    target_epsilon: _builtins.float
-    """ε that must not be passed."""
-    target_delta: _builtins.float
-    """δ at which ε is stated."""
-    def __init__(
-        self,
-        *,
-        enabled: _builtins.bool = ...,
-        noise_multiplier: _builtins.float | None = ...,
-        max_grad_norm: _builtins.float | None = ...,
-        target_epsilon: _builtins.float | None = ...,
-        target_delta: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm", "_noise_multiplier", b"_noise_multiplier", "_target_delta", b"_target_delta", "_target_epsilon", b"_target_epsilon", "max_grad_norm", b"max_grad_norm", "noise_multiplier", b"noise_multiplier", "target_delta", b"target_delta", "target_epsilon", b"target_epsilon"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm", "_noise_multiplier", b"_noise_multiplier", "_target_delta", b"_target_delta", "_target_epsilon", b"_target_epsilon", "enabled", b"enabled", "max_grad_norm", b"max_grad_norm", "noise_multiplier", b"noise_multiplier", "target_delta", b"target_delta", "target_epsilon", b"target_epsilon"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
-    _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
-    _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
-    _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
-    _WhichOneofReturnType__target_delta: _TypeAlias = _typing.Literal["target_delta"]  # noqa: Y015
-    _WhichOneofArgType__target_delta: _TypeAlias = _typing.Literal["_target_delta", b"_target_delta"]  # noqa: Y015
-    _WhichOneofReturnType__target_epsilon: _TypeAlias = _typing.Literal["target_epsilon"]  # noqa: Y015
-    _WhichOneofArgType__target_epsilon: _TypeAlias = _typing.Literal["_target_epsilon", b"_target_epsilon"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_delta) -> _WhichOneofReturnType__target_delta | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_epsilon) -> _WhichOneofReturnType__target_epsilon | None: ...
-
-Global___DpConfig: _TypeAlias = DpConfig  # noqa: Y015
-
-@_typing.final
 class RunConfig(_message.Message):
     """Everything that defines a run. In a Run every unset field but max_steps has
     been filled in with its default.
@@ -298,8 +244,10 @@ class RunConfig(_message.Message):
         """The optimizer. Unset: adamw with its defaults."""
 
     @_builtins.property
-    def dp(self) -> Global___DpConfig:
-        """Differential privacy. Unset: none."""
+    def dp(self) -> _privacy_pb2.DpConfig:
+        """Differential privacy. Unset: none. In a Run every field is filled in that the
+        run depends on, the noise multiplier among them.
+        """
 
     def __init__(
         self,
@@ -307,7 +255,7 @@ class RunConfig(_message.Message):
         model_ref: _builtins.str = ...,
         lora: Global___LoraConfig | None = ...,
         optimizer: Global___OptimizerConfig | None = ...,
-        dp: Global___DpConfig | None = ...,
+        dp: _privacy_pb2.DpConfig | None = ...,
         batch_size: _builtins.int | None = ...,
         gradient_accumulation_steps: _builtins.int | None = ...,
         max_steps: _builtins.int | None = ...,
@@ -415,6 +363,7 @@ class Batch(_message.Message):
     OFFSETS_FIELD_NUMBER: _builtins.int
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     LOSS_INPUTS_FIELD_NUMBER: _builtins.int
+    UNIT_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def offsets(self) -> _types_pb2.Tensor:
         """int64 [B + 1], from 0 to N, strictly increasing."""
@@ -430,16 +379,24 @@ class Batch(_message.Message):
         which multiply its terms: 0 where nothing is scored (unset: all 1).
         """
 
+    @_builtins.property
+    def unit_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Whose each datum is, in the datums' order: needed, one for each datum, by a
+        private run whose privacy unit is UNIT_ID, refused elsewhere. Datums of one unit
+        are clipped together.
+        """
+
     def __init__(
         self,
         *,
         offsets: _types_pb2.Tensor | None = ...,
         input_tokens: _types_pb2.Tensor | None = ...,
         loss_inputs: _abc.Iterable[_types_pb2.NamedTensor] | None = ...,
+        unit_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "offsets", b"offsets"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "loss_inputs", b"loss_inputs", "offsets", b"offsets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "loss_inputs", b"loss_inputs", "offsets", b"offsets", "unit_ids", b"unit_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -591,6 +548,51 @@ class OptimStep(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___OptimStep: _TypeAlias = OptimStep  # noqa: Y015
+
+@_typing.final
+class PrivateStep(_message.Message):
+    """One whole step of a run that draws its batches by SERVER_POISSON: the server
+    draws units, the worker computes their clipped gradients, adds noise and applies
+    the update. Its result is an OptimStepResult. Nobody is told who was drawn, nor
+    how many.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    GRAD_CLIP_NORM_FIELD_NUMBER: _builtins.int
+    learning_rate: _builtins.float
+    """Step size of this update. Unset: the run's."""
+    weight_decay: _builtins.float
+    """Weight decay of this update. Unset: the run's."""
+    grad_clip_norm: _builtins.float
+    """L2 norm to which this update's noised gradient is clipped. Unset: the run's."""
+    def __init__(
+        self,
+        *,
+        learning_rate: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        grad_clip_norm: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_clip_norm", b"_grad_clip_norm", "_learning_rate", b"_learning_rate", "_weight_decay", b"_weight_decay", "grad_clip_norm", b"grad_clip_norm", "learning_rate", b"learning_rate", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_clip_norm", b"_grad_clip_norm", "_learning_rate", b"_learning_rate", "_weight_decay", b"_weight_decay", "grad_clip_norm", b"grad_clip_norm", "learning_rate", b"learning_rate", "weight_decay", b"weight_decay"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grad_clip_norm: _TypeAlias = _typing.Literal["grad_clip_norm"]  # noqa: Y015
+    _WhichOneofArgType__grad_clip_norm: _TypeAlias = _typing.Literal["_grad_clip_norm", b"_grad_clip_norm"]  # noqa: Y015
+    _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_clip_norm) -> _WhichOneofReturnType__grad_clip_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+
+Global___PrivateStep: _TypeAlias = PrivateStep  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
@@ -1028,6 +1030,7 @@ class OperationSpec(_message.Message):
     SAMPLE_FIELD_NUMBER: _builtins.int
     SAVE_STATE_FIELD_NUMBER: _builtins.int
     LOAD_STATE_FIELD_NUMBER: _builtins.int
+    PRIVATE_STEP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run. Unset only for SAMPLE from an artifact or a base model."""
     seq: _builtins.int
@@ -1069,6 +1072,10 @@ class OperationSpec(_message.Message):
     def load_state(self) -> Global___LoadState:
         """A restore."""
 
+    @_builtins.property
+    def private_step(self) -> Global___PrivateStep:
+        """A whole private step on a batch that the server draws."""
+
     def __init__(
         self,
         *,
@@ -1082,10 +1089,11 @@ class OperationSpec(_message.Message):
         sample: Global___Sample | None = ...,
         save_state: Global___SaveState | None = ...,
         load_state: Global___LoadState | None = ...,
+        private_step: Global___PrivateStep | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "private_step", b"private_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_id", b"_request_id", "_run_id", b"_run_id", "_seq", b"_seq", "forward", b"forward", "forward_backward", b"forward_backward", "load_state", b"load_state", "operation", b"operation", "optim_step", b"optim_step", "private_step", b"private_step", "request_id", b"request_id", "run_id", b"run_id", "sample", b"sample", "save_state", b"save_state", "seq", b"seq", "time_to_live", b"time_to_live"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__request_id: _TypeAlias = _typing.Literal["request_id"]  # noqa: Y015
     _WhichOneofArgType__request_id: _TypeAlias = _typing.Literal["_request_id", b"_request_id"]  # noqa: Y015
@@ -1093,7 +1101,7 @@ class OperationSpec(_message.Message):
     _WhichOneofArgType__run_id: _TypeAlias = _typing.Literal["_run_id", b"_run_id"]  # noqa: Y015
     _WhichOneofReturnType__seq: _TypeAlias = _typing.Literal["seq"]  # noqa: Y015
     _WhichOneofArgType__seq: _TypeAlias = _typing.Literal["_seq", b"_seq"]  # noqa: Y015
-    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["forward", "forward_backward", "optim_step", "sample", "save_state", "load_state"]  # noqa: Y015
+    _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["forward", "forward_backward", "optim_step", "sample", "save_state", "load_state", "private_step"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__request_id) -> _WhichOneofReturnType__request_id | None: ...

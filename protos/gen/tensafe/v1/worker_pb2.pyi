@@ -265,6 +265,8 @@ class OperationDone(_message.Message):
     REPLAY_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     COMPANY_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    CHARGE_UNUSED_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
@@ -283,6 +285,16 @@ class OperationDone(_message.Message):
     """Operations of other runs that it was computed together with, if the last bits
     of its result may depend on them: a replay, which computes it alone, agrees
     within a tolerance only.
+    """
+    snapshot_id: _builtins.str
+    """Of a step that was applied under a charge: what UploadSnapshot has answered for
+    the state right after it. The outcome, the charge and the snapshot are committed
+    together, and only then told.
+    """
+    charge_unused: _builtins.bool
+    """The operation came with a charge, and nothing was noised: it did not close the
+    window, or it failed before. The charge is given back. Not set, the charge counts
+    as spent, whatever the outcome.
     """
     @_builtins.property
     def result(self) -> _operations_pb2.OperationResult:
@@ -309,10 +321,12 @@ class OperationDone(_message.Message):
         replay: _builtins.bool = ...,
         run_id: _builtins.str = ...,
         company: _builtins.int = ...,
+        snapshot_id: _builtins.str = ...,
+        charge_unused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "company", b"company", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "replay", b"replay", "result", b"result", "run_id", b"run_id", "step_metrics", b"step_metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "charge_unused", b"charge_unused", "company", b"company", "compute_ms", b"compute_ms", "epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "outcome", b"outcome", "replay", b"replay", "result", b"result", "run_id", b"run_id", "snapshot_id", b"snapshot_id", "step_metrics", b"step_metrics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
@@ -692,6 +706,32 @@ class RunAssignment(_message.Message):
 Global___RunAssignment: _TypeAlias = RunAssignment  # noqa: Y015
 
 @_typing.final
+class Charge(_message.Message):
+    """What one noised release costs its dataset, written down before it is made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    LEDGER_POSITION_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """`chg-…`."""
+    ledger_position: _builtins.int
+    """Its place in the dataset's ledger: what a snapshot holds of the ledger."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        ledger_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "ledger_position", b"ledger_position"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Charge: _TypeAlias = Charge  # noqa: Y015
+
+@_typing.final
 class PlannedOperation(_message.Message):
     """An operation to execute. Operations are executed in the order of their groups,
     and within a group in the order in which they came. A SAMPLE of a worker with
@@ -709,6 +749,8 @@ class PlannedOperation(_message.Message):
     MODEL_REF_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    CHARGE_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
     epoch: _builtins.int
@@ -721,7 +763,9 @@ class PlannedOperation(_message.Message):
     """
     void: _builtins.bool
     """It failed or was cancelled before it ran: only mark the window as poisoned
-    (FORWARD_BACKWARD) and report nothing.
+    (FORWARD_BACKWARD) and report nothing. OPTIM_STEP, of private runs only: it
+    failed, or was lost with its worker after it was charged; close the window,
+    dropping what it holds, and change nothing else.
     """
     artifact_id: _builtins.str
     """Id of the artifact to make (SAVE_STATE) or to sample from (pinned version)."""
@@ -735,6 +779,24 @@ class PlannedOperation(_message.Message):
     updates, of different runs on one model. An operation that comes later than
     that is executed next. 0: it is executed next, by itself.
     """
+    @_builtins.property
+    def charge(self) -> Global___Charge:
+        """OPTIM_STEP and PRIVATE_STEP of private runs: the charge that is in the ledger for
+        it. An update of a private run is applied under a charge or not at all, and never
+        replayed: recovery begins at the snapshot that was made with the newest one. A
+        charge is given once; an operation that is sent again under the same assignment
+        has the same one, and is answered from memory. Unset in a replay of an OPTIM_STEP
+        that did not close its window.
+        """
+
+    @_builtins.property
+    def units(self) -> _types_pb2.Tensor:
+        """FORWARD_BACKWARD of private runs: int32 [B], the number of each datum's unit
+        within this batch, from 0. Datums with the same number are one unit: their
+        gradients are added, then clipped. -1: the datum adds nothing, since its unit has
+        been in this window already, or as often as it may be.
+        """
+
     def __init__(
         self,
         *,
@@ -747,10 +809,12 @@ class PlannedOperation(_message.Message):
         model_ref: _builtins.str = ...,
         run_id: _builtins.str = ...,
         group: _builtins.int = ...,
+        charge: Global___Charge | None = ...,
+        units: _types_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "units", b"units"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "epoch", b"epoch", "group", b"group", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "void", b"void"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "charge", b"charge", "epoch", b"epoch", "group", b"group", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "units", b"units", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1043,6 +1107,7 @@ class SnapshotHeader(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    CHARGE_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Welcome.worker_id of the stream under which the worker holds the run."""
     run_id: _builtins.str
@@ -1053,6 +1118,11 @@ class SnapshotHeader(_message.Message):
     """The last operation that it contains."""
     step: _builtins.int
     """Applied updates of its weights."""
+    charge_id: _builtins.str
+    """It is of the state right after the step under this charge. Such a one is stored
+    when the answer comes, and is a snapshot once the OperationDone that names it is
+    committed.
+    """
     def __init__(
         self,
         *,
@@ -1061,10 +1131,11 @@ class SnapshotHeader(_message.Message):
         epoch: _builtins.int = ...,
         seq: _builtins.int = ...,
         step: _builtins.int = ...,
+        charge_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1173,3 +1244,63 @@ class FetchSnapshotResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchSnapshotResponse: _TypeAlias = FetchSnapshotResponse  # noqa: Y015
+
+@_typing.final
+class FetchPrivateBatchRequest(_message.Message):
+    """Asks for the rows of a private step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    CHARGE_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Welcome.worker_id of the stream over which the operation came."""
+    operation_id: _builtins.str
+    """The operation."""
+    charge_id: _builtins.str
+    """PlannedOperation.charge."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        operation_id: _builtins.str = ...,
+        charge_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "operation_id", b"operation_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchPrivateBatchRequest: _TypeAlias = FetchPrivateBatchRequest  # noqa: Y015
+
+@_typing.final
+class FetchPrivateBatchResponse(_message.Message):
+    """Some of the rows that were drawn. A unit is never split over two messages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def batch(self) -> _training_pb2.Batch:
+        """The rows, with `target_tokens` and `weights`, for cross_entropy."""
+
+    @_builtins.property
+    def units(self) -> _types_pb2.Tensor:
+        """As PlannedOperation.units: int32 [B], numbered from 0 in each message."""
+
+    def __init__(
+        self,
+        *,
+        batch: _training_pb2.Batch | None = ...,
+        units: _types_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "units", b"units"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "units", b"units"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchPrivateBatchResponse: _TypeAlias = FetchPrivateBatchResponse  # noqa: Y015

@@ -65,6 +65,11 @@ class WorkerServiceStub:
                 request_serializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.FromString,
                 _registered_method=True)
+        self.FetchPrivateBatch = channel.unary_stream(
+                '/tensafe.v1.WorkerService/FetchPrivateBatch',
+                request_serializer=tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -121,6 +126,15 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FetchPrivateBatch(self, request, context):
+        """Sends the rows that were drawn for a PRIVATE_STEP that this worker has, in
+        pieces of whole units. No message comes for an empty draw. Errors:
+        FAILED_PRECONDITION STALE_ASSIGNMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +167,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.FetchSnapshot,
                     request_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.SerializeToString,
+            ),
+            'FetchPrivateBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchPrivateBatch,
+                    request_deserializer=tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -318,6 +337,33 @@ class WorkerService:
             '/tensafe.v1.WorkerService/FetchSnapshot',
             tensafe_dot_v1_dot_worker__pb2.FetchSnapshotRequest.SerializeToString,
             tensafe_dot_v1_dot_worker__pb2.FetchSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchPrivateBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tensafe.v1.WorkerService/FetchPrivateBatch',
+            tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchRequest.SerializeToString,
+            tensafe_dot_v1_dot_worker__pb2.FetchPrivateBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

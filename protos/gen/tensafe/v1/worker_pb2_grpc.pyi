@@ -58,6 +58,11 @@ class WorkerServiceStub:
     """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
     DATA_LOSS CHECKSUM_MISMATCH.
     """
+    FetchPrivateBatch: _grpc.UnaryStreamMultiCallable[_worker_pb2.FetchPrivateBatchRequest, _worker_pb2.FetchPrivateBatchResponse]
+    """Sends the rows that were drawn for a PRIVATE_STEP that this worker has, in
+    pieces of whole units. No message comes for an empty draw. Errors:
+    FAILED_PRECONDITION STALE_ASSIGNMENT.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -88,6 +93,11 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     FetchSnapshot: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchSnapshotRequest, _worker_pb2.FetchSnapshotResponse]  # type: ignore[assignment]
     """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
     DATA_LOSS CHECKSUM_MISMATCH.
+    """
+    FetchPrivateBatch: _aio.UnaryStreamMultiCallable[_worker_pb2.FetchPrivateBatchRequest, _worker_pb2.FetchPrivateBatchResponse]  # type: ignore[assignment]
+    """Sends the rows that were drawn for a PRIVATE_STEP that this worker has, in
+    pieces of whole units. No message comes for an empty draw. Errors:
+    FAILED_PRECONDITION STALE_ASSIGNMENT.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -152,6 +162,17 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchSnapshotResponse], _abc.AsyncIterator[_worker_pb2.FetchSnapshotResponse]]:
         """Sends a snapshot's files in chunks. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
         DATA_LOSS CHECKSUM_MISMATCH.
+        """
+
+    @_abc_1.abstractmethod
+    def FetchPrivateBatch(
+        self,
+        request: _worker_pb2.FetchPrivateBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.FetchPrivateBatchResponse], _abc.AsyncIterator[_worker_pb2.FetchPrivateBatchResponse]]:
+        """Sends the rows that were drawn for a PRIVATE_STEP that this worker has, in
+        pieces of whole units. No message comes for an empty draw. Errors:
+        FAILED_PRECONDITION STALE_ASSIGNMENT.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

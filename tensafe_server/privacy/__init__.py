@@ -1,0 +1,1 @@
+"""Differential privacy: what a step costs, who may still step, and the books of both."""

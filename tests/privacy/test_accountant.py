@@ -1,0 +1,57 @@
+"""The accountant's thread, its memory, and what it interpolates."""
+
+import asyncio
+import threading
+
+import pytest
+
+from tensafe_server.privacy import accounting
+from tensafe_server.privacy.accountant import Accountant, _knots
+from tensafe_server.privacy.mechanisms import Mechanism, Terms
+
+MECHANISM = Mechanism(1.1, 0.02)
+
+
+def test_interpolated_values_are_those_of_the_accountant() -> None:
+    async def worst(counts: list[int]) -> float:
+        accountant, terms = Accountant(), Terms(1e-5)
+        found = []
+        for n in counts:
+            used = {MECHANISM: n}
+            exact = accounting.epsilon(used, terms)
+            running = await accountant.running_epsilon(used, MECHANISM, terms)
+            found.append(abs(running - exact) / exact)
+        accountant.close()
+        return max(found)
+
+    assert asyncio.run(worst([1, 33, 65, 131, 407, 999, 2600])) < 1e-5
+
+
+def test_knots_are_close_and_enclose() -> None:
+    for n in range(5000):
+        below, above = _knots(n)
+        assert below <= n <= above
+        assert above - below <= max(1, n / 64)
+        assert n > 32 or below == above == n
+
+
+def test_nothing_is_computed_twice_or_on_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = accounting.epsilon
+
+    def counted(*args: object) -> float:
+        calls.append(threading.current_thread().name)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(accounting, "epsilon", counted)
+
+    async def ask() -> None:
+        accountant, terms = Accountant(), Terms(1e-5)
+        first = await accountant.epsilon({Mechanism(1.0): 3}, terms)
+        again = await accountant.epsilon({Mechanism(1.0): 3, Mechanism(2.0): 0}, terms)
+        assert first == again
+        accountant.close()
+
+    asyncio.run(ask())
+    assert len(calls) == 1
+    assert calls[0].startswith("privacy-accountant")
