@@ -29,6 +29,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class NoisedFault(TenSafeFault):
+    """A private step that failed after its noise was added.
+
+    That it failed tells something of the noised sum, so what the step costs is spent. A step that
+    fails in another way has cost nothing.
+    """
+
+    def __init__(self, fault: TenSafeFault) -> None:
+        Exception.__init__(self, str(fault))
+        self.detail = fault.detail
+
+
 class Captured(Protocol):
     """A run's whole state at one moment, apart from the run, which may go on."""
 

@@ -2,7 +2,8 @@
 
 Step k's loss is 2.5 − 0.01·k, floored at 0.1; grad_norm lies in [1.500, 1.599]. It keeps the
 accumulation window's rules and counts steps as the torch backend does, and trains nothing. Of the
-losses it has `cross_entropy`, and `linear` for losses that clients compute.
+losses it has `cross_entropy`, and `linear` for losses that clients compute. It takes private runs,
+tells as little of them as the torch backend, and adds no noise, which each release says.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from workers.operations import (
     Metric,
     ModelCard,
     Output,
+    PrivateRelease,
     RunSettings,
     SampleOutcome,
     SampleRequest,
@@ -40,6 +42,7 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
+from workers.releases import check_forward, private_request, released_call, released_update
 from workers.window import Window, loss_metric
 
 STATE_FILE = "state.json"
@@ -99,7 +102,9 @@ class MockBackend(Backend):
         return {"backend": "mock", "python": platform.python_version()}
 
     def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
-        run = _Run(settings, Window(settings.accumulation_steps, settings.max_steps))
+        closes_empty = settings.privacy is not None
+        window = Window(settings.accumulation_steps, settings.max_steps, closes_empty)
+        run = _Run(settings, window)
         if state is not None:
             _restore(run, _read(state))
         self._runs[run_id] = run
@@ -111,12 +116,16 @@ class MockBackend(Backend):
         self._runs[run_id].window.poison()
 
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
-        return _loss(self._runs[run_id], request)[0]
+        run = self._runs[run_id]
+        check_forward(run.settings.privacy)
+        return _loss(run, request)[0]
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         window = run.window
         try:
+            if run.settings.privacy is not None:
+                request = private_request(request)
             reduction = _reduction(request)
             window.admit(reduction)
             outcome, loss_sum, scored = _loss(run, request)
@@ -133,7 +142,7 @@ class MockBackend(Backend):
             tokens=len(request.batch.input_tokens),
             compute_ms=0.0,
         )
-        return outcome
+        return released_call(run.settings.privacy, outcome)
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         run = self._runs[run_id]
@@ -148,9 +157,12 @@ class MockBackend(Backend):
             raise
         if closed is None:
             return StepOutcome(run.window.step, False, rate)
-        norm = run.norms[-1]
+        privacy = run.settings.privacy
+        release = PrivateRelease(noise_applied=False) if privacy is not None else None
+        norm = run.norms[-1] if run.norms else 0.0
         run.norms.clear()
-        return StepOutcome(run.window.applied(), True, rate, norm, closed.metrics(norm, rate, 0.0))
+        metrics = released_update(privacy, closed.metrics(norm, rate, 0.0), release)
+        return StepOutcome(run.window.applied(), True, rate, norm, metrics, release)
 
     @property
     def sampler(self) -> MockSampler:
