@@ -42,7 +42,13 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
-from workers.releases import check_forward, private_request, released_call, released_update
+from workers.releases import (
+    check_charged,
+    check_forward,
+    private_request,
+    released_call,
+    released_update,
+)
 from workers.window import Window, loss_metric
 
 STATE_FILE = "state.json"
@@ -115,6 +121,11 @@ class MockBackend(Backend):
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
 
+    def drop_window(self, run_id: str) -> None:
+        run = self._runs[run_id]
+        run.window.clear()
+        run.norms.clear()
+
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         check_forward(run.settings.privacy)
@@ -150,7 +161,8 @@ class MockBackend(Backend):
         if rate is None:
             rate = run.settings.optimizer.learning_rate
         try:
-            closed = run.window.call()
+            check_charged(run.settings.privacy, run.window, request)
+            closed = run.window.call(closes=request.closes)
         except TenSafeFault:
             if not run.window.is_open:
                 run.norms.clear()
@@ -201,8 +213,7 @@ class MockBackend(Backend):
         if restore:
             _restore(run, state)
         else:
-            run.window.clear()
-            run.norms.clear()
+            self.drop_window(run_id)
         return LoadOutcome(run.window.step, restore)
 
 

@@ -175,11 +175,18 @@ class LossRequest:
 
 @dataclass(slots=True)
 class StepRequest:
-    """Closes a call of the accumulation window; None means the run's own value."""
+    """Closes a call of the accumulation window; None means the run's own value.
+
+    Attributes:
+        charged: what an update of a private run costs is written down. Without it none is applied.
+        closes: it closes the window, however many calls that has had.
+    """
 
     learning_rate: float | None = None
     weight_decay: float | None = None
     grad_clip_norm: float | None = None
+    charged: bool = False
+    closes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ from workers.operations import (
     Metric,
     PrivacySettings,
     PrivateRelease,
+    StepRequest,
 )
+from workers.window import Window
 
 _LOSSES = ("cross_entropy",)
 _REDUCTIONS = (Reduction.SEQUENCE_MEAN, Reduction.SUM)
@@ -82,6 +84,19 @@ def check_forward(privacy: PrivacySettings | None) -> None:
             "forward would tell losses and log-probabilities without noise; create the run with "
             "metrics=raw_to_owner, or evaluate a saved state of it in a run without dp",
             field="dp.metrics",
+        )
+
+
+def check_charged(privacy: PrivacySettings | None, window: Window, request: StepRequest) -> None:
+    """Refuses an update of a private run that nothing was written down for; nothing has changed.
+
+    Raises:
+        TenSafeFault: INTERNAL.
+    """
+    if privacy is not None and not request.charged and (request.closes or window.awaits_last_call):
+        raise TenSafeFault(
+            "INTERNAL",
+            "a private update came without a charge; tell the operator, whose log has it",
         )
 
 

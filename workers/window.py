@@ -179,8 +179,16 @@ class Window:
         """A forward_backward of this window did not contribute."""
         self.poisoned = True
 
-    def call(self) -> ClosedWindow | None:
+    @property
+    def awaits_last_call(self) -> bool:
+        """Whether the next optim_step closes the window."""
+        return self.calls + 1 >= self._accumulation_steps
+
+    def call(self, *, closes: bool = False) -> ClosedWindow | None:
         """Counts one optim_step; None if it does not close the window.
+
+        Args:
+            closes: it does, however many calls the window has had.
 
         A close, failed or not, leaves an empty window: the caller clears its accumulator. After a
         close that applied, the caller counts it with `applied`.
@@ -196,7 +204,7 @@ class Window:
                 "larger max_steps to go on from a saved state",
                 max_steps=self._max_steps,
             )
-        if self.calls + 1 < self._accumulation_steps:
+        if not (closes or self.awaits_last_call):
             self.calls += 1
             return None
         poisoned, backwards, reduction = self.poisoned, self.backwards, self.reduction

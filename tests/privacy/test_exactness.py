@@ -170,7 +170,7 @@ def test_an_update_is_the_sum_over_the_public_batch_size(bound):
     adapter = backend._runs["run"].adapter
     before = {name: tensor.clone() for name, tensor in adapter.named().items()}
     backend.forward_backward("run", 1, private_request(rows, masked=MASKED))
-    outcome = backend.optim_step("run", StepRequest())
+    outcome = backend.optim_step("run", StepRequest(charged=True))
     for name, tensor in adapter.named().items():
         torch.testing.assert_close(before[name] - tensor, expected[name] / 5, rtol=0, atol=1e-14)
     norm = torch.cat([tensor.flatten() for tensor in expected.values()]).norm() / 5

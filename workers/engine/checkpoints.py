@@ -66,11 +66,11 @@ def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str])
     """Writes the adapter and, if `complete`, all of the run's state, for whoever may read it.
 
     Raises:
-        TenSafeFault: DP_WINDOW_OPEN.
+        TenSafeFault: UNSUPPORTED_OPTION: the run is private, and its window open.
     """
     if complete and run.private is not None and (run.window.is_open or run.accumulator is not None):
         raise TenSafeFault(
-            "DP_WINDOW_OPEN",
+            "UNSUPPORTED_OPTION",
             "the run's accumulation window holds a gradient without noise, which no artifact may "
             "have; save after optim_step, or with include_optimizer=False",
             field="save_state.include_optimizer",

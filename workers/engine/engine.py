@@ -167,6 +167,9 @@ class TorchBackend(Backend):
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
 
+    def drop_window(self, run_id: str) -> None:
+        self._runs[run_id].drop_window()
+
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         return training.forward(run, request, self._budgets[run.model.name], self._objective)

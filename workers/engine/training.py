@@ -35,7 +35,13 @@ from workers.operations import (
     StepOutcome,
     StepRequest,
 )
-from workers.releases import check_forward, private_request, released_call, released_update
+from workers.releases import (
+    check_charged,
+    check_forward,
+    private_request,
+    released_call,
+    released_update,
+)
 from workers.window import ClosedWindow, Window, divisor, scored_loss
 
 _NOT_RUN = TenSafeFault("INTERNAL", "not executed")
@@ -270,7 +276,8 @@ def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing
     clip = own.grad_clip_norm if request.grad_clip_norm is None else request.grad_clip_norm
     _check_finite(rate, decay, clip)
     try:
-        closed = run.window.call()
+        check_charged(run.settings.privacy, run.window, request)
+        closed = run.window.call(closes=request.closes)
     except TenSafeFault:
         if not run.window.is_open:
             run.drop_window()
