@@ -22,6 +22,17 @@ MARGIN = 1e-6
 """What clipped gradients stay below C, relative to it."""
 
 
+SGD = {
+    "name": "sgd",
+    "beta1": None,
+    "beta2": None,
+    "eps": None,
+    "learning_rate": 1.0,
+    "weight_decay": 0.0,
+}
+"""Moves the weights by what a step releases."""
+
+
 def privacy(**changes) -> PrivacySettings:
     """Without noise, unless asked for."""
     fields = {"noise_multiplier": 0.0, "max_grad_norm": 1.0, "expected_batch_size": 8.0}

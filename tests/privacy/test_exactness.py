@@ -9,6 +9,7 @@ from parity.scarce_memory import fault_at
 from parity.tiny_models import FAMILIES, Wide
 from parity.tiny_runs import request_of, rows_of, settings
 from privacy.private_runs import (
+    SGD,
     TOKEN_SUM,
     clipped_sum,
     exact_model,
@@ -161,8 +162,7 @@ def test_beside_other_runs_of_other_ranks(token_budget, bound):
 def test_an_update_is_the_sum_over_the_public_batch_size(bound):
     """By plain gradient descent at rate 1: however many units came, 5 is what is divided by."""
     backend = TorchBackend([exact_model()], token_budget=10_000)
-    sgd = {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "weight_decay": 0.0}
-    options = settings(optimizer=sgd | {"learning_rate": 1.0})
+    options = settings(optimizer=SGD)
     run = private(options, max_grad_norm=bound, expected_batch_size=5.0)
     backend.open_run("run", run, None)
     rows = rows_of(3, LENGTHS)

@@ -19,7 +19,7 @@ from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
-from workers.engine.measuring import activation_bytes, free_bytes, measure_budget
+from workers.engine.measuring import free_bytes, measure_budget, token_bytes
 from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
@@ -96,7 +96,6 @@ class TorchBackend(Backend):
         )
         self.sample_tokens = self._sampler.tokens
         self._noise = NoiseThread()
-        self._kept_bytes: dict[str, float] = {}
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -140,7 +139,7 @@ class TorchBackend(Backend):
             check_private(settings, settings.privacy, adapter)
             weights = adapter.weights
             private = PrivateRun(settings.privacy, self._noise, len(weights), weights.dtype)
-            unit_tokens = math.ceil(weights.nbytes / self._token_bytes(model))
+            unit_tokens = math.ceil(weights.nbytes / token_bytes(model))
         return training.Run(
             run_id=run_id,
             settings=settings,
@@ -154,12 +153,6 @@ class TorchBackend(Backend):
             private=private,
             unit_tokens=unit_tokens,
         )
-
-    def _token_bytes(self, model: BaseModel) -> float:
-        """What a token keeps for the backward pass; measured when first asked for."""
-        if model.name not in self._kept_bytes:
-            self._kept_bytes[model.name] = activation_bytes(model)
-        return self._kept_bytes[model.name]
 
     def close_run(self, run_id: str) -> None:
         self._runs.pop(run_id)
