@@ -173,7 +173,7 @@ class MockBackend(Backend):
         release = PrivateRelease(noise_applied=False) if privacy is not None else None
         norm = run.norms[-1] if run.norms else 0.0
         run.norms.clear()
-        metrics = released_update(privacy, closed.metrics(norm, rate, 0.0), release)
+        metrics = released_update(privacy, closed.metrics(norm, rate, 0.0))
         return StepOutcome(run.window.applied(), True, rate, norm, metrics, release)
 
     @property

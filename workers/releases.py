@@ -6,7 +6,6 @@ not public, is told only where the run's settings say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +14,10 @@ from tensafe.wire.losses import Reduction
 from tensafe.wire.status import TenSafeFault
 from workers.operations import (
     Batch,
-    Combine,
     LossOutcome,
     LossRequest,
     Metric,
     PrivacySettings,
-    PrivateRelease,
     StepRequest,
 )
 from workers.window import Window
@@ -107,13 +104,8 @@ def released_call(privacy: PrivacySettings | None, outcome: LossOutcome) -> Loss
     return LossOutcome([m for m in outcome.metrics if m.name in _PUBLIC_OF_CALLS], {})
 
 
-def released_update(
-    privacy: PrivacySettings | None, metrics: Sequence[Metric], release: PrivateRelease | None
-) -> list[Metric]:
-    """What the owner is told of an applied update."""
-    told = list(metrics)
-    if privacy is not None and not privacy.tells_raw:
-        told = [metric for metric in metrics if metric.name in _PUBLIC_OF_UPDATES]
-    if release is not None and release.noised_loss is not None:
-        told.append(Metric("noised_loss", release.noised_loss, Combine.LAST))
-    return told
+def released_update(privacy: PrivacySettings | None, metrics: list[Metric]) -> list[Metric]:
+    """What the owner is told of an applied update, beside its `PrivateRelease`."""
+    if privacy is None or privacy.tells_raw:
+        return metrics
+    return [metric for metric in metrics if metric.name in _PUBLIC_OF_UPDATES]

@@ -125,8 +125,6 @@ def test_a_noised_loss_is_a_clipped_sum_with_noise():
     spread = 0.5 * 4.0 / 3.0
     assert np.mean(found) == pytest.approx(clipped / 3.0, abs=5 * spread / 300**0.5)
     assert np.std(found) == pytest.approx(spread, rel=5 / (2 * 300) ** 0.5)
-    step = backend.optim_step("run", STEP)
-    assert metric(step, "noised_loss") == step.release.noised_loss
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ class _Closing:
     def metrics(self, norm: float, step_ms: float) -> list[Metric]:
         """Of the update."""
         metrics = self.window.metrics(norm, self.rate, step_ms)
-        return released_update(self.run.settings.privacy, metrics, self.release)
+        return released_update(self.run.settings.privacy, metrics)
 
 
 def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | TenSafeFault]:
