@@ -229,3 +229,21 @@ def test_updates_of_private_and_other_runs_are_told_apart(driver, transfers):
     driver.until(lambda: "op-run-1-2" in driver.done)
     assert driver.done["op-run-1-2"].snapshot_id
     assert not driver.done["op-run-2-2"].snapshot_id
+
+
+def test_weights_are_not_sampled_before_the_update_that_made_them_is_stored(driver, transfers):
+    prompt = training_pb2.Prompt(text="hello")
+    transfers.gate.clear()
+    driver.executor.submit(
+        plan(
+            *(gradient(1), charged(2)),
+            operation(3, sample=training_pb2.Sample(prompts=[prompt])),
+            runs=[private()],
+        )
+    )
+    driver.until(lambda: "op-run-1-1" in driver.done)
+    assert list(driver.done) == ["op-run-1-1"]
+    transfers.gate.set()
+    driver.until(lambda: driver.executor.idle)
+    assert driver.done["op-run-1-2"].snapshot_id == "snap-run-1-2"
+    assert driver.done["op-run-1-3"].result.sample.model_step == 1
