@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tensafe.v1 import artifacts_pb2
+from tensafe.v1 import artifacts_pb2, worker_pb2
 from workers.operations import SaveOutcome
 
 _KEPT = 8
@@ -32,6 +32,20 @@ class Transfers(Protocol):
         self, run_id: str, epoch: int, seq: int, step: int, directory: Path
     ) -> str | None:
         """Stores a snapshot; None if the coordinator kept it, else why not. From any thread."""
+
+    def upload_private_step(
+        self, run_id: str, epoch: int, seq: int, step: int, charge_id: str, directory: Path
+    ) -> str:
+        """Stores the state right after a private update; its snapshot's id. From any thread.
+
+        Raises:
+            TenSafeFault: STALE_ASSIGNMENT if the coordinator does not want it now.
+        """
+
+    def fetch_private_batch(
+        self, operation_id: str, charge_id: str
+    ) -> Sequence[worker_pb2.FetchPrivateBatchResponse]:
+        """The rows that were drawn for a private step, in pieces of whole units."""
 
     def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
         """Writes the snapshot's files into an existing directory."""

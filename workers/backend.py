@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -27,6 +28,18 @@ _ALONE = "alone"
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class NoisedFault(TenSafeFault):
+    """A private step that failed after its noise was added.
+
+    That it failed tells something of the noised sum, so what the step costs is spent. A step that
+    fails in another way has cost nothing.
+    """
+
+    def __init__(self, fault: TenSafeFault) -> None:
+        Exception.__init__(self, str(fault))
+        self.detail = fault.detail
 
 
 class Captured(Protocol):
@@ -91,6 +104,10 @@ class Backend(ABC):
         """Marks the accumulation window: a forward_backward that belongs to it did not run."""
 
     @abstractmethod
+    def drop_window(self, run_id: str) -> None:
+        """Closes the accumulation window without an update: what it holds is gone."""
+
+    @abstractmethod
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         """Loss and outputs; changes nothing. Without dropout, unless the request asks for the
         masks of the next `forward_backward`."""
@@ -112,7 +129,24 @@ class Backend(ABC):
 
     @abstractmethod
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
-        """Closes a call of the window; the call that closes the window changes the weights."""
+        """Closes a call of the window; the call that closes the window changes the weights.
+
+        Raises:
+            NoisedFault: of a private run, what was noised is spent.
+        """
+
+    def private_step(
+        self, run_id: str, seq: int, batches: Iterable[LossRequest], request: StepRequest
+    ) -> StepOutcome:
+        """A whole window of a private run, of these batches, if any, and its update."""
+        self.drop_window(run_id)
+        try:
+            for batch in batches:
+                self.forward_backward(run_id, seq, batch)
+            return self.optim_step(run_id, replace(request, closes=True))
+        except BaseException:
+            self.drop_window(run_id)
+            raise
 
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -14,8 +15,8 @@ from tensafe.v1 import operations_pb2, training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault, to_status
 from workers import wire
 from workers.artifacts import ArtifactCache, Transfers, artifact_message
-from workers.backend import Backend
-from workers.operations import ArtifactWeights, LossRequest, RunSettings, SampleRequest
+from workers.backend import Backend, NoisedFault
+from workers.operations import ArtifactWeights, RunSettings, SampleRequest, StepOutcome
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,20 @@ class SnapshotLoadError(Exception):
 
 
 class Execution:
-    """Operations of every kind on one backend, from the executor's thread."""
+    """Operations of every kind on one backend, from the executor's thread.
 
-    def __init__(self, backend: Backend, transfers: Transfers, artifacts: ArtifactCache) -> None:
+    Args:
+        on_tokens: called when it turns out how many tokens the operation at hand has.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        transfers: Transfers,
+        artifacts: ArtifactCache,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self._on_tokens = on_tokens
         self._backend = backend
         self._transfers = transfers
         self._artifacts = artifacts
@@ -84,7 +96,9 @@ class Execution:
         backend = self._backend
         if kind == "forward_backward":
             try:
-                request = self._loss_request(spec.forward_backward)
+                request = wire.gradient_request(
+                    planned, spec.forward_backward, self._artifacts.directory
+                )
             except Exception:
                 backend.poison(run_id)
                 raise
@@ -92,13 +106,17 @@ class Execution:
             failpoints.hit("mid-step")
             done.result.CopyFrom(wire.forward_backward_result(loss))
         elif kind == "optim_step":
-            step = backend.optim_step(run_id, wire.step_request(spec.optim_step))
+            step = backend.optim_step(run_id, wire.step_request(planned, spec.optim_step))
             failpoints.hit("mid-step")
-            done.result.CopyFrom(wire.optim_step_result(step))
-            if step.applied:
-                done.step_metrics.extend(wire.step_metrics(step))
+            write_step(planned, step, done)
+        elif kind == "private_step":
+            step = self._private_step(run_id, spec, planned)
+            failpoints.hit("mid-step")
+            write_step(planned, step, done)
         elif kind == "forward":
-            loss = backend.forward(run_id, self._loss_request(spec.forward))
+            loss = backend.forward(
+                run_id, wire.loss_request(spec.forward, self._artifacts.directory)
+            )
             done.result.CopyFrom(wire.forward_result(loss))
         elif kind == "save_state":
             done.result.CopyFrom(self._save(spec, planned))
@@ -107,10 +125,18 @@ class Execution:
         else:
             raise RuntimeError("the operation has no kind")
 
-    def _loss_request(
-        self, message: training_pb2.Forward | training_pb2.ForwardBackward
-    ) -> LossRequest:
-        return wire.loss_request(message, self._artifacts.directory)
+    def _private_step(
+        self,
+        run_id: str,
+        spec: training_pb2.OperationSpec,
+        planned: worker_pb2.PlannedOperation,
+    ) -> StepOutcome:
+        # All of it before anything is computed: a connection may break.
+        pieces = self._transfers.fetch_private_batch(planned.operation_id, planned.charge.id)
+        requests = [wire.private_request(piece) for piece in pieces]
+        self._on_tokens(sum(len(request.batch.input_tokens) for request in requests))
+        request = wire.step_request(planned, spec.private_step)
+        return self._backend.private_step(run_id, spec.seq, requests, request)
 
     def sample_request(
         self, spec: training_pb2.OperationSpec, planned: worker_pb2.PlannedOperation
@@ -154,6 +180,16 @@ class Execution:
         return wire.load_state_result(message.artifact_id, outcome)
 
 
+def write_step(
+    planned: worker_pb2.PlannedOperation, step: StepOutcome, done: worker_pb2.OperationDone
+) -> None:
+    """Fills in an optim_step's or a private step's result."""
+    done.result.CopyFrom(wire.optim_step_result(step))
+    done.charge_unused = planned.HasField("charge") and not step.applied
+    if step.applied:
+        done.step_metrics.extend(wire.step_metrics(step))
+
+
 def _useless(assignment: worker_pb2.RunAssignment, error: Exception) -> TenSafeFault:
     return TenSafeFault(
         "CHECKSUM_MISMATCH",
@@ -177,7 +213,12 @@ def as_fault(error: Exception, what: str) -> TenSafeFault:
     )
 
 
-def fail(done: worker_pb2.OperationDone, error: Exception) -> None:
-    """Fills in why an operation failed."""
+def fail(
+    done: worker_pb2.OperationDone, error: Exception, planned: worker_pb2.PlannedOperation
+) -> None:
+    """Fills in why an operation failed, and whether its charge is unused."""
     fault = as_fault(error, f"operation {done.operation_id}")
     done.error.CopyFrom(to_status(fault.detail))
+    if planned.HasField("charge"):
+        # What failed for an unknown reason may have been noised.
+        done.charge_unused = isinstance(error, TenSafeFault) and not isinstance(error, NoisedFault)

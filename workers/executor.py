@@ -32,8 +32,10 @@ from workers.grouping import (
 )
 from workers.keeping import HeldRun, SnapshotKeeper
 from workers.operations import SampleChunk
+from workers.private_steps import Ended, PrivateStep, PrivateSteps
 from workers.progress import Claim, Progress
 from workers.samples import Samples
+from workers.telling import Telling
 from workers.turns import Turns
 from workers.watchdog import Activity, OperationLimits
 
@@ -72,10 +74,10 @@ class Executor:
         self._backend = backend
         self._transfers = transfers
         self._artifacts = ArtifactCache(transfers)
-        self._execution = Execution(backend, transfers, self._artifacts)
+        self._execution = Execution(backend, transfers, self._artifacts, self._extend)
         self._on_progress = on_progress
         self._inbox: queue.SimpleQueue[
-            tuple[int, worker_pb2.Plan | Release | Flush | Farewell] | None
+            tuple[int, worker_pb2.Plan | Release | Flush | Farewell] | PrivateStep | None
         ] = queue.SimpleQueue()
         self._agenda = Agenda()
         self._pass_count = PassCount()
@@ -91,6 +93,8 @@ class Executor:
         self._refused: deque[worker_pb2.RefusedSnapshot] = deque()
         self._runs: dict[str, HeldRun] = {}
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
+        self._private = PrivateSteps(transfers, self._inbox.put)
+        self._telling = Telling(backend, self._progress, self._private, self._give_up)
         self._thread = threading.Thread(target=self._work, name="tensafe-executor", daemon=True)
 
     # Called by the link.
@@ -98,6 +102,7 @@ class Executor:
     def start(self) -> None:
         """Starts the threads."""
         self.snapshots.start()
+        self._private.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -108,12 +113,13 @@ class Executor:
         self._thread.join()
         self._pass_count.tell()
         self.snapshots.close()
+        self._private.close()
         self._artifacts.close()
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was submitted has been executed."""
-        done = self._submitted == self._finished
+        """Whether everything that was submitted has been executed, and can be told."""
+        done = self._submitted == self._finished and self._private.idle
         return done and not (self._samples.busy or self._farewell_due)
 
     def held_runs(self) -> list[worker_pb2.HeldRun]:
@@ -211,7 +217,10 @@ class Executor:
                 return True
             if item is None:
                 return False
-            self._agenda.put(*item)
+            if isinstance(item, PrivateStep):
+                self._telling.stored(item)
+            else:
+                self._agenda.put(*item)
 
     def _group(self, items: Sequence[Item]) -> None:
         """Executes a group, or what a plan has without a group."""
@@ -226,6 +235,7 @@ class Executor:
                 self._backend.close_run(item.run_id)
                 self._runs.pop(item.run_id, None)
                 self.snapshots.forget(item.run_id)
+                self._telling.forget(item.run_id)
             elif isinstance(item, Flush):
                 self.snapshots.flush()
                 item.captured.set()
@@ -248,12 +258,14 @@ class Executor:
         if held is not None and held.epoch == assignment.epoch and held.fault is None:
             return
         self._samples.drop_run(assignment.run_id)
+        self._telling.forget(assignment.run_id)
         run = HeldRun(
             assignment.epoch,
             assignment.config.model_ref,
             last_seq=assignment.seq,
             check=assignment.check,
             deterministic=assignment.config.deterministic,
+            private=assignment.config.dp.enabled,
         )
         self._runs[assignment.run_id] = run
         self.activity.begin("", assignment.run_id, self._limits.base_s)
@@ -267,16 +279,26 @@ class Executor:
                 state = self._artifacts.directory(assignment.artifact_id)
             self._backend.open_run(assignment.run_id, settings, state)
         except SnapshotLoadError as error:
-            self._backend.close_run(assignment.run_id)
-            run.refused = True
-            self._refused.append(error.refused)
-            self._on_progress()
+            self._give_up(error.refused)
         except Exception as error:
             # The run's operations fail with this; the worker and its other runs go on.
             self._backend.close_run(assignment.run_id)
             run.fault = as_fault(error, f"taking on run {assignment.run_id}")
         finally:
             self.activity.end()
+
+    def _give_up(self, refused: worker_pb2.RefusedSnapshot) -> None:
+        """Leaves a run to its next assignment."""
+        self._backend.close_run(refused.run_id)
+        self._runs[refused.run_id].refused = True
+        self._refused.append(refused)
+        self._on_progress()
+
+    def _extend(self, tokens: int) -> None:
+        """The operation at hand turns out to have so many tokens."""
+        step = self.activity.step
+        if step is not None:
+            self.activity.begin(step.operation_id, step.run_id, self._limits.of_tokens(tokens))
 
     def _claim(self, planned: worker_pb2.PlannedOperation, kind: str = "") -> bool:
         claim = self._progress.claim(planned, stoppable=kind == "sample")
@@ -305,9 +327,9 @@ class Executor:
             self._progress.abandon(planned)
             return
         except Exception as error:
-            fail(done, error)
+            fail(done, error, planned)
         done.compute_ms = (time.perf_counter() - begin) * 1e3
-        self._progress.end([done])
+        self._telling.end([Ended(spec, planned, done)])
         self.snapshots.after(spec, planned, done)
 
     def _replay(
@@ -323,7 +345,7 @@ class Executor:
         except _RefusedRunError:
             return
         except Exception as error:
-            fail(done, error)
+            fail(done, error, planned)
         done.compute_ms = (time.perf_counter() - begin) * 1e3
         if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
             self._progress.tell(done)
@@ -353,7 +375,7 @@ class Executor:
             if len(ready) > 1:
                 failpoints.hit("mid-group")
             self._pass_count.add(len(ready))
-        ended = []
+        ended: list[Ended] = []
         for member in claimed:
             if member in refused:
                 self._progress.abandon(member.planned)
@@ -365,12 +387,12 @@ class Executor:
             try:
                 write_outcome(member, done)
             except Exception as error:
-                fail(done, error)
-            ended.append((member, done))
+                fail(done, error, member.planned)
+            ended.append(Ended(member.spec, member.planned, done))
         self.activity.end()
-        self._progress.end([done for _, done in ended])
-        for member, done in ended:
-            self.snapshots.after(member.spec, member.planned, done)
+        self._telling.end(ended)
+        for item in ended:
+            self.snapshots.after(item.spec, item.planned, item.done)
 
     def _void(self, planned: worker_pb2.PlannedOperation) -> None:
         spec = training_pb2.OperationSpec.FromString(planned.spec)
@@ -382,6 +404,8 @@ class Executor:
             return  # it has heard of it: it was told again over a new stream
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
+        elif planned.void and run.private:
+            self._backend.drop_window(run_id)
         run.last_seq = spec.seq
 
     def _execute(
@@ -398,6 +422,7 @@ class Executor:
             if planned.replay and kind in _REPLAY_SKIPS:
                 return False
             if kind == "sample":
+                self._private.wait_stored(spec.run_id)
                 self._samples.begin(spec, planned)
                 return True
             run_id = planned.run_id or spec.run_id
@@ -422,6 +447,8 @@ class Executor:
             raise run.fault
         if spec.seq <= run.last_seq:
             raise RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
+        if planned.HasField("charge") and self._private.open_step(run_id) is not None:
+            raise RuntimeError(f"a private step of {run_id} came before the last one was told")
         return run
 
     def _prepare_farewell(self) -> None:

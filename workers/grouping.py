@@ -12,6 +12,7 @@ from tensafe.v1 import training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault
 from workers import wire
 from workers.backend import Backend
+from workers.execution import write_step
 from workers.keeping import HeldRun
 from workers.operations import LossOutcome, LossRequest, StepOutcome, StepRequest
 
@@ -117,10 +118,12 @@ def read_request(backend: Backend, member: Member) -> None:
         TenSafeFault: INVALID_BATCH, or what else is wrong with it.
     """
     if member.kind == "optim_step":
-        member.request = wire.step_request(member.spec.optim_step)
+        member.request = wire.step_request(member.planned, member.spec.optim_step)
         return
     try:
-        member.request = wire.loss_request(member.spec.forward_backward, _no_artifact)
+        member.request = wire.gradient_request(
+            member.planned, member.spec.forward_backward, _no_artifact
+        )
     except TenSafeFault:
         backend.poison(member.spec.run_id)
         raise
@@ -138,9 +141,7 @@ def write_outcome(member: Member, done: worker_pb2.OperationDone) -> None:
     if isinstance(outcome, LossOutcome):
         done.result.CopyFrom(wire.forward_backward_result(outcome))
     elif outcome is not None:
-        done.result.CopyFrom(wire.optim_step_result(outcome))
-        if outcome.applied:
-            done.step_metrics.extend(wire.step_metrics(outcome))
+        write_step(member.planned, outcome, done)
 
 
 class PassCount:

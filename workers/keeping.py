@@ -26,6 +26,7 @@ class HeldRun:
     Attributes:
         check: it serves a comparison with the log only.
         deterministic: its gradients are computed alone.
+        private: its recovery points are made with its updates, and at no other time.
         fault: why it could not be taken on; its operations fail with this.
         refused: its snapshot could not be loaded; its operations are left to its next assignment.
         debt: what a replay from its newest snapshot would take.
@@ -37,6 +38,7 @@ class HeldRun:
     last_seq: int = 0
     check: bool = False
     deterministic: bool = False
+    private: bool = False
     fault: TenSafeFault | None = None
     refused: bool = False
     debt: Debt = field(default_factory=Debt)
@@ -82,7 +84,7 @@ class SnapshotKeeper:
         """Counts what a replay would have to do, and makes a snapshot when it is due."""
         run_id = planned.run_id or spec.run_id
         run = self._runs.get(run_id)
-        if run is None or run.epoch != planned.epoch or not run.is_held:
+        if run is None or run.epoch != planned.epoch or not run.is_held or run.private:
             return
         self._count_unkept()
         if spec.WhichOneof("operation") in _CHANGES_STATE:

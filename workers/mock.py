@@ -2,7 +2,8 @@
 
 Step k's loss is 2.5 − 0.01·k, floored at 0.1; grad_norm lies in [1.500, 1.599]. It keeps the
 accumulation window's rules and counts steps as the torch backend does, and trains nothing. Of the
-losses it has `cross_entropy`, and `linear` for losses that clients compute.
+losses it has `cross_entropy`, and `linear` for losses that clients compute. It takes private runs,
+tells as little of them as the torch backend, and adds no noise, which each release says.
 """
 
 from __future__ import annotations
@@ -33,12 +34,20 @@ from workers.operations import (
     Metric,
     ModelCard,
     Output,
+    PrivateRelease,
     RunSettings,
     SampleOutcome,
     SampleRequest,
     SaveOutcome,
     StepOutcome,
     StepRequest,
+)
+from workers.releases import (
+    check_charged,
+    check_forward,
+    private_request,
+    released_call,
+    released_update,
 )
 from workers.window import Window, loss_metric
 
@@ -99,7 +108,9 @@ class MockBackend(Backend):
         return {"backend": "mock", "python": platform.python_version()}
 
     def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:
-        run = _Run(settings, Window(settings.accumulation_steps, settings.max_steps))
+        closes_empty = settings.privacy is not None
+        window = Window(settings.accumulation_steps, settings.max_steps, closes_empty)
+        run = _Run(settings, window)
         if state is not None:
             _restore(run, _read(state))
         self._runs[run_id] = run
@@ -110,13 +121,22 @@ class MockBackend(Backend):
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
 
+    def drop_window(self, run_id: str) -> None:
+        run = self._runs[run_id]
+        run.window.clear()
+        run.norms.clear()
+
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
-        return _loss(self._runs[run_id], request)[0]
+        run = self._runs[run_id]
+        check_forward(run.settings.privacy)
+        return _loss(run, request)[0]
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         window = run.window
         try:
+            if run.settings.privacy is not None:
+                request = private_request(request)
             reduction = _reduction(request)
             window.admit(reduction)
             outcome, loss_sum, scored = _loss(run, request)
@@ -133,7 +153,7 @@ class MockBackend(Backend):
             tokens=len(request.batch.input_tokens),
             compute_ms=0.0,
         )
-        return outcome
+        return released_call(run.settings.privacy, outcome)
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         run = self._runs[run_id]
@@ -141,16 +161,20 @@ class MockBackend(Backend):
         if rate is None:
             rate = run.settings.optimizer.learning_rate
         try:
-            closed = run.window.call()
+            check_charged(run.settings.privacy, run.window, request)
+            closed = run.window.call(closes=request.closes)
         except TenSafeFault:
             if not run.window.is_open:
                 run.norms.clear()
             raise
         if closed is None:
             return StepOutcome(run.window.step, False, rate)
-        norm = run.norms[-1]
+        privacy = run.settings.privacy
+        release = PrivateRelease(noise_applied=False) if privacy is not None else None
+        norm = run.norms[-1] if run.norms else 0.0
         run.norms.clear()
-        return StepOutcome(run.window.applied(), True, rate, norm, closed.metrics(norm, rate, 0.0))
+        metrics = released_update(privacy, closed.metrics(norm, rate, 0.0))
+        return StepOutcome(run.window.applied(), True, rate, norm, metrics, release)
 
     @property
     def sampler(self) -> MockSampler:
@@ -189,8 +213,7 @@ class MockBackend(Backend):
         if restore:
             _restore(run, state)
         else:
-            run.window.clear()
-            run.norms.clear()
+            self.drop_window(run_id)
         return LoadOutcome(run.window.step, restore)
 
 

@@ -55,6 +55,43 @@ class OptimizerSettings:
     grad_clip_norm: float | None = None
 
 
+class PrivateMetrics(StrEnum):
+    """What a private run tells its owner."""
+
+    PRIVATE = "private"
+    RAW_TO_OWNER = "raw_to_owner"
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacySettings:
+    """Differentially private training: DP-SGD (Abadi et al. 2016, arXiv 1607.00133, algorithm 1).
+
+    Attributes:
+        noise_multiplier: σ ≥ 0; a step's noise is N(0, (σ·C)²) in each number.
+        max_grad_norm: C > 0, bound on the L2 norm of one unit's gradient over the whole adapter.
+        expected_batch_size: units that a step's noised sum is divided by, whatever it has.
+        metrics: `private` tells what was noised and what is public, and nothing else.
+        loss_noise_multiplier: of the noise on a step's sum of losses, over `max_loss`; None: no
+            loss is told.
+        max_loss: to which a unit's loss is clipped for that, from 0.
+        test_seed: where noise comes from in tests, which make no run private; None: from the
+            operating system, anew for each step.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: float
+    metrics: PrivateMetrics = PrivateMetrics.PRIVATE
+    loss_noise_multiplier: float | None = None
+    max_loss: float = 10.0
+    test_seed: int | None = None
+
+    @property
+    def tells_raw(self) -> bool:
+        """Whether the owner is told what was not noised."""
+        return self.metrics is PrivateMetrics.RAW_TO_OWNER
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     """Everything that defines a run, defaults filled in."""
@@ -66,6 +103,7 @@ class RunSettings:
     max_steps: int | None = None
     seed: int = 0
     deterministic: bool = False
+    privacy: PrivacySettings | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a checkpoint's `state.json`."""
@@ -83,6 +121,8 @@ class Batch:
             given.
         weights: float32, like the targets, 0 where nothing is scored; None for all 1.
         inputs: what else the loss takes, by name: [N] or [N, K].
+        units: int32 [B], of private runs: the number of each datum's unit in this batch, from 0;
+            −1: the datum adds nothing. None: each datum is a unit of its own.
     """
 
     offsets: Int64
@@ -90,6 +130,7 @@ class Batch:
     target_tokens: Int32 | None = None
     weights: Float32 | None = None
     inputs: dict[str, NDArray[Any]] = field(default_factory=dict)
+    units: Int32 | None = None
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """All that the loss is given, by name."""
@@ -118,7 +159,7 @@ class LossRequest:
     """A forward pass, or a forward and a backward pass, over one batch.
 
     Attributes:
-        reduction: None for the loss's own.
+        reduction: None for the loss's own; in private runs the sequence mean.
         options: of the loss; what is left out has its default.
         reference: None for the base model, where the loss needs one.
         dropout: whether a forward pass has the masks of the next backward pass.
@@ -134,11 +175,18 @@ class LossRequest:
 
 @dataclass(slots=True)
 class StepRequest:
-    """Closes a call of the accumulation window; None means the run's own value."""
+    """Closes a call of the accumulation window; None means the run's own value.
+
+    Attributes:
+        charged: what an update of a private run costs is written down. Without it none is applied.
+        closes: it closes the window, however many calls that has had.
+    """
 
     learning_rate: float | None = None
     weight_decay: float | None = None
     grad_clip_norm: float | None = None
+    charged: bool = False
+    closes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +287,8 @@ class LossOutcome:
     """What came of a pass.
 
     Attributes:
-        outputs: by name; `logprobs`, of each target token, is always there.
+        outputs: by name; `logprobs`, of each target token, is always there, unless the run is
+            private and tells nothing raw.
     """
 
     metrics: list[Metric]
@@ -252,14 +301,31 @@ class LossOutcome:
 
 
 @dataclass(slots=True)
+class PrivateRelease:
+    """What an applied step of a private run may tell beside its noised gradient's norm.
+
+    Attributes:
+        noise_applied: whether noise was added; False under a noise multiplier of 0.
+        num_clipped: units whose gradient was clipped; None unless raw metrics are told.
+        noised_loss: Σ clipped losses + noise, over the expected batch size; None if not asked for.
+    """
+
+    noise_applied: bool
+    num_clipped: int | None = None
+    noised_loss: float | None = None
+
+
+@dataclass(slots=True)
 class StepOutcome:
-    """Result of one `optim_step`; `metrics` only if it applied."""
+    """Result of one `optim_step`; `metrics` only if it applied, `release` only if that was an
+    update of a private run."""
 
     step: int
     applied: bool
     learning_rate: float
     grad_norm: float | None = None
     metrics: list[Metric] = field(default_factory=list)
+    release: PrivateRelease | None = None
 
 
 class FinishReason(StrEnum):

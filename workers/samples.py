@@ -112,5 +112,5 @@ class Samples:
             done.compute_ms = outcome.compute_ms
             done.result.CopyFrom(wire.sample_result(outcome))
         except Exception as error:
-            fail(done, error)
+            fail(done, error, planned)
         self._progress.end([done])

@@ -109,19 +109,60 @@ class GrpcTransfers:
         self, run_id: str, epoch: int, seq: int, step: int, directory: Path
     ) -> str | None:
         """Stores a snapshot; None if the coordinator kept it, else why not."""
-        header = worker_pb2.SnapshotHeader(
-            worker_id=self.worker_id, run_id=run_id, epoch=epoch, seq=seq, step=step
+        response = self._upload_snapshot(directory, run_id=run_id, epoch=epoch, seq=seq, step=step)
+        return None if response.snapshot_id else response.refusal
+
+    def upload_private_step(
+        self, run_id: str, epoch: int, seq: int, step: int, charge_id: str, directory: Path
+    ) -> str:
+        """Stores the state right after a private update; its snapshot's id.
+
+        Raises:
+            TenSafeFault: STALE_ASSIGNMENT if the coordinator does not want it now.
+        """
+        response = self._upload_snapshot(
+            directory, run_id=run_id, epoch=epoch, seq=seq, step=step, charge_id=charge_id
         )
+        if not response.snapshot_id:
+            raise TenSafeFault("STALE_ASSIGNMENT", response.refusal, run_id=run_id)
+        return response.snapshot_id
+
+    def _upload_snapshot(self, directory: Path, **fields: Any) -> worker_pb2.UploadSnapshotResponse:
+        header = worker_pb2.SnapshotHeader(worker_id=self.worker_id, **fields)
         paths = sorted(directory.iterdir())
 
-        async def attempt() -> str | None:
-            response = await self._stub.UploadSnapshot(
+        async def attempt() -> worker_pb2.UploadSnapshotResponse:
+            return await self._stub.UploadSnapshot(
                 _snapshot_requests(header, paths), metadata=self._metadata, timeout=_TIMEOUT_S
             )
-            return None if response.snapshot_id else response.refusal
 
         # Not tried again: the stream that the header names is gone with the connection.
         return self._run(attempt, attempts=1)
+
+    def fetch_private_batch(
+        self, operation_id: str, charge_id: str
+    ) -> Sequence[worker_pb2.FetchPrivateBatchResponse]:
+        """The rows that were drawn for a private step, in pieces of whole units.
+
+        Raises:
+            TenSafeFault: STALE_ASSIGNMENT.
+        """
+
+        async def attempt() -> Sequence[worker_pb2.FetchPrivateBatchResponse]:
+            call = self._stub.FetchPrivateBatch(
+                worker_pb2.FetchPrivateBatchRequest(
+                    worker_id=self.worker_id, operation_id=operation_id, charge_id=charge_id
+                ),
+                metadata=self._metadata,
+                timeout=_TIMEOUT_S,
+                wait_for_ready=True,
+            )
+            try:
+                return [piece async for piece in call]
+            finally:
+                call.cancel()
+
+        return self._run(attempt)
 
     def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
         """Writes the snapshot's files into a directory.

@@ -37,7 +37,11 @@ class OperationLimits:
 
     def of(self, spec: training_pb2.OperationSpec) -> float:
         """The limit of an operation, seconds."""
-        return self.base_s + self.per_token_ms * tokens_of(spec) / 1e3
+        return self.of_tokens(tokens_of(spec))
+
+    def of_tokens(self, tokens: int) -> float:
+        """The limit of an operation of so many tokens, seconds."""
+        return self.base_s + self.per_token_ms * tokens / 1e3
 
 
 def tokens_of(spec: training_pb2.OperationSpec) -> int:

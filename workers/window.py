@@ -44,7 +44,7 @@ class ClosedWindow:
         compute_ms = self.compute_ms + step_ms
         rate = self.tokens / compute_ms * 1e3 if compute_ms > 0 else 0.0
         return [
-            loss_metric(self.reduction, self.loss_sum, self.denominator),
+            *scored_loss(self.reduction, self.loss_sum, self.denominator),
             Metric("grad_norm", grad_norm, Combine.LAST),
             Metric("learning_rate", learning_rate, Combine.LAST),
             Metric("tokens", self.tokens, Combine.SUM),
@@ -64,6 +64,11 @@ def loss_metric(reduction: Reduction, loss_sum: float, denominator: float) -> Me
     if reduction is Reduction.SUM:
         return Metric("loss", loss_sum, Combine.SUM)
     return Metric("loss", loss_sum / denominator, Combine.MEAN, denominator)
+
+
+def scored_loss(reduction: Reduction, loss_sum: float, denominator: float) -> list[Metric]:
+    """`loss_metric`, if anything was scored, as it need not be in private runs."""
+    return [loss_metric(reduction, loss_sum, denominator)] if denominator else []
 
 
 def combine(metrics: Iterable[Metric]) -> list[Metric]:
@@ -93,15 +98,25 @@ def _both(one: Metric, two: Metric) -> Metric:
 class Window:
     """Counters of one run.
 
+    Args:
+        closes_empty: an optim_step applies without any forward_backward before it, as in private
+            runs, where whether a batch was empty is nobody's business.
+
     Attributes:
         step: applied updates.
         calls: optim_step calls since the last close.
         backwards: forward_backward calls that added a gradient since then.
     """
 
-    def __init__(self, accumulation_steps: int = 1, max_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        accumulation_steps: int = 1,
+        max_steps: int | None = None,
+        closes_empty: bool = False,
+    ) -> None:
         self._accumulation_steps = accumulation_steps
         self._max_steps = max_steps
+        self._closes_empty = closes_empty
         self.step = 0
         self.clear()
 
@@ -164,8 +179,16 @@ class Window:
         """A forward_backward of this window did not contribute."""
         self.poisoned = True
 
-    def call(self) -> ClosedWindow | None:
+    @property
+    def awaits_last_call(self) -> bool:
+        """Whether the next optim_step closes the window."""
+        return self.calls + 1 >= self._accumulation_steps
+
+    def call(self, *, closes: bool = False) -> ClosedWindow | None:
         """Counts one optim_step; None if it does not close the window.
+
+        Args:
+            closes: it does, however many calls the window has had.
 
         A close, failed or not, leaves an empty window: the caller clears its accumulator. After a
         close that applied, the caller counts it with `applied`.
@@ -181,7 +204,7 @@ class Window:
                 "larger max_steps to go on from a saved state",
                 max_steps=self._max_steps,
             )
-        if self.calls + 1 < self._accumulation_steps:
+        if not (closes or self.awaits_last_call):
             self.calls += 1
             return None
         poisoned, backwards, reduction = self.poisoned, self.backwards, self.reduction
@@ -201,7 +224,7 @@ class Window:
                 "cancelled; the window's gradients were dropped and no update was made; repeat "
                 "the window's forward_backward calls",
             )
-        if not backwards:
+        if not (backwards or self._closes_empty):
             raise TenSafeFault(
                 "EMPTY_WINDOW",
                 "no forward_backward came before this optim_step; call forward_backward first",

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from tensafe.v1 import models_pb2, operations_pb2, training_pb2, types_pb2, worker_pb2
+from tensafe.v1 import (
+    models_pb2,
+    operations_pb2,
+    privacy_pb2,
+    training_pb2,
+    types_pb2,
+    worker_pb2,
+)
 from tensafe.wire.loss_messages import card_message, option_values, reduction_of
 from tensafe.wire.losses import LossCard
 from tensafe.wire.status import TenSafeFault
@@ -28,6 +35,9 @@ from workers.operations import (
     ModelCard,
     OptimizerSettings,
     Output,
+    PrivacySettings,
+    PrivateMetrics,
+    PrivateRelease,
     Prompt,
     Reference,
     RunSettings,
@@ -52,6 +62,7 @@ _FINISH_REASONS = {
     FinishReason.STOP: operations_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: operations_pb2.FINISH_REASON_LENGTH,
 }
+_RESOLVED = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
 _ADAM_ONLY = ("beta1", "beta2", "eps")
 _DEFAULTS = {"adamw": (0.9, 0.999, 1e-8), "adam": (0.9, 0.999, 1e-8)}
 
@@ -62,8 +73,6 @@ def run_settings(config: training_pb2.RunConfig) -> RunSettings:
     Raises:
         TenSafeFault: UNSUPPORTED_OPTION for what no backend here does.
     """
-    if config.dp.enabled:
-        raise _unsupported("dp.enabled", "this server does not train privately yet; leave dp unset")
     lora = config.lora
     if lora.HasField("bias") and lora.bias != "none":
         raise _unsupported(
@@ -84,6 +93,22 @@ def run_settings(config: training_pb2.RunConfig) -> RunSettings:
         max_steps=_or(config, "max_steps", None),
         seed=_or(config, "seed", 0),
         deterministic=config.deterministic,
+        privacy=_privacy(config) if config.dp.enabled else None,
+    )
+
+
+def _privacy(config: training_pb2.RunConfig) -> PrivacySettings:
+    dp: Any = config.dp
+    if not all(dp.HasField(name) for name in _RESOLVED):
+        raise RuntimeError(f"a private run came without {', '.join(_RESOLVED)}")
+    raw = dp.metrics == privacy_pb2.DP_METRICS_MODE_RAW_TO_OWNER
+    optional = ("loss_noise_multiplier", "max_loss", "test_seed")
+    return PrivacySettings(
+        noise_multiplier=dp.noise_multiplier,
+        max_grad_norm=dp.max_grad_norm,
+        expected_batch_size=dp.expected_batch_size,
+        metrics=PrivateMetrics.RAW_TO_OWNER if raw else PrivateMetrics.PRIVATE,
+        **{name: getattr(dp, name) for name in optional if dp.HasField(name)},
     )
 
 
@@ -141,6 +166,35 @@ def loss_request(
     )
 
 
+def gradient_request(
+    planned: worker_pb2.PlannedOperation,
+    message: training_pb2.ForwardBackward,
+    artifact_directory: Callable[[str], Path],
+) -> LossRequest:
+    """As `loss_request`, with the units that the coordinator has numbered."""
+    request = loss_request(message, artifact_directory)
+    request.batch.units = _units(planned, message.batch.inline)
+    return request
+
+
+def private_request(piece: worker_pb2.FetchPrivateBatchResponse) -> LossRequest:
+    """Rows that were drawn for a private step."""
+    batch = _batch(piece.batch)
+    batch.units = _units(piece, piece.batch)
+    return LossRequest(batch)
+
+
+def _units(
+    planned: worker_pb2.PlannedOperation | worker_pb2.FetchPrivateBatchResponse,
+    batch: training_pb2.Batch,
+) -> Any:
+    if planned.HasField("units"):
+        return _array(planned.units, _INT32, "units")
+    if batch.unit_ids:
+        raise RuntimeError("a batch with unit ids came without the numbers of its units")
+    return None
+
+
 def _batch(message: training_pb2.Batch) -> Batch:
     batch = Batch(
         offsets=_array(message.offsets, _INT64, "batch.offsets"),
@@ -195,12 +249,16 @@ def _array(tensor: types_pb2.Tensor, wanted: _Wanted, where: str, *, wide: bool 
     return array
 
 
-def step_request(message: training_pb2.OptimStep) -> StepRequest:
-    """Reads the per-call overrides of an optim_step."""
+def step_request(
+    planned: worker_pb2.PlannedOperation,
+    message: training_pb2.OptimStep | training_pb2.PrivateStep,
+) -> StepRequest:
+    """Reads the per-call overrides of an optim_step, and whether it may release anything."""
     return StepRequest(
         _or(message, "learning_rate", None),
         _or(message, "weight_decay", None),
         _or(message, "grad_clip_norm", None),
+        charged=planned.HasField("charge"),
     )
 
 
@@ -298,7 +356,17 @@ def optim_step_result(outcome: StepOutcome) -> operations_pb2.OperationResult:
             applied=outcome.applied,
             learning_rate=outcome.learning_rate,
             grad_norm=outcome.grad_norm,
+            dp=None if outcome.release is None else _dp_metrics(outcome.release),
         )
+    )
+
+
+def _dp_metrics(release: PrivateRelease) -> privacy_pb2.DpMetrics:
+    """What the worker knows of it; what it has cost is the coordinator's."""
+    return privacy_pb2.DpMetrics(
+        noise_applied=release.noise_applied,
+        num_clipped=release.num_clipped,
+        noised_loss=release.noised_loss,
     )
 
 

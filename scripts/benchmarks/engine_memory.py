@@ -57,7 +57,7 @@ def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dic
         backend.optim_step(name, StepRequest())
 
     backend.open_run("one", settings, None)
-    found = _peaks({cell: lambda batch=batch: step("one", batch) for cell, batch in rows.items()})
+    found = peaks({cell: lambda batch=batch: step("one", batch) for cell, batch in rows.items()})
     before = _resident()
     for index in range(_MORE_RUNS):
         backend.open_run(f"more-{index}", settings, None)
@@ -81,10 +81,11 @@ def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict
         resolve(model).location, dtype=pick_dtype(dtype, device)
     )
     step = plain_loop(base.to(device), dropout, 1)
-    return _peaks({cell: lambda batch=batch: step([batch]) for cell, batch in rows.items()})
+    return peaks({cell: lambda batch=batch: step([batch]) for cell, batch in rows.items()})
 
 
-def _peaks(steps: dict[str, Any]) -> dict[str, float]:
+def peaks(steps: dict[str, Any]) -> dict[str, float]:
+    """Bytes of each step at its most: `CELL peak`, and above what was there: `CELL above model`."""
     found = {}
     for cell, step in steps.items():
         loaded = _resident()

@@ -40,8 +40,9 @@ class Slot:
         return self.begin + self.shape[0] * self.shape[1]
 
     def view(self, vector: Tensor) -> Tensor:
-        """This tensor's part of a vector laid out like the adapter's."""
-        return vector[self.begin : self.end].view(self.shape)
+        """This tensor's part of a vector laid out like the adapter's; of each, of several."""
+        part = vector[..., self.begin : self.end]
+        return part.view(*part.shape[:-1], *self.shape)
 
 
 class Adapter:
@@ -78,7 +79,7 @@ class Adapter:
         """[P]: where backward passes add; zero when first asked for, until it is released."""
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.weights, requires_grad=False)
-            self._gradients = self._pairs(self._gradient)
+            self._gradients = self.pairs(self._gradient)
         return self._gradient
 
     def release_gradient(self) -> Tensor:
@@ -94,9 +95,11 @@ class Adapter:
 
     def tensors(self, dtype: torch.dtype) -> Pairs:
         """Module → A [r, K] and B [O, r], rounded to `dtype`."""
-        return self._pairs(self.weights.detach().to(dtype))
+        return self.pairs(self.weights.detach().to(dtype))
 
-    def _pairs(self, vector: Tensor) -> Pairs:
+    def pairs(self, vector: Tensor) -> Pairs:
+        """Module → A's and B's part of a vector laid out like the weights, or of each of several,
+        [..., P] or longer."""
         views = [slot.view(vector) for slot in self.slots]
         modules = [slot.module for slot in self.slots[::2]]
         return dict(zip(modules, zip(views[::2], views[1::2], strict=True), strict=True))

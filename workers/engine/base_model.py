@@ -47,6 +47,7 @@ class BaseModel:
         tokenizer: of `transformers`; None without one.
         linear_modules: last part of the name → count, without embeddings and the head.
         end_tokens: ids that end a completion.
+        token_bytes: that a training pass keeps for each token, once it was measured.
         references: other names under which tenants may ask for it.
         tokenizer_files: name → content.
         layer_shapes: what each layer's attention keeps of a token.
@@ -65,6 +66,7 @@ class BaseModel:
     references: tuple[str, ...] = ()
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     layer_shapes: tuple[LayerShape, ...] = ()
+    token_bytes: float | None = None
 
     def __post_init__(self) -> None:
         self.scope = LoraScope()

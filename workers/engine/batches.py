@@ -34,6 +34,10 @@ class ScoredBatch:
         denominator: what the sum of all terms is to be divided by; 1 for a sum.
         ends: int64 [B], tokens of each row up to its last scored position; 0 without one.
         together: rows after one another that no pass may separate.
+        row_keys: int64 [B] in int32's range, what tells the rows' dropout masks apart.
+        units: int64 [B], the privacy unit of each row, whose rows are computed after one another;
+            None: there are none.
+        least_tokens: what a row takes of a pass's tokens at least.
     """
 
     offsets: Int64
@@ -46,6 +50,9 @@ class ScoredBatch:
     denominator: float
     ends: Int64
     together: int
+    row_keys: Int64
+    units: Int64 | None = None
+    least_tokens: int = 0
 
     @property
     def scored(self) -> int:
@@ -106,6 +113,7 @@ def check_batch(
         denominator=denominator,
         ends=_last_scored(batch.offsets, scored),
         together=loss.card.datums_together,
+        row_keys=np.arange(len(lengths)),
     )
 
 

@@ -63,7 +63,18 @@ class Captured:
 
 
 def save(run: Run, directory: Path, complete: bool, fingerprint: dict[str, str]) -> SaveOutcome:
-    """Writes the adapter and, if `complete`, all of the run's state."""
+    """Writes the adapter and, if `complete`, all of the run's state, for whoever may read it.
+
+    Raises:
+        TenSafeFault: UNSUPPORTED_OPTION: the run is private, and its window open.
+    """
+    if complete and run.private is not None and (run.window.is_open or run.accumulator is not None):
+        raise TenSafeFault(
+            "UNSUPPORTED_OPTION",
+            "the run's accumulation window holds a gradient without noise, which no artifact may "
+            "have; save after optim_step, or with include_optimizer=False",
+            field="save_state.include_optimizer",
+        )
     capture(run, complete, fingerprint).write(directory)
     return SaveOutcome(run.window.step, run.model.name)
 
@@ -89,6 +100,8 @@ def capture(run: Run, complete: bool, fingerprint: dict[str, str]) -> Captured:
             "backwards": run.backwards,
             "window": run.window.as_json(),
         }
+        if run.private is not None:
+            state["private"] = run.private.as_json()
         tensors[OPTIMIZER_FILE] = _own(_optimizer_tensors(run))
         if run.accumulator is not None:
             tensors[ACCUMULATOR_FILE] = _own(adapter.named(run.accumulator))
@@ -114,7 +127,8 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
 
     Weights alone drop the open accumulation window, poisoned or not: its gradient belongs to the
     weights that are gone. Step, optimizer and seed stay. Everything is read and checked before
-    anything is replaced.
+    anything is replaced. A private run takes an open window from a private run's snapshot alone:
+    another's gradient may be larger than any bound.
 
     Raises:
         TenSafeFault: ARTIFACT_MISMATCH.
@@ -135,8 +149,7 @@ def load(run: Run, directory: Path, include_optimizer: bool | None) -> LoadOutco
     if restore:
         _load_rest(run, directory, state)
     else:
-        run.window.clear()
-        run.accumulator = None
+        run.drop_window()
     with torch.no_grad():
         run.adapter.weights.copy_(weights)
     return LoadOutcome(run.window.step, restore)
@@ -176,6 +189,16 @@ def _load_rest(run: Run, directory: Path, state: dict[str, Any]) -> None:
     moments = _split_moments(run.adapter, load_file(directory / OPTIMIZER_FILE))
     path = directory / ACCUMULATOR_FILE
     accumulator = run.adapter.vector(load_file(path)) if path.is_file() else None
+    if run.private is not None:
+        own = state["run"].get("privacy") == run.settings.as_json()["privacy"]
+        if not own and (accumulator is not None or state["window"]["backwards"]):
+            raise _mismatch(
+                "its accumulation window is open, and the run is private; save it after "
+                "optim_step, or load it with include_optimizer=False"
+            )
+        run.private.clear()
+        if own:
+            run.private.restore(state["private"])
     run.window.restore(state["window"])
     run.optimizer.restore(moments)
     run.accumulator = accumulator

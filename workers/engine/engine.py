@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
-from workers.engine.measuring import free_bytes, measure_budget
+from workers.engine.measuring import free_bytes, measure_budget, token_bytes
 from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
+from workers.engine.privacy.noise import NoiseThread
+from workers.engine.privacy.runs import PrivateRun, check_private
 from workers.engine.residency import Residency
 from workers.engine.sampling.sampler import TorchSampler
 from workers.losses import LossCard, LossRegistry
@@ -92,6 +95,7 @@ class TorchBackend(Backend):
             self._models, self._runs.__getitem__, _check_lora, sample_bytes
         )
         self.sample_tokens = self._sampler.tokens
+        self._noise = NoiseThread()
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards
@@ -130,14 +134,24 @@ class TorchBackend(Backend):
         model = self.base_model(settings.model_ref)
         _check_lora(model, settings.lora)
         adapter = model.new_adapter(settings.lora)
+        private, unit_tokens = None, 0
+        if settings.privacy is not None:
+            check_private(settings, settings.privacy, adapter)
+            weights = adapter.weights
+            private = PrivateRun(settings.privacy, self._noise, len(weights), weights.dtype)
+            unit_tokens = math.ceil(weights.nbytes / token_bytes(model))
         return training.Run(
             run_id=run_id,
             settings=settings,
             model=model,
             adapter=adapter,
             optimizer=RunOptimizer(settings.optimizer, adapter.weights),
-            window=Window(settings.accumulation_steps, settings.max_steps),
+            window=Window(
+                settings.accumulation_steps, settings.max_steps, closes_empty=private is not None
+            ),
             seed=settings.seed,
+            private=private,
+            unit_tokens=unit_tokens,
         )
 
     def close_run(self, run_id: str) -> None:
@@ -145,6 +159,9 @@ class TorchBackend(Backend):
 
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()
+
+    def drop_window(self, run_id: str) -> None:
+        self._runs[run_id].drop_window()
 
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]

@@ -174,6 +174,9 @@ def _attempt(
         frugal_tokens: passes of at least so many make their activations anew.
     """
     gradients = [call.adapter.gradient().zero_() for call in calls] if mode.trains else []
+    for call in calls:
+        if call.private is not None:
+            call.private.begin()
     portions = []
     for work in passes:
         computed = _computed(model, calls, work, mode, len(work.ids) >= frugal_tokens)

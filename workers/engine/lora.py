@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from workers.engine.adapters import Adapter
 from workers.engine.dropout import PassDropout, masked, module_key
+from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import Part, Product
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [begin, end) of a pass, and whose they are."""
+    """Tokens [begin, end) of a pass, and whose they are; `units` if gradients are kept apart."""
 
     begin: int
     end: int
     adapter: Adapter
+    units: UnitGradients | None = None
 
 
 class PassAdapters:
@@ -57,7 +59,7 @@ class PassAdapters:
                 segment,
                 segment.adapter.scale(training=dropout is not None),
                 segment.adapter.tensors(dtype),
-                segment.adapter.gradients() if trains else {},
+                segment.adapter.gradients() if trains and segment.units is None else {},
             )
             for segment in segments
         ]
@@ -66,8 +68,11 @@ class PassAdapters:
     def parts(self, module: str) -> list[Part]:
         """The segments whose adapters target a module."""
         if module not in self._parts:
-            self._parts[module] = [
-                Part(
+            parts: list[Part] = []
+            for segment, scale, tensors, gradients in self._segments:
+                if module not in tensors:
+                    continue
+                part = Part(
                     segment.begin,
                     segment.end,
                     tensors[module][0],
@@ -75,9 +80,9 @@ class PassAdapters:
                     scale,
                     *gradients.get(module, (None, None)),
                 )
-                for segment, scale, tensors, gradients in self._segments
-                if module in tensors
-            ]
+                units = segment.units
+                parts.append(part if units is None else units.part(module, part))
+            self._parts[module] = parts
         return self._parts[module]
 
 

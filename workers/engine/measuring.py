@@ -30,8 +30,15 @@ _LEAST = 256
 def measure_budget(model: BaseModel) -> TokenBudget:
     """What fits into half of the memory that is free now."""
     most = _MOST_CPU if model.device == "cpu" else _MOST_GPU
-    fits = int(_SHARE * free_bytes(model.device) / activation_bytes(model))
+    fits = int(_SHARE * free_bytes(model.device) / token_bytes(model))
     return TokenBudget(max(_LEAST, min(most, fits)))
+
+
+def token_bytes(model: BaseModel) -> float:
+    """`activation_bytes`, measured when first asked for."""
+    if model.token_bytes is None:
+        model.token_bytes = activation_bytes(model)
+    return model.token_bytes
 
 
 def activation_bytes(model: BaseModel) -> float:

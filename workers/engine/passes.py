@@ -8,8 +8,9 @@ last scored position is dropped.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from workers.engine.dropout import PassDropout, last_dropped, token_keys
 from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.objectives import Objective
+from workers.engine.privacy.calls import PrivateCall
+from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import SegmentLoop
 from workers.engine.scoring import Portion, PortionLoss, score
 from workers.operations import Int64
@@ -35,6 +38,7 @@ class Call:
     Attributes:
         objective: what is computed of the batch.
         seed, operation: what its dropout masks come from.
+        private: what keeps its units' gradients apart; None for one sum.
     """
 
     adapter: Adapter
@@ -42,6 +46,7 @@ class Call:
     objective: Objective
     seed: int = 0
     operation: int = 0
+    private: PrivateCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ class Pass:
 
     Attributes:
         ids, positions: int64 [N].
-        rows: int32 [N], each token's datum in its batch.
+        rows: int64 [N] in int32's range, what tells the masks of each token's row apart.
         lengths: tokens of each document.
         scored: int64 [S], places of the scored positions in [N].
         is_one_unit: whether it cannot be cut further: one row, or rows together.
@@ -92,24 +97,35 @@ def cut(batches: Sequence[ScoredBatch], token_budget: int) -> list[Pass]:
     """Cuts calls into passes of at most `token_budget` tokens, or of one row (or rows together).
 
     Rows without a scored position are left out. Calls and, in them, rows go by length, so that
-    neighbours are alike; ties keep their order.
+    neighbours are alike; ties keep their order. Rows of one privacy unit go behind its longest.
     """
     lengths = [batch.ends.reshape(-1, batch.together).sum(1) for batch in batches]
     order = sorted(range(len(batches)), key=lambda call: -int(lengths[call].max()))
     passes: list[list[tuple[int, int]]] = []
     filled = 0
     for call in order:
-        together = batches[call].together
-        for unit in np.argsort(-lengths[call], kind="stable").tolist():
-            length = int(lengths[call][unit])
+        batch, together = batches[call], batches[call].together
+        for group in _in_order(batch, lengths[call]):
+            length = int(lengths[call][group])
             if length == 0:
-                break
-            if not passes or filled + length > token_budget:
+                continue
+            taken = max(length, batch.least_tokens)
+            if not passes or filled + taken > token_budget:
                 passes.append([])
                 filled = 0
-            passes[-1] += [(call, unit * together + row) for row in range(together)]
-            filled += length
+            passes[-1] += [(call, group * together + row) for row in range(together)]
+            filled += taken
     return [_pass(batches, members) for members in passes]
+
+
+def _in_order(batch: ScoredBatch, lengths: Int64) -> list[int]:
+    """Groups of rows that are never separated, by the length of each."""
+    order = np.argsort(-lengths, kind="stable")
+    if batch.units is not None:
+        longest = np.zeros(batch.units.max() + 1, np.int64)
+        np.maximum.at(longest, batch.units, lengths)
+        order = np.lexsort((-lengths, batch.units, -longest[batch.units]))
+    return [int(group) for group in order]
 
 
 def _pass(batches: Sequence[ScoredBatch], members: list[tuple[int, int]]) -> Pass:
@@ -126,7 +142,7 @@ def _pass(batches: Sequence[ScoredBatch], members: list[tuple[int, int]]) -> Pas
             begin, length = int(batch.offsets[row]), int(batch.ends[row])
             ids.append(batch.tokens[begin : begin + length])
             positions.append(np.arange(length))
-            rows.append(np.full(length, row))
+            rows.append(np.full(length, batch.row_keys[row]))
             lengths.append(length)
             first, last = np.searchsorted(batch.places, (begin, begin + length))
             found = batch.places[first:last]
@@ -186,14 +202,24 @@ def compute(
     places = torch.from_numpy(work.scored).to(device)
     references = _references(model, calls, work, numbers, places)
     packing = pack(work.lengths, device)
+    units = [_units(calls[share.call], share, work) for share in work.shares]
+    # Kept apart by the loop alone.
+    apart = any(own is not None for own in units)
     adapters = PassAdapters(
-        [Segment(s.tokens.start, s.tokens.stop, calls[s.call].adapter) for s in work.shares],
-        model.adapter_dtype(min(s.tokens.stop - s.tokens.start for s in work.shares)),
-        model.product if len(work.shares) > 1 else SegmentLoop(),
+        [
+            Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
+            for share, own in zip(work.shares, units, strict=True)
+        ],
+        # A unit's gradient is of one type whatever lies beside it.
+        model.adapter_dtype(
+            0 if apart else min(s.tokens.stop - s.tokens.start for s in work.shares)
+        ),
+        SegmentLoop() if apart or len(work.shares) == 1 else model.product,
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
     )
-    kernels = fused(len(work.ids), exact=exact)
+    # Nor does how it is computed depend on how much lies beside it.
+    kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
     with torch.set_grad_enabled(trains), model.carrying(adapters), kernels:
         hidden = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
         portions = [
@@ -203,7 +229,23 @@ def compute(
         found = score(model.head, hidden.index_select(0, places), portions)
         if trains:
             torch.stack([each.loss for each in found]).sum().backward()  # type: ignore[no-untyped-call]
-    return [each.detached() for each in found]
+    return [
+        _clipped(calls[share.call], own, each.detached())
+        for share, own, each in zip(work.shares, units, found, strict=True)
+    ]
+
+
+def _units(call: Call, share: Share, work: Pass) -> UnitGradients | None:
+    if call.private is None:
+        return None
+    return call.private.gradients(share.rows, work.lengths[share.documents])
+
+
+def _clipped(call: Call, units: UnitGradients | None, found: PortionLoss) -> PortionLoss:
+    """Adds the clipped gradients of a private call's units to its adapter's."""
+    if call.private is None or units is None or found.row_losses is None:
+        return found
+    return replace(found, loss=call.private.close(units, found.row_losses))
 
 
 def _portion(call: Call, share: Share, reference: Tensor | None) -> Portion:
@@ -216,6 +258,7 @@ def _portion(call: Call, share: Share, reference: Tensor | None) -> Portion:
         counts=share.counts,
         places=share.scored,
         reference_SD=reference,
+        apart=call.private is not None,
     )
 
 

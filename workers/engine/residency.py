@@ -85,7 +85,7 @@ class Residency:
         run = self._resident[run_id]
         directory = Path(tempfile.mkdtemp(dir=self._directory.name))
         try:
-            checkpoints.save(run, directory, True, self._fingerprint())
+            checkpoints.capture(run, True, self._fingerprint()).write(directory)
         except OSError as error:
             log.warning("run %s stays in memory beyond its limit: %s", run_id, error)
             shutil.rmtree(directory, ignore_errors=True)
@@ -110,6 +110,7 @@ class Residency:
 
 
 def state_bytes(run: Run) -> int:
-    """Memory of a run's weights, accumulated gradient and optimizer state."""
+    """Memory of a run's weights, accumulated gradient, optimizer state and drawn noise."""
     held = [run.adapter.weights, run.accumulator, *run.optimizer.state().values()]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
+    noise = 0 if run.private is None else run.private.held_bytes
+    return noise + sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -8,7 +8,7 @@ positions of its own call alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Portion:
         counts: scored positions of each row.
         places: where they lie among the pass's.
         reference_SD: hidden states of the reference at them, if the objective compares.
+        apart: whether each row's own loss is asked for.
     """
 
     call: int
@@ -44,6 +45,7 @@ class Portion:
     counts: list[int]
     places: slice
     reference_SD: Tensor | None
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +56,17 @@ class PortionLoss:
         loss: scalar; the sum of its weighted terms, each times its datum's share.
         metrics: name → the values' sum, smallest or largest, as declared, and how many they were.
         outputs: name → [s], [s, K] or, per datum, [rows].
+        row_losses: [rows], without graph, whose sum is the loss; None if not asked for.
     """
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, int]]
     outputs: dict[str, Tensor]
+    row_losses: Tensor | None = None
 
     def detached(self) -> PortionLoss:
         """The same without graph."""
-        return PortionLoss(self.loss.detach(), self.metrics, self.outputs)
+        return replace(self, loss=self.loss.detach())
 
 
 class LossFunctionError(Exception):
@@ -207,7 +211,12 @@ def _evaluate(portion: Portion, tensors: _Tensors, statistics: Statistics) -> Po
         logprobs = logprobs.where(tensors.weights != 0, 0)
     outputs = {"logprobs": logprobs}
     outputs |= {name: values.detach().to(logprobs) for name, values in found.outputs.items()}
-    return PortionLoss(terms.sum(), _metrics(objective, found, logprobs.dtype), outputs)
+    return PortionLoss(
+        terms.sum(),
+        _metrics(objective, found, logprobs.dtype),
+        outputs,
+        scored.datum_sums(terms.detach()) if portion.apart else None,
+    )
 
 
 def _metrics(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
+from workers.backend import NoisedFault
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import check_batch
@@ -21,16 +22,27 @@ from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective
 from workers.engine.optimizers import RunOptimizer, Update, step
 from workers.engine.passes import Call
+from workers.engine.privacy.batches import private_batch
+from workers.engine.privacy.calls import PrivateCall
+from workers.engine.privacy.runs import PrivateRun
 from workers.operations import (
     Combine,
     LossOutcome,
     LossRequest,
     Metric,
+    PrivateRelease,
     RunSettings,
     StepOutcome,
     StepRequest,
 )
-from workers.window import ClosedWindow, Window, divisor, loss_metric
+from workers.releases import (
+    check_charged,
+    check_forward,
+    private_request,
+    released_call,
+    released_update,
+)
+from workers.window import ClosedWindow, Window, divisor, scored_loss
 
 _NOT_RUN = TenSafeFault("INTERNAL", "not executed")
 
@@ -45,6 +57,8 @@ class Run:
         backwards: forward_backward calls that took effect, over the run's whole life. It counts
             the "logical operation" of the dropout masks, and travels with the state, so that a
             restored run goes on with the masks that it would have had.
+        private: of a private run; None else.
+        unit_tokens: what the gradient of one unit takes of a pass's tokens.
     """
 
     run_id: str
@@ -56,6 +70,15 @@ class Run:
     seed: int
     accumulator: Tensor | None = None
     backwards: int = 0
+    private: PrivateRun | None = None
+    unit_tokens: int = 0
+
+    def drop_window(self) -> None:
+        """Forgets the open window, poisoned or not, and what it holds."""
+        self.window.clear()
+        self.accumulator = None
+        if self.private is not None:
+            self.private.clear()
 
 
 Resolve = Callable[[Run, LossRequest], Objective]
@@ -65,15 +88,9 @@ Resolve = Callable[[Run, LossRequest], Objective]
 def forward(run: Run, request: LossRequest, budget: TokenBudget, resolve: Resolve) -> LossOutcome:
     """Loss and outputs; changes nothing. Dropout acts only if the request asks for the masks of
     the next forward_backward."""
-    call = _call(run, request, resolve(run, request))
-    (computed,) = execute(
-        run.model,
-        [call],
-        budget,
-        trains=False,
-        drops=request.dropout,
-        deterministic=run.settings.deterministic,
-    )
+    check_forward(run.settings.privacy)
+    call = _call(run, request, resolve)
+    (computed,) = _execute([call], run, budget, trains=False, drops=request.dropout)
     if isinstance(computed, TenSafeFault):
         raise computed
     _check_loss(computed.loss_sum)
@@ -104,9 +121,9 @@ def forward_backward(
     admitted: list[tuple[int, Call]] = []
     for index, (run, request) in enumerate(entries):
         try:
-            objective = resolve(run, request)
-            run.window.admit(objective.reduction)
-            admitted.append((index, _call(run, request, objective)))
+            call = _call(run, request, resolve)
+            run.window.admit(call.objective.reduction)
+            admitted.append((index, _training(run, call)))
             outcomes.append(_NOT_RUN)
         except TenSafeFault as fault:
             run.window.poison()
@@ -116,13 +133,7 @@ def forward_backward(
     runs = [entries[index][0] for index, _ in admitted]
     found: Sequence[Computed | TenSafeFault]
     try:
-        found = execute(
-            runs[0].model,
-            [call for _, call in admitted],
-            budget,
-            trains=True,
-            deterministic=any(run.settings.deterministic for run in runs),
-        )
+        found = _execute([call for _, call in admitted], runs[0], budget, trains=True)
     except TenSafeFault as fault:
         found = [fault] * len(runs)
     except BaseException:
@@ -143,6 +154,26 @@ def forward_backward(
     return outcomes
 
 
+def _execute(
+    calls: Sequence[Call], first: Run, budget: TokenBudget, *, trains: bool, drops: bool = True
+) -> Sequence[Computed | TenSafeFault]:
+    """What came of each; of a batch in which nothing is scored, nothing."""
+    found: list[Computed | TenSafeFault] = [Computed(0.0, 0.0, [], {}) for _ in calls]
+    scored = [index for index, call in enumerate(calls) if call.batch.scored]
+    if scored:
+        computed = execute(
+            first.model,
+            [calls[index] for index in scored],
+            budget,
+            trains=trains,
+            drops=drops,
+            deterministic=first.settings.deterministic,
+        )
+        for index, own in zip(scored, computed, strict=True):
+            found[index] = own
+    return found
+
+
 def _accumulate(
     run: Run, call: Call, computed: Computed | TenSafeFault, compute_ms: float
 ) -> LossOutcome:
@@ -156,7 +187,10 @@ def _accumulate(
         run.accumulator = gradient
     else:
         run.accumulator += gradient
-    run.backwards += 1
+    if call.private is None or run.private is None:
+        run.backwards += 1
+    else:
+        run.private.add(*call.private.counts())
     run.window.add(
         call.objective.reduction,
         loss_sum=computed.loss_sum,
@@ -166,9 +200,10 @@ def _accumulate(
         defined=computed.metrics,
     )
     outcome = _outcome(call, computed)
-    norm = computed.grad_norm / divisor(call.objective.reduction, call.batch.denominator)
-    outcome.metrics.append(Metric("grad_norm", norm, Combine.LAST))
-    return outcome
+    if call.private is None:
+        norm = computed.grad_norm / divisor(call.objective.reduction, call.batch.denominator)
+        outcome.metrics.append(Metric("grad_norm", norm, Combine.LAST))
+    return released_call(run.settings.privacy, outcome)
 
 
 @dataclass(slots=True)
@@ -182,6 +217,12 @@ class _Closing:
     rate: float
     decay: float
     clip: float | None
+    release: PrivateRelease | None = None
+
+    def metrics(self, norm: float, step_ms: float) -> list[Metric]:
+        """Of the update."""
+        metrics = self.window.metrics(norm, self.rate, step_ms)
+        return released_update(self.run.settings.privacy, metrics)
 
 
 def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | TenSafeFault]:
@@ -211,17 +252,21 @@ def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome |
             norms, applied = _apply(closing)
     except TenSafeFault as fault:
         for each in closing:
-            outcomes[each.index] = fault
+            outcomes[each.index] = _told(each, fault)
         return outcomes
     step_ms = (time.perf_counter() - begin) * 1e3 / len(closing)
     for each, norm, done in zip(closing, norms, applied, strict=True):
         if not done:
-            outcomes[each.index] = _non_finite(norm)
+            outcomes[each.index] = _told(each, _non_finite(norm))
             continue
-        metrics = each.window.metrics(norm, each.rate, step_ms)
+        metrics = each.metrics(norm, step_ms)
         step = each.run.window.applied()
-        outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics)
+        outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics, each.release)
     return outcomes
+
+
+def _told(each: _Closing, fault: TenSafeFault) -> TenSafeFault:
+    return fault if each.run.private is None else NoisedFault(fault)
 
 
 def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing:
@@ -231,23 +276,29 @@ def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing
     clip = own.grad_clip_norm if request.grad_clip_norm is None else request.grad_clip_norm
     _check_finite(rate, decay, clip)
     try:
-        closed = run.window.call()
+        check_charged(run.settings.privacy, run.window, request)
+        closed = run.window.call(closes=request.closes)
     except TenSafeFault:
         if not run.window.is_open:
-            run.accumulator = None
+            run.drop_window()
         raise
     if closed is None:
         return StepOutcome(run.window.step, False, rate)
     gradient, run.accumulator = run.accumulator, None
     if gradient is None:
-        raise RuntimeError("a window that holds a gradient has no accumulator")
+        if run.private is None:
+            raise RuntimeError("a window that holds a gradient has no accumulator")
+        gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
     return _Closing(index, run, closed, gradient, rate, decay, clip)
 
 
 def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
     """Norms before clipping, and which updates were applied."""
     for each in closing:
-        each.gradient /= each.window.divisor
+        if each.run.private is None:
+            each.gradient /= each.window.divisor
+        else:
+            each.release = each.run.private.privatize(each.gradient, each.run.window.step)
     norms = torch.stack(torch._foreach_norm([each.gradient for each in closing])).tolist()
     applied = [False] * len(closing)
     members, updates = [], []
@@ -280,7 +331,7 @@ def _non_finite(norm: float) -> TenSafeFault:
 def _outcome(call: Call, computed: Computed) -> LossOutcome:
     batch = call.batch
     metrics = [
-        loss_metric(call.objective.reduction, computed.loss_sum, batch.denominator),
+        *scored_loss(call.objective.reduction, computed.loss_sum, batch.denominator),
         Metric("tokens", len(batch.tokens), Combine.SUM),
         Metric("scored_tokens", batch.scored, Combine.SUM),
         *computed.metrics,
@@ -288,8 +339,22 @@ def _outcome(call: Call, computed: Computed) -> LossOutcome:
     return LossOutcome(metrics, computed.outputs)
 
 
-def _call(run: Run, request: LossRequest, objective: Objective) -> Call:
+def _call(run: Run, request: LossRequest, resolve: Resolve) -> Call:
+    """A request, checked.
+
+    Raises:
+        TenSafeFault: what is wrong with it.
+    """
     model = run.model
+    if run.private is not None:
+        request = private_request(request)
+    elif request.batch.units is not None:
+        raise TenSafeFault(
+            "INVALID_BATCH",
+            "batch.units: only private runs have privacy units; remove them",
+            field="batch.units",
+        )
+    objective = resolve(run, request)
     batch = check_batch(
         request,
         objective.loss,
@@ -297,7 +362,20 @@ def _call(run: Run, request: LossRequest, objective: Objective) -> Call:
         model.vocabulary_size,
         model.context_length,
     )
-    return Call(run.adapter, batch, objective, run.seed, run.backwards)
+    if run.private is None:
+        return Call(run.adapter, batch, objective, run.seed, run.backwards)
+    # Masks by the step: how many calls came before may depend on who was in their batches.
+    units = request.batch.units
+    batch = private_batch(batch, objective.reduction, units, run.unit_tokens)
+    return Call(run.adapter, batch, objective, run.seed, run.window.step)
+
+
+def _training(run: Run, call: Call) -> Call:
+    """The same, with what a backward pass needs."""
+    if run.private is None:
+        return call
+    run.private.draw_ahead()
+    return replace(call, private=PrivateCall(run.private.settings, run.adapter, call.batch))
 
 
 def _check_loss(loss_sum: float) -> None:

@@ -41,7 +41,10 @@ def operation(seq: int | None, run: str | None = "run-1", *, epoch: int = 1, **k
     )
 
 
-_PLANNED = {"group", "replay", "void", "artifact_id", "model_ref", "operation_id"}
+_PLANNED = {
+    *("group", "replay", "void", "artifact_id", "model_ref", "operation_id"),
+    *("charge", "units"),
+}
 
 
 def assignment(run: str = "run-1", *, epoch: int = 1, artifact_id: str = "", **config):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
 
-from tensafe.v1 import artifacts_pb2, privacy_pb2, training_pb2
+from tensafe.v1 import artifacts_pb2, training_pb2
 from tensafe.wire.status import from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
@@ -265,15 +265,15 @@ def test_samples_of_every_kind_of_weights(driver):
 
 
 def test_a_run_that_cannot_be_opened_fails_its_own_operations_only(driver):
-    dp = privacy_pb2.DpConfig(enabled=True)
+    lora = training_pb2.LoraConfig(bias="all")
     sgd = training_pb2.OptimizerConfig(name="sgd", eps=1e-8)
     outcomes = driver.run(
-        operation(1, "run-dp", **forward_backward()),
+        operation(1, "run-bias", **forward_backward()),
         operation(1, "run-sgd", **forward_backward()),
         operation(1, "run-lost", **forward_backward()),
         operation(1, **forward_backward()),
         runs=[
-            assignment("run-dp", dp=dp),
+            assignment("run-bias", lora=lora),
             assignment("run-sgd", optimizer=sgd),
             assignment("run-lost", artifact_id="art-none"),
             assignment(),

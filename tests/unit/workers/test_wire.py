@@ -74,7 +74,6 @@ def test_presence_is_not_truth():
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        ({"dp": {"enabled": True}}, "dp.enabled"),
         ({"lora": {"bias": "all"}}, "lora.bias"),
         ({"optimizer": {"name": "sgd", "beta1": 0.9}}, "optimizer.beta1"),
         ({"optimizer": {"name": "sgd", "eps": 1e-8}}, "optimizer.eps"),

@@ -1,0 +1,95 @@
+"""Private runs through the service with a real worker: trained, killed, drawn for, reported."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.test_recovered_adapter import worker_ids
+from harness.tiny_model import save_tiny_model
+from local_service import LocalService, local_service
+
+from tensafe_client import Datum, ServiceClient, UnsupportedOptionError
+
+BATCH = [Datum([5, 6, 7, 8], [6, 7, 8, 9]), Datum([9, 8], [8, 7]), Datum([3, 4, 5], [4, 5, 6])]
+DP = {"noise_multiplier": 1.0, "max_grad_norm": 0.5, "expected_batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
+    model = save_tiny_model(tmp_path_factory.mktemp("model"))
+    with local_service(
+        backend="torch", models=[f"tiny={model}"], directory=tmp_path_factory.mktemp("service")
+    ) as service:
+        yield service
+
+
+@pytest.fixture
+def client(running: LocalService) -> Iterator[ServiceClient]:
+    with ServiceClient(running.target, api_key=running.api_key) as client:
+        yield client
+
+
+def test_a_private_run_outlives_its_worker(running: LocalService, client: ServiceClient):
+    dp = DP | {"dataset_id": "outlives", "target_epsilon": 50.0}
+    tc = client.create_training_client({"model_ref": "tiny", "seed": 1, "dp_config": dp})
+    steps = []
+    for number in range(4):
+        gradient = tc.forward_backward(BATCH)
+        steps.append(tc.optim_step(learning_rate=1e-2).result(timeout=120))
+        assert set(gradient.result().metrics) == {"tokens"}
+        assert gradient.result().outputs == {}
+        if number == 1:
+            (worker,) = worker_ids(running)
+            os.kill(worker, signal.SIGKILL)
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert all(step.dp.noise_applied for step in steps)
+    spent = [step.dp.total_epsilon for step in steps]
+    assert spent == sorted(spent)
+    assert spent[0] > 0
+    # Noise of √P·σC/3 on clipped sums of C·3/3 at most.
+    assert all(step.grad_norm > 0.5 for step in steps)
+    report = client.privacy_report(tc.run_id)
+    assert report.steps == 4
+    artifact = client.artifact(tc.save_state().artifact_id)
+    assert "accumulator.safetensors" not in {file.name for file in artifact.files}
+
+
+def test_the_server_draws_for_a_real_worker(client: ServiceClient):
+    rows = [Datum([n, n + 1, n + 2], [n + 1, n + 2, n + 3]) for n in range(20)]
+    dataset = client.upload_dataset(rows, "twenty")
+    dp = {
+        "sampling": "server_poisson",
+        "dataset_id": dataset.id,
+        "noise_multiplier": 1.0,
+        "expected_batch_size": 5,
+        "loss_noise_multiplier": 3.0,
+    }
+    tc = client.create_training_client(
+        {"model_ref": "tiny", "seed": 1, "batch_size": 5, "dp_config": dp}
+    )
+    results = tc.train_private(6)
+    assert [result.step for result in results] == [1, 2, 3, 4, 5, 6]
+    assert all(result.dp.noised_loss is not None for result in results)
+    assert all(result.dp.sampling_verified for result in results)
+
+
+def test_a_forward_of_a_private_run_is_refused_and_of_its_artifact_is_not(client: ServiceClient):
+    dp = DP | {"dataset_id": "evaluated"}
+    tc = client.create_training_client({"model_ref": "tiny", "seed": 1, "dp_config": dp})
+    tc.forward_backward(BATCH)
+    tc.optim_step().result(timeout=120)
+    saved: str = tc.save_state(include_optimizer=False).artifact_id
+    with pytest.raises(UnsupportedOptionError, match="private metrics"):
+        tc.forward(BATCH).result(timeout=120)
+    plain = client.create_training_client({"model_ref": "tiny", "seed": 1})
+    plain.load_state(saved)
+    assert plain.forward(BATCH).result(timeout=120).loss > 0
+
+
+def test_files_of_the_service_do_not_hold_an_open_window(running: LocalService):
+    names = {path.name for path in Path(running.directory).rglob("*") if path.is_file()}
+    assert "accumulator.safetensors" not in names
