@@ -13,11 +13,39 @@ import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tensafe_client.errors import ClientClosedError
 
 T = TypeVar("T")
+_LOOK_UP_S = 0.5
+
+
+class _Call(Generic[T]):
+    """A coroutine that was handed to the loop, and can be taken back at any moment.
+
+    Attributes:
+        future: set once the caller has it.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self.future: concurrent.futures.Future[T] | None = None
+        self._coroutine = coroutine
+        self._task: asyncio.Task[Any] | None = None
+        self._abandoned = False
+
+    async def carry(self) -> T:
+        self._task = asyncio.current_task()
+        if self._abandoned:
+            self._coroutine.close()
+            raise asyncio.CancelledError
+        return await self._coroutine
+
+    def abandon(self) -> None:
+        """Cancels it, also if it has not begun; on the loop."""
+        self._abandoned = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 class IoLoop:
@@ -48,15 +76,17 @@ class IoLoop:
         except BaseException:
             coroutine.close()
             raise
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        call = _Call(coroutine)
         try:
-            return future.result()
+            call.future = asyncio.run_coroutine_threadsafe(call.carry(), self.loop)
+            return _result(call.future)
         except concurrent.futures.CancelledError:
-            if future.cancelled():  # and nobody here did it: its channel was closed
+            if call.future is not None and call.future.cancelled():
+                # Nobody here did it: its channel was closed.
                 raise _closed_meanwhile() from None
             raise
-        except BaseException:  # Ctrl-C while waiting: do not leave the call behind
-            future.cancel()
+        except BaseException:  # Ctrl-C, maybe before the future is ours: leave no call behind
+            self.loop.call_soon_threadsafe(call.abandon)
             raise
 
     async def bridge(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -116,6 +146,17 @@ class IoLoop:
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    """Waits, and looks up now and then: a Ctrl-C that comes just as the thread goes to sleep does
+    not wake it."""
+    while True:
+        try:
+            return future.result(_LOOK_UP_S)
+        except TimeoutError:
+            if future.done():  # by now, or with an error of this kind
+                return future.result()
 
 
 def _closed_meanwhile() -> ClientClosedError:
