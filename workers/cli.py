@@ -89,6 +89,13 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     "disk.  [default: a third of what is free at the start]",
 )
 @click.option(
+    "--sample-memory-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Most memory of the rows that are sampled, all models together: keys and values, and "
+    "the adapters beside them. What does not fit yet waits.  "
+    "[default: an eighth of what is free at the start]",
+)
+@click.option(
     "--loss",
     "plug_ins",
     multiple=True,
@@ -144,6 +151,7 @@ def worker(
     group_tokens: int | None,
     pass_tokens: int | None,
     run_memory_mib: float | None,
+    sample_memory_mib: float | None,
     plug_ins: tuple[str, ...],
     compiling: str,
     name: str | None,
@@ -172,10 +180,11 @@ def worker(
         raise click.UsageError(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
-    if backend == "mock" and (pass_tokens or run_memory_mib or plug_ins or compiling != "auto"):
+    sizes = pass_tokens or run_memory_mib or sample_memory_mib
+    if backend == "mock" and (sizes or plug_ins or compiling != "auto"):
         raise click.UsageError(
             "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib, "
-            "--loss and --compile"
+            "--sample-memory-mib, --loss and --compile"
         )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
@@ -199,9 +208,17 @@ def worker(
     try:
         if follow_stdin:
             threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
-        run_bytes = None if run_memory_mib is None else int(run_memory_mib * 2**20)
         loaded = _backend(
-            backend, models, device, dtype, chosen, pass_tokens, run_bytes, plug_ins, compiling
+            backend,
+            models,
+            device,
+            dtype,
+            chosen,
+            pass_tokens,
+            _bytes(run_memory_mib),
+            _bytes(sample_memory_mib),
+            plug_ins,
+            compiling,
         )
         if group_tokens is not None:
             loaded.group_tokens = group_tokens
@@ -213,6 +230,10 @@ def worker(
             runner.run(link.run())
     except LinkError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _bytes(mib: float | None) -> int | None:
+    return None if mib is None else int(mib * 2**20)
 
 
 def _coordinator(connect: str, ca: Path | None) -> tuple[Address, bytes | None]:
@@ -236,6 +257,7 @@ def _backend(
     threads: int,
     pass_tokens: int | None,
     run_bytes: int | None,
+    sample_bytes: int | None,
     plug_ins: tuple[str, ...],
     compiling: str,
 ) -> Backend:
@@ -261,6 +283,7 @@ def _backend(
             threads=threads,
             token_budget=pass_tokens,
             run_bytes=run_bytes,
+            sample_bytes=sample_bytes,
             losses=losses,
             compiling=Compiling(compiling),
         )

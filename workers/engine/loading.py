@@ -34,6 +34,7 @@ def load_backend(
     threads: int,
     token_budget: int | None = None,
     run_bytes: int | None = None,
+    sample_bytes: int | None = None,
     losses: LossRegistry | None = None,
     compiling: Compiling = Compiling.OFF,
 ) -> TorchBackend:
@@ -44,7 +45,7 @@ def load_backend(
         device: `auto`, `cpu` or `cuda:N`.
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
-        token_budget, run_bytes, losses: as `TorchBackend` takes them.
+        token_budget, run_bytes, sample_bytes, losses: as `TorchBackend` takes them.
         compiling: when kernels are compiled.
 
     Raises:
@@ -61,7 +62,9 @@ def load_backend(
             f"two models have the same name among {names}; tell them apart with --model NAME=REF"
         )
     loaded = [load_model(source, place, kind) for source in sources]
-    backend = TorchBackend(loaded, token_budget, run_bytes, losses)
+    backend = TorchBackend(
+        loaded, token_budget, run_bytes, losses=losses, sample_bytes=sample_bytes
+    )
     try:
         start_compiling(compiling, place, kind)
     except CompileError as error:

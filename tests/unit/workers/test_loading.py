@@ -33,6 +33,13 @@ def directory(tmp_path):
     return tmp_path / "tiny-llama"
 
 
+def test_the_memory_of_samples_says_how_many_tokens_they_may_hold(directory):
+    options = {"device": "cpu", "dtype": "float32", "threads": 1, "sample_bytes": 10_000}
+    backend = load_backend([str(directory)], **options)
+    token_bytes = 2 * 2 * 8 * 4  # layers · (keys, values) · head size · float32
+    assert backend.sample_tokens == 10_000 // token_bytes
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_directory_is_registered_under_its_name(directory, dtype):
     backend = load_backend([str(directory)], device="cpu", dtype=dtype, threads=1)
