@@ -47,6 +47,7 @@ from tensafe_server.operations.recovery import recover
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook, new_snapshot_id
 from tensafe_server.operations.specs import SpecReader
+from tensafe_server.privacy.parts import PrivacyParts
 from tensafe_server.store.base import OperationRow, Page, TenantRow
 from tensafe_server.store.sqlite import SqliteStore
 from workers import wire
@@ -170,19 +171,22 @@ class Coordinator:
         payloads = self.payloads = Payloads(blobs)
         self.models = ModelRegistry(store, blobs)
         self.hub = EventHub(store, payloads)
-        outcomes = Outcomes(store, self.ledger, self.hub, payloads)
         self.book = SnapshotBook(store, blobs, self.ledger, 2)
+        self.privacy = PrivacyParts(store, blobs, payloads, self.ledger, self.book)
+        outcomes = Outcomes(store, self.ledger, self.hub, payloads, self.privacy.outcomes)
         self.pruner = Pruner(store, blobs, payloads, self.ledger, self.book, 3600.0)
-        restorer = Restorer(store, payloads, self.book)
+        restorer = Restorer(store, payloads, self.book, self.privacy.steps)
         specs = SpecReader(store, payloads, self.ledger)
         self.blame = Blame(store, self.ledger, return_s=3600.0)
         self.dispatcher = Dispatcher(
-            store, self.ledger, restorer, specs, CompanyPolicy(0.0), self.blame
+            *(store, self.ledger, restorer, specs),
+            *(CompanyPolicy(0.0), self.blame, self.privacy.steps),
         )
         self.cancellation = Cancellation(self.ledger, outcomes, self.dispatcher)
         artifacts = ArtifactBook(store, self.ledger, blobs)
         self.intake = Intake(
-            store, self.ledger, self.models, payloads, self.hub, artifacts, Limits()
+            *(store, self.ledger, self.models, payloads, self.hub, artifacts),
+            *(Limits(), self.privacy.configs),
         )
         comparer = Comparer(store, payloads)
         self.replays = ReplayWatch(store, self.ledger, comparer, self.book)
@@ -209,6 +213,7 @@ class Coordinator:
         await self.hub.load()
         await recover(self.store, self.payloads, self.models, self.ledger)
         await self.blame.load()
+        await self.privacy.load()
         self.dispatcher.kick()
 
 
@@ -235,7 +240,10 @@ class World:
         for number in range(runs):
             config = training.RunConfig(model_ref="any", seed=number)
             request = training.CreateRunRequest(request_id=f"request-{number}", config=config)
-            book = RunBook(self.store, self.coordinator.ledger, self.coordinator.models)
+            book = RunBook(
+                *(self.store, self.coordinator.ledger, self.coordinator.models),
+                self.coordinator.privacy.configs,
+            )
             run = await book.create(TENANT, request)
             self.next_seq[run.id] = 1
         await self.connect()

@@ -139,7 +139,13 @@ def test_every_point_is_documented():
 
 
 def test_every_point_has_a_test():
-    elsewhere = {"mid-migration", "mid-group"}  # the latter in test_dying_groups.py
+    elsewhere = {
+        "mid-migration",
+        "mid-group",  # test_dying_groups.py
+        # tests/privacy/test_crashes.py:
+        *("mid-charge", "after-charge", "after-private-snapshot", "after-private-commit"),
+        "mid-private-step",
+    }
     assert {*COORDINATORS_POINTS, *WORKERS_POINTS} | elsewhere == set(failpoints.POINTS)
 
 

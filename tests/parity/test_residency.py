@@ -60,7 +60,7 @@ def test_a_full_disk_keeps_runs_in_memory(base, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("workers.engine.residency.checkpoints.save", full)
+        patch.setattr("workers.engine.residency.checkpoints.capture", full)
         expected = train(TorchBackend([base], run_bytes=2**30))
         assert train(backend) == expected
     assert set(backend._runs.resident) == set(NAMES)

@@ -12,7 +12,14 @@ from e2e.test_recovered_adapter import worker_ids
 from harness.tiny_model import save_tiny_model
 from local_service import LocalService, local_service
 
-from tensafe_client import Datum, ServiceClient, UnsupportedOptionError
+from tensafe import failpoints
+from tensafe_client import (
+    Datum,
+    DPStepLostError,
+    OptimStepResult,
+    ServiceClient,
+    UnsupportedOptionError,
+)
 
 BATCH = [Datum([5, 6, 7, 8], [6, 7, 8, 9]), Datum([9, 8], [8, 7]), Datum([3, 4, 5], [4, 5, 6])]
 DP = {"noise_multiplier": 1.0, "max_grad_norm": 0.5, "expected_batch_size": 3}
@@ -93,3 +100,37 @@ def test_a_forward_of_a_private_run_is_refused_and_of_its_artifact_is_not(client
 def test_files_of_the_service_do_not_hold_an_open_window(running: LocalService):
     names = {path.name for path in Path(running.directory).rglob("*") if path.is_file()}
     assert "accumulator.safetensors" not in names
+
+
+def test_a_step_whose_state_was_not_stored_is_lost_and_paid_for(tmp_path: Path):
+    """The worker dies between noising a sum and storing what came of it."""
+    model = save_tiny_model(tmp_path / "model")
+    with (
+        local_service(
+            backend="torch",
+            models=[f"tiny={model}"],
+            directory=tmp_path / "service",
+            environment={
+                failpoints.VARIABLE: "mid-private-step=kill@2",
+                failpoints.ONCE_VARIABLE: str(tmp_path),
+            },
+        ) as service,
+        ServiceClient(service.target, api_key=service.api_key) as client,
+    ):
+        dp = DP | {"dataset_id": "lost", "target_epsilon": 50.0}
+        tc = client.create_training_client({"model_ref": "tiny", "seed": 1, "dp_config": dp})
+        ended: list[OptimStepResult | BaseException | None] = []
+        for _ in range(3):
+            tc.forward_backward(BATCH)
+            update = tc.optim_step()
+            ended.append(update.exception(timeout=120) or update.result())
+        assert (tmp_path / "mid-private-step").exists()
+    first, lost, third = ended
+    assert isinstance(first, OptimStepResult)
+    assert isinstance(lost, DPStepLostError)
+    assert isinstance(third, OptimStepResult)
+    assert (first.step, third.step) == (1, 2)
+    assert first.dp is not None
+    assert third.dp is not None
+    # Two charges, though the run has moved by one step.
+    assert first.dp.steps_left - third.dp.steps_left == 2

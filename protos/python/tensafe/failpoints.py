@@ -37,6 +37,7 @@ POINTS = {
     "mid-snapshot-write": "worker: a snapshot's files are written, nothing of it was sent",
     "mid-migration": "coordinator: a migration of the store is executed, not committed",
     "mid-snapshot": "coordinator: a snapshot's files are stored, neither manifest nor row is",
+    "mid-private-step": "worker: the state after a private step is written, nothing of it was sent",
     "mid-charge": "coordinator: a private step's charge is written, its transaction is open",
     "after-charge": "coordinator: a charge is on disk, its step was sent to nobody",
     "after-private-snapshot": "coordinator: the state after a private step is on disk, the worker "

@@ -18,7 +18,7 @@ class UnitGradients:
     """Gradients of U units, kept apart.
 
     They are made where they are computed, layer by layer, in memory that the backward pass has just
-    freed, so that they add next to nothing to its peak.
+    freed.
 
     Args:
         adapter: whose A and B they are of.
