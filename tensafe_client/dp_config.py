@@ -89,7 +89,7 @@ class DPConfig(Given):
     test_seed: int | None = None
 
     def __post_init__(self) -> None:
-        self._check("enabled", check_bool)
+        check_bool("DPConfig.enabled", self.enabled)  # None, too, would train without privacy
         self._check("dataset_id", check_string)
         for name in _NUMBERS:
             self._check(name, check_number)

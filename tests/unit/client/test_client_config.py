@@ -184,3 +184,10 @@ def test_service_client_takes_every_form() -> None:
         ServiceClient(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         ServiceClient("a:1", timeout_s=0)
+
+
+def test_privacy_is_on_or_off_and_never_left_open() -> None:
+    """None means the default elsewhere, and unset is off on the wire."""
+    assert DPConfig().enabled
+    with pytest.raises(ConfigError, match="enabled"):
+        TrainingConfig.of({"model_ref": "m", "dp_config": {"enabled": None}})
