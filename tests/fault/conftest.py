@@ -29,7 +29,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
             check=False,
         )
         if ran.returncode:
-            pytest.skip(f"this user may not mount a small disk: {ran.stderr.decode()}")
+            pytest.skip(f"needs root to mount a small disk: {ran.stderr.decode()}")
         mounted.append(directory)
 
     yield mount

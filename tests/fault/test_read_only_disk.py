@@ -71,12 +71,12 @@ def writes_refused(pid: int, database: Path) -> Iterator[None]:
     try:
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        pytest.skip("there is no strace to fail system calls with")
+        pytest.skip("needs strace to fail system calls: apt-get install strace")
     assert tracer.stderr is not None
     said = tracer.stderr.readline()
     if "attached" not in said:
         tracer.wait(10)
-        pytest.skip(f"this user may not trace processes: {said}")
+        pytest.skip(f"needs leave to trace processes (root, or CAP_SYS_PTRACE): {said}")
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def test_a_file_system_that_gives_up_under_an_open_store(tmp_path: Path):
         subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, capture_output=True)
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this user cannot make and mount an ext4: {error}")
+        pytest.skip(f"needs root and mkfs.ext4 (apt-get install e2fsprogs): {error}")
     try:
         with serving(tmp_path) as (cluster, client, raw):
             tc = client.create_training_client({"model_ref": "any"})

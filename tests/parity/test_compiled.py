@@ -34,7 +34,7 @@ def plain():
 def compiled():
     """Every kernel's compiled form, whether it gains or not; skipped where nothing compiles."""
     if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("needs a C++ compiler: apt-get install g++")
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         # As if each took half the time that it takes as written.
