@@ -19,6 +19,7 @@ from tensafe_server.fleet.launcher import WorkerStartError
 from tensafe_server.local import LocalSettings, serve, serve_locally
 from tensafe_server.options import life, listen_on_loopback
 from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
+from tensafe_server.worker_options import given_to_workers
 
 _LOCAL_LISTEN = "127.0.0.1:50052"
 
@@ -55,24 +56,7 @@ _LOCAL_LISTEN = "127.0.0.1:50052"
     show_default=True,
     help="Of the frozen base model.",
 )
-@click.option(
-    "--group-tokens",
-    type=click.IntRange(min=0),
-    help="Given to every worker: see `tensafe worker --help`.",
-)
-@click.option(
-    "--loss",
-    "plug_ins",
-    multiple=True,
-    metavar="NAME[=MODULE:FUNCTION]",
-    help="Given to every worker: see `tensafe worker --help`.",
-)
-@click.option(
-    "--compile",
-    "compiling",
-    type=click.Choice(["auto", "background", "first", "off"]),
-    help="Given to every worker: see `tensafe worker --help`.",
-)
+@given_to_workers
 @click.option(
     "--profile",
     default="local",
@@ -80,11 +64,6 @@ _LOCAL_LISTEN = "127.0.0.1:50052"
     help="Name of the client profile to write; it becomes the default one.",
 )
 @click.option("--no-profile", is_flag=True, help="Write no profile.")
-@click.option(
-    "--operation-limit-s",
-    type=click.FloatRange(0, min_open=True),
-    help="Given to every worker: see `tensafe worker --help`.",
-)
 @life
 def up(
     settings: Settings,
@@ -94,12 +73,9 @@ def up(
     workers: int | None,
     device: str,
     dtype: str,
-    group_tokens: int | None,
-    plug_ins: tuple[str, ...],
-    compiling: str | None,
+    worker_options: list[str],
     profile: str,
     no_profile: bool,
-    operation_limit_s: float | None,
 ) -> None:
     """Run the whole service on this machine: a coordinator and its workers.
 
@@ -119,20 +95,11 @@ def up(
         raise click.UsageError("the mock backend takes any model name; leave --model out")
     if backend == "mock" and (device not in ("auto", "cpu") or dtype != "auto"):
         raise click.UsageError("the mock backend computes nothing; leave --device and --dtype out")
-    if backend == "mock" and plug_ins:
-        raise click.UsageError("the mock backend computes nothing; leave --loss out")
     if local_listen is not None and settings.certificate is None:
         raise click.UsageError("--local-listen is for --tls-cert; without it --listen serves both")
     settings = replace(settings, local_listen=local_listen or _LOCAL_LISTEN)
     arguments = _worker_arguments(backend, models or ("smollm2-135m",), workers, device, dtype)
-    if operation_limit_s is not None:
-        arguments = [[*one, "--operation-limit-s", str(operation_limit_s)] for one in arguments]
-    if group_tokens is not None:
-        arguments = [[*one, "--group-tokens", str(group_tokens)] for one in arguments]
-    for plug_in in plug_ins:
-        arguments = [[*one, "--loss", plug_in] for one in arguments]
-    if compiling is not None:
-        arguments = [[*one, "--compile", compiling] for one in arguments]
+    arguments = [[*one, *worker_options] for one in arguments]
     local = LocalSettings(settings, arguments, None if no_profile else profile)
     _run(serve_locally(local, _announce, _tell_secret))
 

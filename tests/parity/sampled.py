@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from parity.tiny_runs import VOCABULARY
@@ -70,22 +71,47 @@ def forward_logprobs(
     backend: TorchBackend, run: str, prompts: Sequence[Prompt], completions: Sequence[Completion]
 ) -> list[np.ndarray]:
     """What `forward` gives for each completion's tokens after its prompt."""
+    batch = batch_of(prompts, completions)
+    return by_completion(batch, backend.forward(run, LossRequest(batch)).logprobs, completions)
+
+
+def trained_logprobs(
+    backend: TorchBackend, run: str, prompts: Sequence[Prompt], completions: Sequence[Completion]
+) -> list[np.ndarray]:
+    """What a policy's `forward_backward` gives for them, before any update."""
+    batch = batch_of(prompts, completions)
+    sampled = np.zeros(len(batch.input_tokens), np.float32)
+    for own, each in zip(by_completion(batch, sampled, completions), completions, strict=True):
+        own[:] = each.raw_logprobs
+    inputs = {"logprobs": sampled, "advantages": np.ones_like(sampled)}
+    request = LossRequest(replace(batch, inputs=inputs), "ppo")
+    logprobs = backend.forward_backward(run, 1, request).logprobs
+    backend.drop_window(run)
+    return by_completion(batch, logprobs, completions)
+
+
+def batch_of(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Batch:
+    """Completions behind their prompts; only the completions are scored."""
     rows = [
         np.concatenate([prompts[each.prompt_index].tokens, each.tokens]) for each in completions
     ]
-    lengths = [len(prompts[each.prompt_index].tokens) for each in completions]
     weights = [
-        (np.arange(len(row) - 1) >= length - 1).astype(np.float32)
-        for row, length in zip(rows, lengths, strict=True)
+        (np.arange(len(row) - 1) >= len(row) - 1 - len(each.tokens)).astype(np.float32)
+        for row, each in zip(rows, completions, strict=True)
     ]
-    batch = Batch(
+    return Batch(
         np.cumsum([0, *(len(row) - 1 for row in rows)], dtype=np.int64),
         np.concatenate([row[:-1] for row in rows]),
         np.concatenate([row[1:] for row in rows]),
         np.concatenate(weights),
     )
-    logprobs = backend.forward(run, LossRequest(batch)).logprobs
-    ends = np.cumsum([len(row) - 1 for row in rows])
+
+
+def by_completion(
+    batch: Batch, values: np.ndarray, completions: Sequence[Completion]
+) -> list[np.ndarray]:
+    """Views of a batch's values, each completion's own."""
+    ends = batch.offsets[1:]
     return [
-        logprobs[end - len(each.tokens) : end] for end, each in zip(ends, completions, strict=True)
+        values[end - len(each.tokens) : end] for end, each in zip(ends, completions, strict=True)
     ]

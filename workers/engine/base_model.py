@@ -101,6 +101,12 @@ class BaseModel:
             return torch.promote_types(self.dtype, torch.float32)
         return self.dtype
 
+    @property
+    def faithful_adapter_dtype(self) -> torch.dtype:
+        """What they compute in where no number may depend on a pass's size: while sampling, and
+        wherever log-probabilities are compared with those of samples."""
+        return self.adapter_dtype(1)
+
     @contextmanager
     def carrying(self, adapters: PassAdapters | None) -> Iterator[None]:
         """Passes inside go through these adapters, their backward passes too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tensafe.wire.losses import Reduction, Value
+from tensafe.wire.losses import TARGET_TOKENS, WEIGHTS, Reduction, Value
 from workers.engine.adapters import Adapter
 from workers.losses import Loss, LossRegistry, Statistic
 from workers.operations import ArtifactWeights, LossRequest
@@ -27,6 +27,12 @@ class Objective:
     compares: bool
     reference: Adapter | None
     statistics: frozenset[Statistic]
+
+    @property
+    def measures_against_others(self) -> bool:
+        """Whether its log-probabilities meet such as were computed elsewhere: by the sampler, by a
+        forward pass, by the reference."""
+        return self.compares or len(self.loss.card.inputs) > len((TARGET_TOKENS, WEIGHTS))
 
 
 def resolve(

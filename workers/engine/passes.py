@@ -211,9 +211,7 @@ def compute(
             for share, own in zip(work.shares, units, strict=True)
         ],
         # A unit's gradient is of one type whatever lies beside it.
-        model.adapter_dtype(
-            0 if apart else min(s.tokens.stop - s.tokens.start for s in work.shares)
-        ),
+        model.faithful_adapter_dtype if apart else _adapter_dtype(model, calls, work, trains),
         SegmentLoop() if apart or len(work.shares) == 1 else model.product,
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
@@ -233,6 +231,15 @@ def compute(
         _clipped(calls[share.call], own, each.detached())
         for share, own, each in zip(work.shares, units, found, strict=True)
     ]
+
+
+def _adapter_dtype(
+    model: BaseModel, calls: Sequence[Call], work: Pass, trains: bool
+) -> torch.dtype:
+    """The sampler's if anybody compares the pass's log-probabilities with its; else the fastest."""
+    if not trains or any(calls[s.call].objective.measures_against_others for s in work.shares):
+        return model.faithful_adapter_dtype
+    return model.adapter_dtype(min(s.tokens.stop - s.tokens.start for s in work.shares))
 
 
 def _units(call: Call, share: Share, work: Pass) -> UnitGradients | None:
@@ -283,8 +290,7 @@ def _references(
     ]
     adapters = None
     if segments:
-        dtype = model.adapter_dtype(min(each.end - each.begin for each in segments))
-        adapters = PassAdapters(segments, dtype, SegmentLoop())
+        adapters = PassAdapters(segments, model.faithful_adapter_dtype, SegmentLoop())
     with model.carrying(adapters):
         hidden = model.hidden(ids, positions, pack(lengths, model.device))
     for index, share, begin in zip(compared, own, begins[:-1], strict=True):

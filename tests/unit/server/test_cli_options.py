@@ -11,6 +11,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.api.pages import page
 from tensafe_server.cli import server, up
 from tensafe_server.operations.snapshots import RecoveryPolicy
+from workers.cli import worker
 
 
 @pytest.mark.parametrize("command", [up, server])
@@ -47,6 +48,65 @@ def test_the_recovery_policy_is_what_was_asked_for(command, tmp_path: Path, monk
     assert asked == [RecoveryPolicy(), RecoveryPolicy(3, 2**19, 2.0, 4, 60.0)]
     policy = asked[1].message()
     assert (policy.steps, policy.payload_bytes, policy.replay_s) == (3, 2**19, 2.0)
+
+
+def _workers_of(monkeypatch, *options: str) -> list[list[str]]:
+    """How `tensafe up` would start its workers."""
+    asked = []
+
+    async def serve(local, *_) -> None:
+        asked.append(local.worker_arguments)
+
+    monkeypatch.setattr("tensafe_server.cli.serve_locally", serve)
+    ran = CliRunner().invoke(up, list(options))
+    assert ran.exit_code == 0, ran.output
+    return asked[0]
+
+
+GIVEN = {
+    "--group-tokens": "7",
+    "--threads": "1",
+    "--pass-tokens": "512",
+    "--run-memory-mib": "64.5",
+    "--sample-memory-mib": "32.0",
+    "--loss": "huber=ours:huber",
+    "--compile": "off",
+    "--operation-limit-s": "9.0",
+    "--token-limit-ms": "4.0",
+}
+
+
+def test_up_hands_its_workers_options_on(tmp_path: Path, monkeypatch):
+    data = ("--data", str(tmp_path), "--device", "cpu", "--workers", "2")
+    plain = _workers_of(monkeypatch, *data)
+    pairs = [part for pair in GIVEN.items() for part in pair]
+    given = _workers_of(monkeypatch, *data, *pairs, "--loss", "other")
+    assert len(given) == 2
+    for before, after in zip(plain, given, strict=True):
+        assert after[: len(before)] == before
+        added = after[len(before) :]
+        assert {*zip(added[::2], added[1::2], strict=True)} == {*GIVEN.items(), ("--loss", "other")}
+        worker.make_context("worker", ["--connect", "127.0.0.1:1", *after])  # it knows them all
+
+
+def test_up_lacks_no_option_of_a_worker():
+    """But those that it sets itself."""
+    own = {"connect", "ca", "share", "name", "follow-stdin"}
+    names = {part.removeprefix("--") for option in worker.params for part in option.opts}
+    ups = {part.removeprefix("--") for option in up.params for part in option.opts}
+    assert names - ups == own
+    assert {f"--{name}" for name in names - own} >= GIVEN.keys()
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_mock_takes_no_option_that_it_would_ignore(name: str, tmp_path: Path, monkeypatch):
+    given = ["--backend", "mock", "--data", str(tmp_path), name, GIVEN[name]]
+    if name in ("--group-tokens", "--threads", "--operation-limit-s", "--token-limit-ms"):
+        assert _workers_of(monkeypatch, *given)[0][-2:] == [name, GIVEN[name]]
+        return
+    ran = CliRunner().invoke(up, given)
+    assert ran.exit_code == 2
+    assert f"leave {name} out" in ran.output
 
 
 @pytest.mark.parametrize("token", ["p1.٣", "p1.-1", "p2.3", "x", "p1." + "9" * 20])

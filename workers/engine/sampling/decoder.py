@@ -27,7 +27,7 @@ from workers.engine.sampling.passes import Document, decode, logits_of, prefill
 from workers.engine.sampling.row_adapters import RowAdapters
 from workers.engine.sampling.rows import Job, Prefix, Row
 from workers.engine.sampling.tiles import Tile, first_rows
-from workers.engine.sampling.weights import PinnedWeights, sampling_dtype
+from workers.engine.sampling.weights import PinnedWeights
 from workers.operations import SampleOutcome
 
 log = logging.getLogger(__name__)
@@ -384,7 +384,7 @@ def _adapter_bytes(model: BaseModel, weights: Iterable[PinnedWeights]) -> int:
     """Memory of adapters as a pass holds them."""
     distinct = {one for one in weights if one.adapter is not None}
     numbers = sum(one.adapter.weights.numel() for one in distinct if one.adapter is not None)
-    return numbers * sampling_dtype(model).itemsize
+    return numbers * model.faithful_adapter_dtype.itemsize
 
 
 def _too_large(what: str) -> TenSafeFault:

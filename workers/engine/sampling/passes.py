@@ -20,7 +20,7 @@ from workers.engine.sampling.cache import Place
 from workers.engine.sampling.decoding import Decoding
 from workers.engine.sampling.distribution import Workspace
 from workers.engine.sampling.row_adapters import RowAdapters
-from workers.engine.sampling.weights import PinnedWeights, sampling_dtype
+from workers.engine.sampling.weights import PinnedWeights
 from workers.operations import Float32, Int32
 
 
@@ -100,7 +100,7 @@ def _segments(
     if not segments:
         return None
     product = model.product if len(segments) > 1 else SegmentLoop()
-    return PassAdapters(segments, sampling_dtype(model), product)
+    return PassAdapters(segments, model.faithful_adapter_dtype, product)
 
 
 def _logprobs(model: BaseModel, hidden_PD: Tensor, tokens_P: Tensor) -> Float32:  # noqa: N803

@@ -18,7 +18,7 @@ from workers.engine.adapters import Pairs
 from workers.engine.base_model import BaseModel
 from workers.engine.lora import PassAdapters
 from workers.engine.products import Part
-from workers.engine.sampling.weights import PinnedWeights, sampling_dtype
+from workers.engine.sampling.weights import PinnedWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class RowAdapters(PassAdapters):
     """
 
     def __init__(self, model: BaseModel, weights: Sequence[PinnedWeights]) -> None:
-        super().__init__([], sampling_dtype(model), _StackProduct())
+        super().__init__([], model.faithful_adapter_dtype, _StackProduct())
         self._weights = [one for one in weights if one.adapter is not None]
         self._device = model.device
         tensors: list[tuple[Pairs, float]] = [

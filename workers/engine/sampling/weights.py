@@ -23,12 +23,6 @@ from workers.operations import ArtifactWeights, LoraSettings
 _KEPT_ARTIFACTS = 4
 
 
-def sampling_dtype(model: BaseModel) -> torch.dtype:
-    """What adapters compute in while sampling: that of short segments, whatever the pass, so that
-    a row's numbers do not depend on its company."""
-    return model.adapter_dtype(1)
-
-
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class PinnedWeights:
     """What to sample from.
@@ -57,7 +51,7 @@ class PinnedWeights:
             return
         scale = max(1.0, self.adapter.scale(training=False))
         largest = self.adapter.weights.detach().abs().max().double() * scale
-        if not largest < torch.finfo(sampling_dtype(self.model)).max:
+        if not largest < torch.finfo(self.model.faithful_adapter_dtype).max:
             raise TenSafeFault(
                 "NON_FINITE_LOSS",
                 "the run's weights are NaN, infinite or about to be; load an earlier state of the "
