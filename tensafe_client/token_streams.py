@@ -108,6 +108,7 @@ async def drawn(
     backoff = Backoff()
     received = Received(operation_id)
     while True:
+        delay_s = None
         stubs = await session.stubs()  # says so if the client was closed meanwhile
         request = pb.StreamSampleRequest(operation_id=operation_id)
         call = stubs.operations.StreamSample(request, metadata=session.metadata)
@@ -123,11 +124,13 @@ async def drawn(
                     received.check(response.operation.result.sample)
                     return
         except grpc.aio.AioRpcError as error:
+            failure = from_rpc_error(error)
             if not retryable(error):
-                raise from_rpc_error(error) from None
+                raise failure from None
+            delay_s = failure.retry_delay_s
         finally:
             call.cancel()  # grpc.aio does not cancel a call that is merely dropped
-        await asyncio.sleep(backoff.next_s())
+        await asyncio.sleep(backoff.next_s(delay_s))
 
 
 class _Stream:

@@ -180,7 +180,7 @@ class Coordinator:
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
         cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
-        self._streams = SampleStreams(reader)
+        self._streams = SampleStreams(reader, settings.limits.tenant_streams)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
         self._uploads = UploadDesk(store, blobs, self._models, self._artifacts)
         intake = self._intake = Intake(

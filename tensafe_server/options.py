@@ -153,6 +153,7 @@ _LIFE = (
     ),
     _limit("--tenant-queue-operations", 20_000, "Most unfinished operations of one tenant."),
     _limit("--tenant-queue-mib", 4096, "Most MiB of what they carry."),
+    _limit("--tenant-streams", 1000, "Most token streams that one tenant may have open."),
     _limit("--queue-operations", 100_000, "Most unfinished operations of all tenants together."),
     _limit("--queue-mib", 32_768, "Most MiB of what they carry."),
     _limit(
@@ -183,6 +184,7 @@ def life(command: Callable[..., None]) -> Callable[..., None]:
         worker_silence_s: float,
         tenant_queue_operations: int,
         tenant_queue_mib: int,
+        tenant_streams: int,
         queue_operations: int,
         queue_mib: int,
         spec_memory_mib: int,
@@ -197,6 +199,7 @@ def life(command: Callable[..., None]) -> Callable[..., None]:
             tenant_bytes=tenant_queue_mib * 2**20,
             all_operations=queue_operations,
             all_bytes=queue_mib * 2**20,
+            tenant_streams=tenant_streams,
         )
         settings = Settings(
             data=data,

@@ -77,6 +77,11 @@ class ArtifactCache:
             shutil.rmtree(self._directories.popitem(last=False)[1])
         return directory
 
+    def at_hand(self, most: int) -> frozenset[str]:
+        """Those that were asked for last, at most so many; fewer than are kept, so that asking for
+        all of them takes none of them away."""
+        return frozenset(list(self._directories)[-min(most, self._kept) :])
+
     def close(self) -> None:
         """Removes every copy."""
         shutil.rmtree(self._root, ignore_errors=True)

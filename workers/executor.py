@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _REPLAY_SKIPS = frozenset({"sample", "forward", "save_state"})
 _FAREWELL_S = 20.0
+_MOST_REFERENCES = 4
 
 
 class Executor:
@@ -225,6 +226,7 @@ class Executor:
     def _group(self, items: Sequence[Item]) -> None:
         """Executes a group, or what a plan has without a group."""
         members: list[Member] = []
+        at_hand = self._artifacts.at_hand(_MOST_REFERENCES)
         for item in items:
             if isinstance(item, Farewell):
                 self._prepare_farewell()
@@ -241,7 +243,7 @@ class Executor:
                 item.captured.set()
             elif isinstance(item, worker_pb2.RunAssignment):
                 self._take_on(item)
-            elif (member := as_member(item)) is not None:
+            elif (member := as_member(item, at_hand)) is not None:
                 members.append(member)
             else:
                 self._operation(item)
@@ -363,7 +365,7 @@ class Executor:
         for member in claimed:
             try:
                 self._held(member.spec, member.planned).last_seq = member.spec.seq
-                read_request(self._backend, member)
+                read_request(self._backend, member, self._artifacts.directory)
                 ready.append(member)
             except _RefusedRunError:
                 refused.append(member)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,17 +47,18 @@ class Member:
         return 1
 
 
-def as_member(planned: worker_pb2.PlannedOperation) -> Member | None:
+def as_member(planned: worker_pb2.PlannedOperation, at_hand: Collection[str] = ()) -> Member | None:
     """The operation as a member of its group; None if it is executed by itself.
 
-    One whose loss compares with an artifact goes by itself, so that those beside it wait for no
-    transfer.
+    One whose loss compares with an artifact that is not at hand goes by itself, so that those
+    beside it wait for no transfer.
     """
     if planned.replay or planned.void or not planned.group:
         return None
     spec = training_pb2.OperationSpec.FromString(planned.spec)
     kind = spec.WhichOneof("operation") or ""
-    if spec.forward_backward.loss.reference.artifact_id:
+    reference = spec.forward_backward.loss.reference.artifact_id
+    if reference and reference not in at_hand:
         return None
     return Member(planned, spec, kind) if kind in _KINDS else None
 
@@ -111,7 +112,9 @@ def execute(backend: Backend, members: Sequence[Member]) -> None:
         member.compute_ms = elapsed_ms * member.weight / total
 
 
-def read_request(backend: Backend, member: Member) -> None:
+def read_request(
+    backend: Backend, member: Member, artifact_directory: Callable[[str], Path]
+) -> None:
     """Reads what the backend is asked. A batch that cannot be read poisons its window.
 
     Raises:
@@ -122,15 +125,11 @@ def read_request(backend: Backend, member: Member) -> None:
         return
     try:
         member.request = wire.gradient_request(
-            member.planned, member.spec.forward_backward, _no_artifact
+            member.planned, member.spec.forward_backward, artifact_directory
         )
     except TenSafeFault:
         backend.poison(member.spec.run_id)
         raise
-
-
-def _no_artifact(artifact_id: str) -> Path:
-    raise RuntimeError(f"an operation that needs {artifact_id} is in a group")
 
 
 def write_outcome(member: Member, done: worker_pb2.OperationDone) -> None:

@@ -18,6 +18,7 @@ class Limits:
     Attributes:
         tenant_operations, tenant_bytes: of one tenant.
         all_operations, all_bytes: of all tenants together.
+        tenant_streams: token streams that one tenant may have open.
         early_seqs: how far an operation may be ahead of the first missing seq.
     """
 
@@ -26,6 +27,7 @@ class Limits:
     all_operations: int = 100_000
     all_bytes: int = 32 * 2**30
     early_seqs: int = 4096
+    tenant_streams: int = 1000
 
 
 class Admission:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 from tensafe.v1 import operations_pb2 as pb
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.lookup import OperationReader, draining
 from tensafe_server.operations.model import PendingOperation
 from tensafe_server.operations.transcripts import Place, RowKey, Transcript, ended_transcript
 from tensafe_server.operations.validation import refused
 
 _PAGE_BYTES = 2**20
+_RETRY_S = 0.5
 
 
 class SampleStreams:
-    """Serves readers of samples."""
+    """Serves readers of samples.
 
-    def __init__(self, reader: OperationReader) -> None:
+    Args:
+        most: streams that one tenant may have open.
+    """
+
+    def __init__(self, reader: OperationReader, most: int) -> None:
         self._reader = reader
+        self._most = most
+        self._tenants: Counter[str] = Counter()
         self._open: set[asyncio.Event] = set()
         self._closed = False
 
@@ -36,11 +45,39 @@ class SampleStreams:
 
         Raises:
             TenSafeFault: OPERATION_NOT_FOUND; INVALID_ARGUMENT for an operation that is no sample;
-                DRAINING.
+                QUEUE_FULL if the tenant has too many open; DRAINING.
         """
         operation = await self._reader.operation(tenant_id, operation_id)
         if operation.kind != pb.OPERATION_KIND_SAMPLE:
             raise refused([("operation_id", "must be a SAMPLE's; no other operation has tokens")])
+        with self._counted(tenant_id):
+            async with aclosing(self._pages(tenant_id, operation_id, operation)) as pages:
+                async for page in pages:
+                    yield page
+
+    @contextmanager
+    def _counted(self, tenant_id: str) -> Iterator[None]:
+        if self._tenants[tenant_id] >= self._most:
+            raise TenSafeFault(
+                "QUEUE_FULL",
+                f"tenants/{tenant_id} has {self._most} token streams open; end some, or wait for "
+                "the results of samples without streaming",
+                retry_delay_s=_RETRY_S,
+                limit="tenant_streams",
+                limit_value=self._most,
+                resource=f"tenants/{tenant_id}",
+            )
+        self._tenants[tenant_id] += 1
+        try:
+            yield
+        finally:
+            self._tenants[tenant_id] -= 1
+            if not self._tenants[tenant_id]:
+                del self._tenants[tenant_id]
+
+    async def _pages(
+        self, tenant_id: str, operation_id: str, operation: pb.Operation
+    ) -> AsyncGenerator[pb.StreamSampleResponse]:
         places: dict[RowKey, Place] = {}
         pending = self._reader.unfinished(tenant_id, operation_id)
         if pending is not None:

@@ -83,7 +83,8 @@ class FakeCoordinator(
         refuse: seqs that are refused at submission, with the fault.
         batches: the seqs of each SubmitBatch call as it came.
         watches: the cursor of each Watch call as it came; None if it was unset.
-        scripts: what each StreamSample call sends first, in turn; None cuts the stream.
+        scripts: what each StreamSample call sends first, in turn; None cuts the stream, a fault
+            ends it.
         streams: how many of those calls came.
         drawn: the completions of samples; unset, a short one for each prompt.
     """
@@ -262,6 +263,8 @@ class FakeCoordinator(
         for step in script:
             if isinstance(step, ops.TokenChunk):
                 yield ops.StreamSampleResponse(chunks=[step])
+            elif isinstance(step, TenSafeFault):
+                self._abort(context, step)
             else:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the stream is cut")
         while context.is_active():

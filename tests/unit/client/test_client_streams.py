@@ -121,7 +121,7 @@ def scripted(server: FakeCoordinator) -> Callable[..., None]:
     """Sets what streams bring, and lets the sample end only when it is told to, as the last of them
     says."""
 
-    def script(*streams: list[ops.TokenChunk | None]) -> None:
+    def script(*streams: list[ops.TokenChunk | TenSafeFault | None]) -> None:
         server.hold = True
         server.scripts = [list(one) for one in streams]
         received: dict[int, tuple[list[int], str]] = {}
@@ -165,6 +165,17 @@ def test_a_stream_goes_on_after_breaks_and_repeats_nothing(
     seen += list(stream)
     assert joined(seen) == ([1, 2, 3, 4], "abcd")
     assert server.streams == 4
+
+
+def test_a_stream_that_is_one_too_many_comes_later(
+    tc: TrainingClient, server: FakeCoordinator, scripted
+):
+    full = TenSafeFault("QUEUE_FULL", "too many streams", retry_delay_s=0.01)
+    scripted([full], [full], [chunk(0, [1, 2], "ab")])
+    stream = tc.sample("hi", stream=True)
+    server.release()
+    assert joined(list(stream)) == ([1, 2], "ab")
+    assert server.streams == 3
 
 
 def test_a_sample_that_came_out_otherwise_is_an_error_and_its_result_stays(

@@ -170,8 +170,8 @@ class FakeReader:
         self.pending.notify_finished()
 
 
-def streams_of(fake: FakeReader) -> SampleStreams:
-    return SampleStreams(cast(Any, fake))
+def streams_of(fake: FakeReader, most: int = 9) -> SampleStreams:
+    return SampleStreams(cast(Any, fake), most)
 
 
 async def turn() -> None:
@@ -247,6 +247,40 @@ def test_only_samples_are_streamed():
         with pytest.raises(TenSafeFault) as raised:
             await anext(streams_of(fake).stream("t", "op-1"))
         assert raised.value.detail.metadata["field"] == "operation_id"
+
+    asyncio.run(main())
+
+
+def test_a_tenant_has_so_many_streams_and_others_have_their_own():
+    async def main() -> None:
+        fake = FakeReader()
+        streams = streams_of(fake, most=2)
+
+        async def refused() -> None:
+            with pytest.raises(TenSafeFault) as raised:
+                await anext(streams.stream("t", "op-1"))
+            detail = raised.value.detail
+            assert (detail.reason, detail.metadata["limit"]) == ("QUEUE_FULL", "tenant_streams")
+            assert detail.metadata["resource"] == "tenants/t"
+            assert detail.retry_delay_s
+
+        first, second = streams.stream("t", "op-1"), streams.stream("t", "op-1")
+        waiting = [asyncio.ensure_future(anext(one)) for one in (first, second)]
+        await turn()
+        await refused()
+        with pytest.raises(TenSafeFault, match="no such operation"):
+            await anext(streams.stream("other", "op-1"))  # not that it were full
+        waiting[0].cancel()  # its caller goes away
+        await turn()
+        third = asyncio.ensure_future(anext(streams.stream("t", "op-1")))
+        await turn()
+        await refused()
+        fake.end([[1]])
+        for one in (waiting[1], third):
+            assert (await one).chunks
+        assert [response async for response in second][-1].HasField("operation")
+        fake.pending = None
+        assert [response async for response in streams.stream("t", "op-1")]
 
     asyncio.run(main())
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
 from unit.workers.test_executor import OPTIM, Driver, FolderTransfers, reason
 
-from tensafe.v1 import training_pb2
+from tensafe.v1 import losses_pb2, training_pb2
 from workers.grouping import Member, passes
 from workers.keeping import HeldRun
 from workers.mock import MockBackend
@@ -153,6 +154,63 @@ def test_an_unexpected_exception_keeps_its_text_and_later_operations_run(
     assert not any("secret" in outcome.error.message for outcome in outcomes)
     assert "secret path" in caplog.text
     assert losses(driver.run(*gradients(seq=2))) == [2.49] * 3
+
+
+class ReferringBackend(RecordingBackend):
+    """Notes what each call is compared with: the artifact and what its file says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: list[tuple[str, str]] = []
+
+    def _noted(self, request):
+        artifact = request.reference and request.reference.artifact
+        if artifact is not None:
+            said = (artifact.directory / "weights").read_text()
+            self.references.append((artifact.artifact_id, said))
+        return replace(request, reference=None)
+
+    def forward_backward(self, run_id, seq, request):
+        return super().forward_backward(run_id, seq, self._noted(request))
+
+    def forward_backward_group(self, entries):
+        return super().forward_backward_group(
+            [(run_id, seq, self._noted(request)) for run_id, seq, request in entries]
+        )
+
+
+def compared(seq: int, names: dict[str, str]):
+    """A gradient of each run, compared with its artifact."""
+    return [
+        operation(
+            seq,
+            run,
+            group=seq,
+            **forward_backward(loss=losses_pb2.LossConfig(reference={"artifact_id": name})),
+        )
+        for run, name in names.items()
+    ]
+
+
+def test_calls_that_compare_with_an_artifact_find_company_once_it_is_here(tmp_path):
+    for name in ("art-1", "art-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(f"of {name}")
+    transfers = FolderTransfers(tmp_path)
+    driver = Driver(backend := ReferringBackend(), transfers)
+    try:
+        own = {"run-1": "art-1", "run-2": "art-2", "run-3": "art-1"}
+        outcomes = driver.run(*compared(1, own), runs=assignments())
+        assert backend.together == []  # nobody waits for another's transfer
+        assert transfers.fetched == ["art-1", "art-2"]
+        outcomes += driver.run(*compared(2, own))
+        assert backend.together == [("gradients", [*RUNS])]
+        assert transfers.fetched == ["art-1", "art-2"]
+        assert losses(outcomes) == [2.49] * 6
+        expected = [(name, f"of {name}") for name in own.values()]
+        assert backend.references == expected * 2
+    finally:
+        driver.executor.close()
 
 
 class GatedBackend(RecordingBackend):

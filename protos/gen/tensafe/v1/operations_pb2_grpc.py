@@ -121,7 +121,8 @@ class OperationsServiceServicer:
         the first on. The result is the truth, and every stream that ends has sent
         all of it. Only while Sample.stream is set do tokens come before the end.
         Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
-        another kind, UNAVAILABLE DRAINING.
+        another kind, RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while the tenant
+        has as many streams open as it may, UNAVAILABLE DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

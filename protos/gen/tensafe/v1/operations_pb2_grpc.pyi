@@ -61,7 +61,8 @@ class OperationsServiceStub:
     the first on. The result is the truth, and every stream that ends has sent
     all of it. Only while Sample.stream is set do tokens come before the end.
     Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
-    another kind, UNAVAILABLE DRAINING.
+    another kind, RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while the tenant
+    has as many streams open as it may, UNAVAILABLE DRAINING.
     """
 
 @_typing.type_check_only
@@ -97,7 +98,8 @@ class OperationsServiceAsyncStub(OperationsServiceStub):
     the first on. The result is the truth, and every stream that ends has sent
     all of it. Only while Sample.stream is set do tokens come before the end.
     Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
-    another kind, UNAVAILABLE DRAINING.
+    another kind, RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while the tenant
+    has as many streams open as it may, UNAVAILABLE DRAINING.
     """
 
 class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -166,7 +168,8 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
         the first on. The result is the truth, and every stream that ends has sent
         all of it. Only while Sample.stream is set do tokens come before the end.
         Errors: NOT_FOUND OPERATION_NOT_FOUND, INVALID_ARGUMENT for an operation of
-        another kind, UNAVAILABLE DRAINING.
+        another kind, RESOURCE_EXHAUSTED QUEUE_FULL with RetryInfo while the tenant
+        has as many streams open as it may, UNAVAILABLE DRAINING.
         """
 
 def add_OperationsServiceServicer_to_server(servicer: OperationsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
