@@ -21,7 +21,7 @@ from parity.sampled import (
     token_prompts,
 )
 from parity.scarce_memory import fault_at
-from parity.tiny_runs import perturb, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import TARGETS, perturb, request_of, rows_of, settings, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
@@ -329,6 +329,35 @@ def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them
     del first, second
     pins.before_change([backend._runs["a"]])  # nobody is there to copy for
     assert pins._live == {}
+
+
+def test_copies_of_weights_count_as_memory_of_samples():
+    """In room for two rows and their adapters, a copy of the first one's makes the second wait."""
+    lora = {"rank": 32, "target_modules": TARGETS}
+    adapter_bytes = BASE.new_adapter(settings(lora=lora).lora).weights.nbytes
+
+    def begin(memory: int) -> tuple[TorchBackend, list[int]]:
+        backend = TorchBackend([BASE], sample_bytes=memory)
+        backend.open_run("run", settings(lora=lora), None)
+        perturb(backend, "run")
+        sampler = backend.sampler
+        sampler.submit("before", 1, request_for(token_prompts(5), "run", max_tokens=20))
+        sampler.step()
+        backend.forward_backward("run", 1, request_of(rows_of(3, [9])))
+        backend.optim_step("run", StepRequest(learning_rate=1e-3))
+        sampler.submit("behind", 2, request_for(token_prompts(7), "run", max_tokens=20))
+        sampler.step()
+        live = [job.live for job in decoder(backend)._jobs.values()]
+        return backend, live
+
+    rows = 2 * 64 * 512
+    wide, live = begin(rows + 3 * adapter_bytes)
+    assert live == [1, 1]
+    narrow, live = begin(rows + 2 * adapter_bytes)
+    assert live == [1, 0]
+    both = [sample_outcomes(backend.sampler, 2) for backend in (wide, narrow)]
+    for name in ("before", "behind"):
+        assert_same(*(completions_of(found[name]) for found in both))
 
 
 def test_a_row_that_can_never_fit_fails_by_itself():

@@ -77,7 +77,9 @@ class Decoder:
         Raises:
             TenSafeFault: OUT_OF_MEMORY: one of its rows would not fit if it were alone.
         """
-        if not self._cache.fits(job.largest, _adapter_bytes(self._model, [job.weights])):
+        # Its weights may have to be copied while it waits.
+        beside = job.weights.adapter_bytes + _stack_bytes(self._model, [job.weights])
+        if not self._cache.fits(job.largest, beside):
             raise _too_large(f"a row of {job.largest} tokens and its adapter")
         self._jobs[job.operation_id] = job
 
@@ -172,7 +174,7 @@ class Decoder:
         there is no room. If there never will be, the operation fails."""
         job = rows[0].job
         in_use = self._weights_in_use()
-        self._cache.beside_bytes = _adapter_bytes(self._model, [*in_use, job.weights])
+        self._cache.beside_bytes = self._beside_bytes(in_use, job.weights)
         taken = []
         for row in rows:
             row.place = self._cache.take(row.capacity, row, alone=alone)
@@ -186,10 +188,19 @@ class Decoder:
             return True
         for row in taken:
             self._release(row)
-        self._cache.beside_bytes = _adapter_bytes(self._model, in_use)
+        self._cache.beside_bytes = self._beside_bytes(in_use)
         if not in_use:  # nothing will be freed, so it does not fit at all
             self._fail(job, _too_large(f"{len(rows)} rows" if alone else "a row"))
         return False
+
+    def _beside_bytes(self, in_use: Sequence[PinnedWeights], *more: PinnedWeights) -> int:
+        """Memory of adapters beside the rows: as passes hold them, and what is kept for operations
+        alone. That of operations that wait does not count against the only one that runs, which
+        would then wait for ever."""
+        used = [*in_use, *more]
+        kept = [job.weights for job in self._jobs.values()] if in_use else used
+        own = {one for one in kept if one.owns_adapter}
+        return _stack_bytes(self._model, used) + sum(one.adapter_bytes for one in own)
 
     def _weights_in_use(self) -> list[PinnedWeights]:
         return list(dict.fromkeys(job.weights for job in self._jobs.values() if job.live))
@@ -380,7 +391,7 @@ class Decoder:
             row.prefix.rows.remove(row)
 
 
-def _adapter_bytes(model: BaseModel, weights: Iterable[PinnedWeights]) -> int:
+def _stack_bytes(model: BaseModel, weights: Iterable[PinnedWeights]) -> int:
     """Memory of adapters as a pass holds them."""
     distinct = {one for one in weights if one.adapter is not None}
     numbers = sum(one.adapter.weights.numel() for one in distinct if one.adapter is not None)

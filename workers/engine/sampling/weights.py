@@ -33,6 +33,7 @@ class PinnedWeights:
         step: applied updates.
         seed: what draws come from.
         deterministic: whether bits are promised.
+        owns_adapter: nobody else has the adapter: it is a copy, or an artifact's.
     """
 
     model: BaseModel
@@ -40,6 +41,12 @@ class PinnedWeights:
     step: int
     seed: int
     deterministic: bool
+    owns_adapter: bool = False
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of the adapter; 0 for the base model."""
+        return 0 if self.adapter is None else self.adapter.weights.nbytes
 
     def check_finite(self) -> None:
         """Weights that are not finite would make the numbers of others who are beside them so.
@@ -88,6 +95,7 @@ class Pins:
             pinned = live() if live is not None else None
             if pinned is not None and pinned.adapter is run.adapter:
                 pinned.adapter = run.adapter.copy()
+                pinned.owns_adapter = True
 
 
 class ArtifactShelf:
@@ -132,6 +140,7 @@ class ArtifactShelf:
             int(state["step"]),
             int(state.get("seed", 0)),  # artifacts saved without optimizer had none at first
             bool(state.get("deterministic", False)),
+            owns_adapter=True,
         )
         pinned.check_finite()
         self._kept[artifact.artifact_id] = pinned
