@@ -1,0 +1,285 @@
+"""The loop against a run that only writes down what it is asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensafe_client import Datum
+from tensafe_client.rlvr import IterationReport, Problem, RewardsFailedError
+from tensafe_client.rlvr.collecting import CollectedBatch
+from tensafe_client.rlvr.config import RLVRConfig
+from tensafe_client.rlvr.loop import RLVRResult, TrainingLoop
+from tensafe_client.rlvr.rollouts import Rollout
+from tensafe_client.rlvr.scoring import Failure
+from tensafe_client.rlvr.state import TrainerState
+
+
+@dataclass
+class Done:
+    """A future that has ended."""
+
+    value: Any
+
+    def result(self) -> Any:
+        return self.value
+
+    def cancel(self) -> bool:
+        return True
+
+
+@dataclass
+class Passed:
+    loss: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens_processed: int = 1
+    scored_tokens: int = 1
+
+
+@dataclass
+class Stepped:
+    step: int
+    grad_norm: float = 1.0
+    learning_rate: float = 0.1
+    applied: bool = True
+
+
+@dataclass
+class Saved:
+    artifact_id: str
+
+
+@dataclass
+class Run:
+    """Notes each call, and what update it belongs to."""
+
+    log: list[str] = field(default_factory=list)
+    learned: list[list[Datum]] = field(default_factory=list)
+    step: int = 0
+    run_id: str = "run-1"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    _open: list[Datum] = field(default_factory=list)
+
+    def forward_backward(self, batch: Sequence[Datum], **options: Any) -> Done:
+        assert options["reduction"] == "sum"
+        self._open += batch
+        return Done(Passed())
+
+    def optim_step(self, **options: Any) -> Done:
+        self.learned.append(self._open)
+        self._open = []
+        self.step += 1
+        self.log.append(f"update {self.step}")
+        return Done(Stepped(self.step))
+
+    def save_state(self, **options: Any) -> Saved:
+        self.log.append("save")
+        self.metadata = json.loads(json.dumps(options["metadata"]))
+        return Saved(f"art-{self.step}")
+
+
+@dataclass
+class Begun:
+    first: int
+    sampled_at: int
+    first_turn: Done = field(default_factory=lambda: Done(None))
+
+
+@dataclass
+class Collector:
+    """Rollouts with the rewards that `rewards(problem)` names, None for one that failed."""
+
+    run: Run
+    rewards: Callable[[int], Sequence[float | None]]
+    prompts: int = 2
+    problems: list[int] = field(default_factory=list)
+    stalenesses: list[int] = field(default_factory=list)
+    iteration: Callable[[], int] = lambda: 0
+
+    def begin(self, problems: range, samples: int, *, sampled_at: int, seed: int) -> Begun:
+        self.run.log.append(f"sample {problems.start // len(problems)}")
+        return Begun(problems.start, sampled_at)
+
+    def finish(self, begun: Begun) -> CollectedBatch:
+        rollouts = []
+        self.stalenesses.append(self.iteration() - begun.sampled_at)
+        for group in range(self.prompts):
+            index = begun.first + group
+            self.problems.append(index)
+            for reward in self.rewards(index):
+                # The first token tells the problem.
+                rollout = Rollout(Problem(str(index)), group, [index, 1])
+                rollout.tokens += [2, 3]
+                rollout.written += [True, True]
+                rollout.logprobs += [-0.5, -0.25 * (1 + index)]
+                if reward is None:
+                    rollout.failure = Failure("error", "no verdict")
+                else:
+                    rollout.score(reward, {})
+                rollouts.append(rollout)
+        return CollectedBatch(begun.sampled_at, rollouts)
+
+
+def mixed(problem: int) -> list[float | None]:
+    return [0.0, 1.0]
+
+
+def trained(
+    rewards: Callable[[int], Sequence[float | None]] = mixed,
+    stop: threading.Event | None = None,
+    saved: dict[str, Any] | None = None,
+    on_report: Callable[[IterationReport], None] = lambda _: None,
+    **config: Any,
+) -> tuple[Run, Collector, RLVRResult]:
+    """A whole training, or the rest of one that was saved."""
+    asked = RLVRConfig(**{"prompts": 2, "group_size": 2, "iterations": 3, **config})
+    run, state = Run(), TrainerState.fresh(asked)
+    if saved is not None:
+        state = TrainerState.from_metadata(saved, asked)
+    collector = Collector(run, rewards, asked.prompts, iteration=lambda: state.iteration)
+    loop = TrainingLoop(
+        run,  # type: ignore[arg-type]
+        asked,
+        state,
+        stop or threading.Event(),
+        collector,  # type: ignore[arg-type]
+        None,
+        on_report,
+        lambda *_: None,
+    )
+    return run, collector, loop.run()
+
+
+def learned_problems(run: Run) -> list[list[int]]:
+    return [sorted({int(datum.tokens[0]) for datum in update}) for update in run.learned]
+
+
+def test_the_next_batch_is_sampled_before_the_update_or_behind_it():
+    ahead, _, _ = trained(max_staleness=1)
+    assert ahead.log == [
+        *("sample 0", "sample 1", "update 1", "sample 2", "update 2", "update 3", "save"),
+    ]
+    waits, _, _ = trained(max_staleness=0)
+    assert waits.log == [
+        *("sample 0", "update 1", "sample 1", "update 2", "sample 2", "update 3", "save"),
+    ]
+
+
+def test_nothing_is_sampled_across_a_checkpoint():
+    run, _, _ = trained(max_staleness=2, checkpoint_every=2, iterations=5)
+    assert run.log == [
+        *("sample 0", "sample 1", "update 1", "update 2", "save"),
+        *("sample 2", "sample 3", "update 3", "update 4", "save"),
+        *("sample 4", "update 5", "save"),
+    ]
+
+
+def test_problems_that_compare_nothing_are_filtered_and_replaced():
+    def rewards(problem: int) -> list[float | None]:
+        return [0.0, 1.0] if problem % 3 == 0 else [1.0, 1.0]
+
+    run, _, result = trained(rewards, max_batches=9, max_staleness=0, iterations=2)
+    assert learned_problems(run) == [[0, 3], [6, 9]]
+    assert [report.equal_problems for report in result.reports] == [2, 4]
+    assert [report.problems for report in result.reports] == [2, 2]
+    bounded, _, result = trained(rewards, max_batches=1, max_staleness=0, iterations=2)
+    assert learned_problems(bounded) == [[0], [3]]
+    kept, _, _ = trained(rewards, filter_equal_groups=False, max_staleness=0, iterations=2)
+    assert learned_problems(kept) == [[0, 1], [2, 3]]
+
+
+def test_an_iteration_without_anything_to_learn_makes_no_update():
+    run, _, result = trained(lambda _: [1.0, 1.0], iterations=2)
+    assert run.learned == []
+    assert [report.equal_problems for report in result.reports] == [2, 2]
+    assert [np.isnan(report.grad_norm) for report in result.reports] == [True, True]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    most=st.integers(0, 3),
+    batches=st.integers(1, 3),
+    every=st.integers(0, 4),
+    equal=st.sets(st.integers(0, 40)),
+)
+def test_no_rollout_is_older_than_the_bound_and_none_is_lost(most, batches, every, equal):
+    run, collector, result = trained(
+        lambda problem: [1.0, 1.0] if problem in equal else [0.0, 1.0],
+        iterations=6,
+        max_staleness=most,
+        max_batches=batches,
+        checkpoint_every=every,
+    )
+    assert max(collector.stalenesses) <= most
+    assert sum(report.stale_rollouts for report in result.reports) == 0
+    assert collector.problems == list(range(len(collector.problems)))
+    learned = [problem for update in learned_problems(run) for problem in update]
+    assert learned == [problem for problem in collector.problems if problem not in equal]
+
+
+def test_every_epoch_and_minibatch_is_an_update_by_the_numbers_that_were_sampled():
+    run, _, _ = trained(
+        lambda _: [0.0, 1.0, 0.5, 0.0], group_size=4, inner_epochs=3, minibatches=2, iterations=1
+    )
+    assert len(run.learned) == 6
+    assert [len(update) for update in run.learned] == [4] * 6
+    for epoch in range(3):
+        both = run.learned[2 * epoch] + run.learned[2 * epoch + 1]
+        assert sorted(int(datum.tokens[0]) for datum in both) == [0] * 4 + [1] * 4
+        for datum in both:
+            # Prompt, then two tokens of the policy: q stays what it was, epoch by epoch.
+            expected = [0.0, -0.5, -0.25 * (1 + datum.tokens[0])]
+            np.testing.assert_allclose(datum.inputs["logprobs"], expected)
+            assert (datum.weights != 0).tolist() == [False, True, True]
+    orders = [[int(datum.tokens[0]) for datum in update] for update in run.learned]
+    assert orders[0:2] != orders[2:4]
+
+
+def test_failed_rewards_are_counted_left_out_and_bounded():
+    run, _, result = trained(
+        lambda problem: [0.0, 1.0, None], group_size=3, iterations=1, max_failed_rewards=0.4
+    )
+    assert result.reports[0].failed_rewards == {"error": 2}
+    assert [len(update) for update in run.learned] == [4]
+    with pytest.raises(RewardsFailedError, match="2 of 6 rewards failed; the first: error: no ve"):
+        trained(
+            lambda problem: [0.0, 1.0, None], group_size=3, iterations=1, max_failed_rewards=0.3
+        )
+
+
+def test_a_stop_gives_back_what_was_sampled_ahead():
+    stop = threading.Event()
+    run, _, result = trained(stop=stop, on_report=lambda _: stop.set(), iterations=9)
+    assert result.stopped
+    assert run.log[-1] == "save"
+    assert result.artifact_id == f"art-{run.step}"
+    assert len(result.reports) == run.step < 9
+
+
+@pytest.mark.parametrize("baseline", ["moving_average", "batch_mean"])
+def test_what_a_checkpoint_remembers_is_all_that_the_rest_depends_on(baseline: str):
+    def rewards(problem: int) -> list[float | None]:
+        return [problem / 7, 1.0 - problem % 3]
+
+    config = {"algorithm": "reinforce", "baseline": baseline, "checkpoint_every": 2}
+    whole, _, _ = trained(rewards, iterations=6, **config)
+    begun, _, _ = trained(rewards, iterations=4, **config)
+    rest, _, result = trained(rewards, iterations=6, saved=begun.metadata, **config)
+    assert [report.iteration for report in result.reports] == [5, 6]
+
+    def numbers(run: Run) -> list[list[tuple[Any, ...]]]:
+        return [
+            [(*datum.tokens, *datum.inputs["advantages"], *datum.weights) for datum in update]
+            for update in run.learned
+        ]
+
+    assert numbers(begun) + numbers(rest) == numbers(whole)
+    assert rest.metadata["rlvr"]["average"] == whole.metadata["rlvr"]["average"]
