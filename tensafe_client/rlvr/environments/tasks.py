@@ -2,7 +2,7 @@
 
 Such a dataset has a length, gives entries `{"question", "answer", "metadata"}` by index, and judges
 by `score_answer(answer, entry)`, 0 to 1. `reasoning_gym.create_dataset(name, …)` makes one (the
-extra `tensafe[rlvr]`), and `ChainSum` is one that needs nothing.
+extra `tensafe[tasks]`), and `ChainSum` is one that needs nothing.
 """
 
 from __future__ import annotations

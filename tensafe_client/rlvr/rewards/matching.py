@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, DecimalException
 from typing import Any
 
 from tensafe_client.errors import ConfigError, MissingExtraError
@@ -55,10 +55,12 @@ class NumericMatch:
         if not found:
             return 0.0
         # As decimals: 0.1 + 0.2 and 0.3 differ as floats.
-        given = Decimal(found[-1].replace(",", ""))
         answer = Decimal(expected(meta).strip().replace(",", ""))
-        near = abs(given - answer) <= Decimal(str(self.tolerance))
-        return 1.0 if near else self.any_number
+        try:
+            away = abs(Decimal(found[-1].replace(",", "")) - answer)
+        except DecimalException:  # 1e999999999: wrong, and no failure of the reward
+            return self.any_number
+        return 1.0 if away <= Decimal(str(self.tolerance)) else self.any_number
 
 
 @register_reward("regex")
@@ -107,7 +109,7 @@ class JsonSchema:
 
         try:
             value = json.loads(completion)
-        except ValueError:
+        except (ValueError, RecursionError):
             return 0.0
         valid = validator_for(self.schema)(self.schema).is_valid(value)
         return 1.0 if valid else self.parses
