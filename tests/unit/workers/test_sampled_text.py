@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 from harness.tokenizers_of_kinds import END, byte_level, sentence_piece, words
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.sampling.stops import StopRule
@@ -164,6 +166,19 @@ def test_a_special_token_as_a_stop_string_is_that_token():
     tokenizer = KINDS["bytes"]
     rule = StopRule(model(tokenizer), Stop(strings=(END, "x")))
     assert rule.is_end_token(tokenizer.eos_token_id)
+    assert rule.texts == ("x",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_has_no_role_is_a_token_too(kind):
+    """It never shows in a text, so that as a text it would stop nothing."""
+    tokenizer = copy.deepcopy(KINDS[kind])
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    token = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    assert "turn" not in decode(tokenizer, [token])
+    rule = StopRule(model(tokenizer), Stop(strings=("<|turn|>", "x")))
+    assert rule.is_end_token(token)
     assert rule.texts == ("x",)
 
 

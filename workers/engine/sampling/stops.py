@@ -70,4 +70,9 @@ class StopRule:
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
-    return dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    """All that a text is decoded without, also those that have no role, such as `<|eot_id|>` in a
+    base model's tokenizer."""
+    added = tokenizer.added_tokens_decoder.items()
+    marked = {token.content: number for number, token in added if token.special}
+    roles = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {**marked, **dict(roles)}
