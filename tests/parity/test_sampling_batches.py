@@ -326,9 +326,13 @@ def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them
     assert first.adapter is not adapter
     assert torch.equal(first.adapter.weights, adapter.weights)
     assert pins.of(backend._runs["a"]).adapter is adapter
-    del first, second
+    del second
     pins.before_change([backend._runs["a"]])  # nobody is there to copy for
     assert pins._live == {}
+    third = pins.of(backend._runs["a"])
+    backend.close_run("a")
+    assert first.owns_adapter
+    assert third.owns_adapter
 
 
 def test_copies_of_weights_count_as_memory_of_samples():

@@ -156,6 +156,7 @@ class TorchBackend(Backend):
 
     def close_run(self, run_id: str) -> None:
         self._runs.pop(run_id)
+        self._sampler.pins.let_go(run_id)
 
     def poison(self, run_id: str) -> None:
         self._runs[run_id].window.poison()

@@ -81,6 +81,7 @@ class Pins:
         live = self._live.get(run.run_id)
         pinned = live() if live is not None else None
         if pinned is None or pinned.adapter is not run.adapter:
+            self.let_go(run.run_id)
             pinned = PinnedWeights(
                 run.model, run.adapter, run.window.step, run.seed, run.settings.deterministic
             )
@@ -88,14 +89,23 @@ class Pins:
             self._live[run.run_id] = weakref.ref(pinned)
         return pinned
 
+    def let_go(self, run_id: str) -> None:
+        """The run has left its adapter to those who go by it."""
+        live = self._live.pop(run_id, None)
+        pinned = live() if live is not None else None
+        if pinned is not None:
+            pinned.owns_adapter = True
+
     def before_change(self, runs: Iterable[Run]) -> None:
         """These runs' adapters are about to change: whoever goes by them gets a copy."""
         for run in runs:
             live = self._live.pop(run.run_id, None)
             pinned = live() if live is not None else None
-            if pinned is not None and pinned.adapter is run.adapter:
+            if pinned is None:
+                continue
+            if pinned.adapter is run.adapter:
                 pinned.adapter = run.adapter.copy()
-                pinned.owns_adapter = True
+            pinned.owns_adapter = True
 
 
 class ArtifactShelf:
