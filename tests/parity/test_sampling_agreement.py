@@ -16,12 +16,12 @@ from parity.sampled import (
     token_prompts,
     trained_logprobs,
 )
-from parity.tiny_runs import perturb, settings, tiny_llama
+from parity.tiny_runs import perturb, request_of, rows_of, settings, tiny_llama
 
 from workers.engine import passes
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
-from workers.operations import LossRequest
+from workers.operations import LossRequest, Reduction
 
 BASE = freeze("tiny", tiny_llama().to(torch.bfloat16))
 PROMPTS = token_prompts(5, 30, 2, 17)
@@ -89,3 +89,23 @@ def test_a_policy_is_not_computed_as_its_company_would_be(backend, sampled):
     backend.drop_window("b")
     assert types[0] == torch.bfloat16
     assert set(types[1:]) == {torch.float32}
+
+
+def test_a_clients_own_loss_sees_the_numbers_of_its_backward_pass(backend):
+    """And so does the built-in loss that it may equal: to the bit, under dropout."""
+    found = []
+    for name, extra in (("linear", ("gradients",)), ("ppo", ("logprobs", "advantages"))):
+        run = f"dropping-{name}"
+        backend.open_run(run, settings(lora={"rank": 4, "dropout": 0.2}), None)
+        perturb(backend, run)
+        batch = request_of(rows_of(4, [60, 50, 60])).batch
+        ones = np.ones(len(batch.input_tokens), np.float32)
+        ahead = backend.forward(run, LossRequest(batch, dropout=True)).logprobs
+        plain = backend.forward(run, LossRequest(batch)).logprobs
+        inputs = dict.fromkeys(extra, ones)
+        request = LossRequest(replace(batch, inputs=inputs), name, Reduction.SUM)
+        behind = backend.forward_backward(run, 1, request).logprobs
+        np.testing.assert_array_equal(ahead, behind)
+        assert np.abs(ahead - plain).max() > 0.01
+        found.append(ahead)
+    np.testing.assert_array_equal(*found)
