@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks import record
 from local_service import LocalService, local_service
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["time", "overlap", "curve"], required=True)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="of the curve; 2 to 10")
+    parser.add_argument("--rounds", type=int, default=3, help="of time and overlap; default 3")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the curve")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -104,46 +108,75 @@ def train(
 def _time(
     service: LocalService, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
+    """Service and plain loop in turn, a seed for each round."""
     import torch
     from benchmarks.plain_grpo import Curve, PlainGrpo, Recipe
 
     from workers.threads import pick_threads
 
     torch.set_num_threads(pick_threads(1))
-    ours = train(service, arguments.iterations, seed=0)
-    plain = Curve()
-    begin = time.perf_counter()
-    PlainGrpo(MODEL, TRAINING, Recipe(iterations=arguments.iterations), seed=0).train(plain)
-    plain_s = time.perf_counter() - begin
-    ours_s = ours.warm_up_s + sum(ours.seconds)
+    ours, plain = [], []
+    ours_s, plain_s, loads = [], [], []
+    for seed in range(arguments.rounds):
+        begin = time.perf_counter()
+        ours.append(train(service, arguments.iterations, seed))
+        ours_s.append(time.perf_counter() - begin)
+        loads.append(os.getloadavg()[0])
+        curve = Curve()
+        loop = PlainGrpo(MODEL, TRAINING, Recipe(iterations=arguments.iterations), seed)
+        begin = time.perf_counter()
+        loop.train(curve)
+        plain_s.append(time.perf_counter() - begin)
+        plain.append(curve)
+        loads.append(os.getloadavg()[0])
+        print(
+            f"seed {seed}: service {ours_s[-1]:.1f} s, plain loop {plain_s[-1]:.1f} s; loads "
+            f"{loads[-2]:.1f} and {loads[-1]:.1f}",
+            flush=True,
+        )
     ratios = {
-        "plain loop / service, wall seconds of the whole training": plain_s / ours_s,
-        "plain loop / service, median of an iteration": statistics.median(plain.seconds)
-        / statistics.median(ours.seconds),
-        "service, sampled accuracy of the last 5 iterations": statistics.fmean(ours.sampled[-5:]),
-        "plain loop, sampled accuracy of the last 5 iterations": statistics.fmean(
-            plain.sampled[-5:]
+        "plain loop / service, wall seconds, all rounds": sum(plain_s) / sum(ours_s),
+        "plain loop / service, wall seconds, worst round": min(
+            theirs / own for theirs, own in zip(plain_s, ours_s, strict=True)
         ),
+        "plain loop / service, median of an iteration": statistics.median(
+            second for one in plain for second in one.seconds
+        )
+        / statistics.median(second for one in ours for second in one.seconds),
     }
+    for side, found in (("service", ours), ("plain loop", plain)):
+        for name, value in _in_fives([one.sampled for one in found]).items():
+            ratios[f"{side}, {name}"] = value
     return ratios, {
-        "service": dataclasses.asdict(ours),
-        "plain": dataclasses.asdict(plain),
+        "service": [dataclasses.asdict(one) for one in ours],
+        "plain": [dataclasses.asdict(one) for one in plain],
         "service_s": ours_s,
         "plain_s": plain_s,
+        "load_averages": loads,
     }
 
 
 def _overlap(
     service: LocalService, arguments: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
+    """Waiting and sampling ahead in turn."""
     medians: dict[int, list[float]] = {0: [], 1: []}
-    for _ in range(2):
+    loads = []
+    for _ in range(arguments.rounds):
         for staleness in (0, 1):
             found = train(service, arguments.iterations, seed=0, staleness=staleness)
             medians[staleness].append(statistics.median(found.seconds))
-    ratio = min(medians[0]) / min(medians[1])
-    return {"waiting / sampling ahead, median of an iteration": ratio}, {
-        "seconds": {str(key): value for key, value in medians.items()}
+            loads.append(os.getloadavg()[0])
+    pairs = [waits / ahead for waits, ahead in zip(medians[0], medians[1], strict=True)]
+    return {
+        "waiting / sampling ahead, median of an iteration, best rounds": min(medians[0])
+        / min(medians[1]),
+        "waiting / sampling ahead, median of an iteration, median of pairs": statistics.median(
+            pairs
+        ),
+    }, {
+        "seconds": {str(key): value for key, value in medians.items()},
+        "load_averages": loads,
     }
 
 
@@ -163,19 +196,22 @@ def _curve(
     mean = statistics.fmean(gains)
     if arguments.plot is not None:
         _plot(arguments.plot, found)
-    fives = [
-        statistics.fmean(x for one in found for x in one.sampled[i : i + 5])
-        for i in range(0, arguments.iterations, 5)
-    ]
-    named = {
-        f"sampled accuracy, iterations {5 * i + 1} to {5 * i + 5}": x for i, x in enumerate(fives)
-    }
     return {
         "gain of the held-out pass rate, mean over seeds": mean,
         "lower end of its 95% interval": mean - half,
         "upper end of its 95% interval": mean + half,
-        **named,
+        **_in_fives([one.sampled for one in found]),
     }, {"runs": [dataclasses.asdict(one) for one in found]}
+
+
+def _in_fives(curves: list[list[float]]) -> dict[str, float]:
+    """Means over curves and five iterations at a time."""
+    return {
+        f"sampled accuracy, iterations {i + 1} to {i + 5}": statistics.fmean(
+            value for curve in curves for value in curve[i : i + 5]
+        )
+        for i in range(0, len(curves[0]), 5)
+    }
 
 
 def _plot(path: Path, found: list[Trained]) -> None:

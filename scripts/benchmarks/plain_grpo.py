@@ -19,7 +19,6 @@ from tensafe_client.rlvr import Environment
 from tensafe_client.rlvr.advantages import MovingAverage, advantages, is_equal
 from tensafe_client.rlvr.report import passed
 from tensafe_client.rlvr.rollouts import Rollout
-from workers.engine.loading import pick_dtype
 from workers.engine.model_sources import resolve
 
 
@@ -31,6 +30,7 @@ class Recipe:
         warm_up_steps, warm_up_rate: supervised steps on right answers first, of `prompts` examples.
         prompts, group_size, max_tokens: of a batch of rollouts.
         learning_rate: of the updates by reward.
+        dtype: of the plain loop's frozen weights: what it is faster in on a CPU.
     """
 
     iterations: int = 20
@@ -41,7 +41,7 @@ class Recipe:
     max_tokens: int = 4
     learning_rate: float = 2e-4
     rank: int = 16
-    eval_problems: int = 200
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -51,13 +51,10 @@ class Curve:
     Attributes:
         sampled: share of the rollouts that were right, by iteration.
         seconds: of each iteration.
-        before, after: greedy pass rate on held-out problems; None if not measured.
     """
 
     sampled: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    before: float | None = None
-    after: float | None = None
 
 
 class PlainGrpo:
@@ -65,9 +62,9 @@ class PlainGrpo:
 
     def __init__(self, model_ref: str, environment: Environment, recipe: Recipe, seed: int) -> None:
         torch.manual_seed(seed)
-        path = resolve(model_ref).path
+        path = resolve(model_ref).location
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        base = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype("auto", "cpu"))
+        base = AutoModelForCausalLM.from_pretrained(path, dtype=recipe.dtype)
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = LoraConfig(r=recipe.rank, lora_alpha=32, lora_dropout=0.05, target_modules=targets)
         self._model: Any = get_peft_model(base, lora)
