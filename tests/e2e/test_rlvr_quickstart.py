@@ -59,6 +59,18 @@ def test_a_file_of_problems(tiny_service: LocalService, tmp_path: Path):
     assert [event["event"] for event in events] == ["iteration", "iteration", "saved"]
 
 
+def test_a_task_of_reasoning_gym(tiny_service: LocalService):
+    pytest.importorskip(
+        "reasoning_gym", reason="needs the extra: uv pip install -c constraints.txt '.[tasks]'"
+    )
+    short = ["--prompts", "2", "--group-size", "2", "--max-tokens", "2", "--iterations", "1"]
+    events = rlvr(tiny_service, "gym:basic_arithmetic", "--model", "tiny", *short)
+    assert [event["event"] for event in events] == ["iteration", "saved"]
+    assert events[0]["failed_rewards"] == {}
+    unknown = ["train", "rlvr", "gym:no_such_task", "--model", "tiny"]
+    assert "'no_such_task'" in run_tensafe(tiny_service, *unknown, expect=6).stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
