@@ -276,9 +276,7 @@ class Ledger:
             usage.operations -= 1
             usage.bytes -= operation.spec_bytes
         self.drop_spec(operation)
-        if operation.deadline_timer is not None:
-            operation.deadline_timer.cancel()
-            operation.deadline_timer = None
+        operation.stop_deadline()
 
 
 def _no_run(run_id: str, remedy: str) -> TenSafeFault:

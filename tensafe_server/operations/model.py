@@ -149,6 +149,12 @@ class PendingOperation:
         self._started.append(future)
         return future
 
+    def stop_deadline(self) -> None:
+        """No deadline ends it any more."""
+        if self.deadline_timer is not None:
+            self.deadline_timer.cancel()
+            self.deadline_timer = None
+
     def notify_started(self) -> None:
         _resolve(self._started)
 

@@ -214,7 +214,7 @@ class Outcomes:
 
 def cancellation(operation: PendingOperation) -> ErrorDetail:
     """Why an operation ends that its tenant cancelled."""
-    how = "and gave nothing" if operation.is_sample else "before it ran"
+    how = "and gave nothing" if operation.is_sample else "and has no effect"
     return TenSafeFault(
         "OPERATION_CANCELLED",
         f"operation {operation.row.id} was cancelled {how}",

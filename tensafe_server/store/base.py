@@ -116,7 +116,7 @@ class OperationRow:
 
     Attributes:
         spec_bytes: size of the spec, wherever it lies.
-        deadline_ns: if it has not started by then, it never runs.
+        deadline_ns: if it has not started by then, it never runs; None once it has.
     """
 
     id: str
@@ -282,6 +282,7 @@ class Store(Protocol):
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]: ...
+    def end_deadlines(self, operation_ids: Sequence[str]) -> asyncio.Future[None]: ...
     async def flushed(self) -> None: ...
     async def operation(self, tenant_id: str, operation_id: str) -> OperationRow | None: ...
     async def operation_by_seq(self, run_id: str, seq: int) -> OperationRow | None: ...

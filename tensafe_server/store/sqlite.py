@@ -225,6 +225,11 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
 
         return self._writer.submit(write, then, insist=True)
 
+    def end_deadlines(self, operation_ids: Sequence[str]) -> asyncio.Future[None]:
+        """These have started, and no deadline concerns them any more."""
+        sql = "UPDATE operations SET deadline_ns = NULL WHERE id = ?"
+        return self._write(sql, [(one,) for one in operation_ids], insist=True)
+
     async def flushed(self) -> None:
         """Returns when everything written so far is on disk."""
         await self._writer.submit(lambda _: None)

@@ -151,3 +151,55 @@ def test_what_crashes_beside_a_sample_is_found_and_the_sample_is_not_blamed(worl
         flow(world, 2)  # the sample runs again, and is told of
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED", "INTERNAL"]
+
+
+@pytest.mark.parametrize("passes", ["before the loss", "after it", "while the coordinator is away"])
+def test_a_deadline_is_no_concern_of_what_had_begun_when_its_worker_was_lost(
+    world: World, run: str, passes: str
+):
+    late = world.do(world.submit(run, deadline=True, sample=sample(9)))
+    flow(world, 2)
+    assert world.is_running(late)
+    if passes == "before the loss":
+        world.do(world.pass_deadline(late))
+    world.do(world.cut())
+    assert not world.is_running(late)
+    if passes == "after it":
+        world.do(world.pass_deadline(late))
+    if passes == "while the coordinator is away":
+        world.do(world.pass_deadline(late))
+        world.do(world.restart())
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["lost", "lost, with the coordinator"])
+def test_a_deadline_ends_what_had_not_begun_when_its_worker_was_lost(
+    world: World, run: str, restarts: bool
+):
+    submit(world, run, GRADIENT)
+    late = world.do(world.submit(run, deadline=True, **GRADIENT))
+    submit(world, run, UPDATE)
+    world.do(world.deliver())  # all of it is there, and none of it has begun
+    assert world.do(world.pass_deadline(late))
+    if restarts:
+        world.do(world.restart())
+    world.do(world.kill_worker())  # before it has answered
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "DEADLINE_EXCEEDED", "WINDOW_POISONED"]
+
+
+def test_a_cancel_undoes_what_had_begun_when_its_worker_was_lost(world: World, run: str):
+    [begun] = submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    world.worker.begin()
+    world.do(world.report())
+    assert world.is_running(begun)
+    world.do(world.cut())
+    world.do(world.cancel(begun))
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.do(world.kill_worker())
+    world.finish()
+    expected = ["OPERATION_CANCELLED", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+    assert outcomes(world, run) == expected
