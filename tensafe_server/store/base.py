@@ -338,6 +338,12 @@ class Store(Protocol):
     async def step_metrics(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[StepMetrics]: ...
+    async def coalesced_metrics(
+        self, scope: EventScope, after: int, up_to: int, most: int
+    ) -> list[StepMetrics]:
+        """About so many of the metrics after a cursor, evenly spread, and each run's newest. Each
+        says how many of its run, after the cursor, lie before it and were left out."""
+        ...
 
     # Artifacts.
     async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None: ...

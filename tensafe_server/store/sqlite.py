@@ -59,6 +59,15 @@ _MISSING_SEQS = """
       SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
     ) SELECT seq FROM expected WHERE NOT EXISTS (
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
+# Counted from each run's newest, every n-th. The bodies are read of those alone.
+_COALESCED_METRICS = """
+    WITH missed AS (
+      SELECT cursor, COUNT(*) OVER (PARTITION BY run_id) - 1 AS last,
+        ROW_NUMBER() OVER (PARTITION BY run_id ORDER BY cursor DESC) - 1 AS back
+      FROM metrics WHERE {where} AND cursor > ? AND cursor <= ?
+    ), every (nth) AS (SELECT (COUNT(*) + ? - 1) / ? FROM missed)
+    SELECT body, MIN(nth - 1, last - back) FROM missed, every JOIN metrics USING (cursor)
+    WHERE back % nth = 0 ORDER BY cursor"""
 
 
 class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets):
@@ -318,6 +327,20 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
             (*values, after, up_to, limit),
         )
         return [StepMetrics.FromString(body) for (body,) in rows]
+
+    async def coalesced_metrics(
+        self, scope: EventScope, after: int, up_to: int, most: int
+    ) -> list[StepMetrics]:
+        where, values = where_clause(tenant_id=scope.tenant_id, run_id=scope.run_id)
+        rows = await self._select(
+            _COALESCED_METRICS.format(where=where), (*values, after, up_to, most, most)
+        )
+        found = []
+        for body, skipped in rows:
+            item = StepMetrics.FromString(body)
+            item.skipped = skipped
+            found.append(item)
+        return found
 
     # Models.
 

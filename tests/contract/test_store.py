@@ -127,6 +127,40 @@ def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):
     run_test(path, body)
 
 
+def test_coalesced_metrics_are_few_and_say_what_they_leave_out(path: Path):
+    async def body(store: Store) -> None:
+        await with_run(store)
+        await with_run(store, "run-2", "ten-2")
+        await store.add_run(RunRow("run-3", "ten-1", "m", b"", 1, 0, 0, None, 0, 1))
+        steps = [("run-1", step) for step in range(1, 101)] + [("run-3", 1), ("run-3", 2)]
+        metrics = [
+            ("ten-1", StepMetrics(cursor=10 + number, run_id=run, step=step))
+            for number, (run, step) in enumerate(steps)
+        ]
+        metrics.append(("ten-2", StepMetrics(cursor=200, run_id="run-2", step=1)))
+        await store.finish(Finish([], metrics=metrics))
+
+        async def read(scope: EventScope, most: int, after: int = 0, up_to: int = 1000):
+            found = await store.coalesced_metrics(scope, after, up_to, most)
+            return [(item.run_id, item.step, item.skipped) for item in found]
+
+        everything = [("run-1", step, 0) for step in range(1, 101)]
+        alone = EventScope("ten-1", run_id="run-1")
+        assert await read(alone, 100) == everything
+        assert await read(alone, 99) == [("run-1", step, 1) for step in range(2, 101, 2)]
+        assert await read(alone, 3) == [("run-1", 32, 31), ("run-1", 66, 33), ("run-1", 100, 33)]
+        assert await read(alone, 3, after=109 - 4, up_to=109) == [
+            ("run-1", 98, 1),
+            ("run-1", 100, 1),
+        ]
+        assert await read(alone, 1, after=109) == []
+        both = await read(EventScope("ten-1"), 2)  # one in 51, and each run's newest
+        assert both == [("run-1", 49, 48), ("run-1", 100, 50), ("run-3", 2, 1)]
+        assert await read(EventScope("ten-2", run_id="run-1"), 3) == []
+
+    run_test(path, body)
+
+
 def test_attempts_stay_until_what_they_are_at_ends(path: Path):
     rows = [operation(number) for number in (1, 2, 3)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from harness.cluster import Cluster
+from harness.memory import rss_mib
 from harness.wire import RawClient, batch, forward_backward, int32, int64, raw_client
 
 from tensafe.v1 import operations_pb2, operations_pb2_grpc
@@ -20,12 +21,6 @@ from tensafe_client import ServiceClient
 TOKENS = 8_000  # two tensors of 4 bytes each: specs of 63 KiB, in the row; results of 32 KiB
 SPEC_BYTES = 8 * TOKENS
 SPEC_MEMORY_MIB = 8
-
-
-def rss_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
 
 
 def new_run(raw: RawClient) -> str:
