@@ -263,8 +263,9 @@ class Dispatcher:
         if onward.assignment is not None:
             message.runs.append(onward.assignment)
         for operation, fault in onward.lost:
-            run.queue.remove(operation)
-            self.on_unrestorable([operation], fault)
+            if not operation.void:
+                run.queue.remove(operation)
+                self.on_unrestorable([operation], fault)
         logged = deque(onward.logged)
         while run.queue and (run.queue[0].row.seq or 0) <= onward.reached:
             operation = run.queue.popleft()

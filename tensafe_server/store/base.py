@@ -296,7 +296,9 @@ class Store(Protocol):
     async def specs(
         self, operation_ids: Sequence[str]
     ) -> dict[str, tuple[bytes | None, str | None]]: ...  # (spec, spec_ref) by operation
-    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+    async def history(
+        self, run_id: str, after_seq: int, limit: int, *, with_specs: bool = True
+    ) -> list[OperationRow]: ...
 
     # What workers were at.
     def add_attempts(self, rows: Sequence[AttemptRow]) -> asyncio.Future[None]: ...

@@ -286,13 +286,16 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
         )
         return {operation_id: (spec, reference) for operation_id, spec, reference in rows}
 
-    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]:
+    async def history(
+        self, run_id: str, after_seq: int, limit: int, *, with_specs: bool = True
+    ) -> list[OperationRow]:
         """Finished operations of a run in order, from the seq after `after_seq`."""
-        return await self._rows(
-            OperationRow,
-            "operations WHERE run_id = ? AND seq > ? AND cursor IS NOT NULL ORDER BY seq LIMIT ?",
+        rows = await self._select(
+            f"SELECT {_OPERATION if with_specs else _WITHOUT_SPEC} FROM operations"  # noqa: S608
+            " WHERE run_id = ? AND seq > ? AND cursor IS NOT NULL ORDER BY seq LIMIT ?",
             (run_id, after_seq, limit),
         )
+        return [OperationRow(*row) for row in rows]
 
     # Events.
 

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ def test_what_was_written_is_there_after_reopening(path: Path):
 
     run_test(path, write)
     run_test(path, read)
+
+
+def test_what_has_ended_is_read_without_what_it_was_to_do_if_asked(path: Path):
+    async def body(store: Store) -> None:
+        await with_run(store)
+        await store.add_operations([operation(1), operation(2), operation(3)])
+        await store.finish(Finish([finished(operation(1), 7), finished(operation(3), 8)]))
+        whole = await store.history("run-1", 0, 10)
+        assert [(row.seq, row.spec) for row in whole] == [(1, b"spec"), (3, b"spec")]
+        lean = await store.history("run-1", 0, 10, with_specs=False)
+        assert [(row.seq, row.spec) for row in lean] == [(1, None), (3, None)]
+        assert [replace(row, spec=b"spec") for row in lean] == list(whole)
+        assert [row.seq for row in await store.history("run-1", 1, 10, with_specs=False)] == [3]
+
+    run_test(path, body)
 
 
 def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):

@@ -193,7 +193,7 @@ class Coordinator:
 
     def __init__(self, store: SqliteStore, blobs: LocalBlobStore) -> None:
         self.store, self.blobs = store, blobs
-        self.ledger = Ledger()
+        self.ledger = Ledger(voids_kept=2)
         payloads = self.payloads = Payloads(blobs)
         self.models = ModelRegistry(store, blobs)
         self.hub = EventHub(store, payloads)

@@ -112,14 +112,15 @@ class World:
         return result
 
     async def _settle(self) -> None:
-        for _ in range(3):
+        quiet = 0
+        while quiet < 3:  # a commit's echo may be on its way from the writer's thread
             await self.store.flushed()
             await asyncio.sleep(0)
             waiting = [task for task in asyncio.all_tasks() if task not in self._patient()]
             if waiting:
                 await asyncio.wait(waiting)
-            for _ in range(3):
-                await asyncio.sleep(0)
+            is_quiet = not (waiting or self.loop._ready)  # type: ignore[attr-defined]
+            quiet = quiet + 1 if is_quiet else 0
 
     def _patient(self) -> set[Any]:
         """Tasks that rightly wait for a move."""

@@ -5,6 +5,7 @@ place."""
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from fault.order_world import World, forward_backward, sample
@@ -213,6 +214,13 @@ class Machine(RuleBasedStateMachine):
         if self.world.do(self.world.cancel(operation)):
             self.cancelled.add(operation)
 
+    @rule(run=run_numbers, after=st.integers(0, 3))
+    def cancel_all(self, run: int, after: int) -> None:
+        """Of a run, but the first few; the last one first."""
+        ids = [one for one, spec in self.world.specs.items() if spec.run_id == self.runs[run]]
+        for operation in reversed(ids[after:]):
+            self.cancel(operation)
+
     @rule(operation=operations)
     def pass_deadline(self, operation: str) -> None:
         had_begun = self.world.is_running(operation)
@@ -307,8 +315,8 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def what_is_open_is_known(self) -> None:
         for run in self.world.coordinator.ledger.runs.values():
-            seqs = [operation.row.seq for operation in run.queue]
-            assert seqs == sorted(seqs)
+            seqs = [operation.seqs for operation in run.queue]
+            assert all(last < first for (_, last), (first, _) in pairwise(seqs))
 
     def teardown(self) -> None:
         try:
