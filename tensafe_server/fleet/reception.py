@@ -249,6 +249,7 @@ class Reception:
             told.add_done_callback(lambda _: _free(link, endings))
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
+        self._blame.forget_arrivals()
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""
@@ -264,6 +265,7 @@ class Reception:
             return
         await self._replays.refused(run, refused)
         self._blame.arrived(run)
+        self._blame.forget_arrivals()
         self._dispatcher.give_back(run)
         self._dispatcher.kick()
 

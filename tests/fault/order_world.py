@@ -325,7 +325,7 @@ class World:
             self.do(self.close_gap(run_id))
         for at in range(len(self.hosts)):
             self.do(self.connect(at))
-        self.do(self._judge())
+        self.do(self.judge())
         for _ in range(10_000):
             moved = False
             for at, host in enumerate(self.hosts):
@@ -337,7 +337,7 @@ class World:
                 break
         assert self.coordinator.ledger.unfinished == 0, self.coordinator.ledger._pending
 
-    async def _judge(self) -> None:
+    async def judge(self) -> None:
         """Whoever has not come back by now is lost."""
         self.coordinator.blame._judge()
 
