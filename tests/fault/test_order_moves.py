@@ -209,6 +209,37 @@ def test_a_cancel_undoes_what_had_begun_when_its_worker_was_lost(world: World, r
     assert outcomes(world, run) == expected
 
 
+@pytest.mark.parametrize("passed", [False, True], ids=["waiting", "passed over"])
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+@pytest.mark.parametrize("which", ["gradient", "update"])
+def test_a_cancel_that_the_worker_has_made_stays_though_the_coordinator_has_forgotten_it(
+    world: World, run: str, which: str, told: bool, passed: bool
+):
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)  # so that the worker holds the run
+    ids = submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE)
+    world.do(world.deliver())  # all of it is there, and none of it has begun
+    world.do(world.cancel(ids[0 if which == "gradient" else 1]))
+    world.do(world.deliver())
+    if passed:
+        world.worker.execute()
+        world.worker.execute()
+    if told:
+        world.worker.report()  # the coordinator dies with it
+    world.do(world.restart())
+    world.finish()
+    expected = {
+        "gradient": ["OPERATION_CANCELLED", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"],
+        "update": ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED", "SUCCEEDED"],
+    }
+    assert outcomes(world, run)[2:] == expected[which]
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run)[6:] == ["SUCCEEDED"] * 2
+    assert world.coordinator.replays.mismatches == 0
+
+
 def test_what_takes_the_coordinator_with_it_before_anyone_is_told_is_tried_four_times(
     world: World, run: str
 ):
