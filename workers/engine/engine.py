@@ -198,7 +198,7 @@ class TorchBackend(Backend):
 
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]
-    ) -> list[StepOutcome | TenSafeFault]:
+    ) -> list[StepOutcome | Exception]:
         runs = self._runs.take(run_id for run_id, _ in entries)
         self._sampler.pins.before_change(runs)
         requests = [request for _, request in entries]
@@ -239,9 +239,9 @@ class TorchBackend(Backend):
         return model
 
 
-def _only(outcomes: Sequence[T | TenSafeFault]) -> T:
+def _only(outcomes: Sequence[T | Exception]) -> T:
     (outcome,) = outcomes
-    if isinstance(outcome, TenSafeFault):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 

@@ -225,15 +225,16 @@ class _Closing:
         return released_update(self.run.settings.privacy, metrics)
 
 
-def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | TenSafeFault]:
-    """Counts a call of each run; those that close their windows divide, clip and apply as one.
+def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | Exception]:
+    """Counts a call of each run; those that close their windows divide, clip and apply, as one
+    where that is faster.
 
     Returns:
         Each entry's outcome, or why it failed: MAX_STEPS_REACHED, WINDOW_POISONED, EMPTY_WINDOW,
         NON_FINITE_GRADIENT, OUT_OF_MEMORY, INVALID_ARGUMENT.
     """
     begin = time.perf_counter()
-    outcomes: list[StepOutcome | TenSafeFault] = []
+    outcomes: list[StepOutcome | Exception] = []
     closing: list[_Closing] = []
     for index, (run, request) in enumerate(entries):
         try:
@@ -245,28 +246,40 @@ def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome |
                 outcomes.append(ready)
         except TenSafeFault as fault:
             outcomes.append(fault)
-    if not closing:
-        return outcomes
-    try:
-        with memory_faults("optim_step"), torch.no_grad():
-            norms, applied = _apply(closing)
-    except TenSafeFault as fault:
-        for each in closing:
-            outcomes[each.index] = _told(each, fault)
-        return outcomes
-    step_ms = (time.perf_counter() - begin) * 1e3 / len(closing)
-    for each, norm, done in zip(closing, norms, applied, strict=True):
-        if not done:
-            outcomes[each.index] = _told(each, _non_finite(norm))
+    done: list[tuple[_Closing, float]] = []
+    for group in _stepping_together(closing):
+        try:
+            with memory_faults("optim_step"), torch.no_grad():
+                norms, applied = _apply(group)
+        except Exception as error:  # of this group alone: another may have stepped
+            for each in group:
+                outcomes[each.index] = _told(each, error)
             continue
+        for each, norm, steps in zip(group, norms, applied, strict=True):
+            if steps:
+                done.append((each, norm))
+            else:
+                outcomes[each.index] = _told(each, _non_finite(norm))
+    step_ms = (time.perf_counter() - begin) * 1e3 / max(1, len(closing))
+    for each, norm in done:
         metrics = each.metrics(norm, step_ms)
         step = each.run.window.applied()
         outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics, each.release)
     return outcomes
 
 
-def _told(each: _Closing, fault: TenSafeFault) -> TenSafeFault:
-    return fault if each.run.private is None else NoisedFault(fault)
+def _stepping_together(closing: list[_Closing]) -> list[list[_Closing]]:
+    """All as one on a GPU. A CPU's kernel takes one vector after the other anyway, and what one
+    run's update may have to take back fits into memory that is used again (`undo.copies`)."""
+    if closing and closing[0].gradient.device.type != "cpu":
+        return [closing]
+    return [[each] for each in closing]
+
+
+def _told(each: _Closing, error: Exception) -> Exception:
+    if each.run.private is None or not isinstance(error, TenSafeFault):
+        return error
+    return NoisedFault(error)
 
 
 def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing:
