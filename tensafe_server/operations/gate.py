@@ -59,6 +59,11 @@ class Gate:
             self._close()
         await asyncio.shield(group.stored)
 
+    async def passed(self) -> None:
+        """Returns when nothing stands before the gate any more that does now."""
+        if self._group is not None:
+            await asyncio.wait([self._group.stored])
+
     def _close(self) -> None:
         group, self._group = self._group, None
         if group is None:
