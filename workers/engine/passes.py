@@ -210,10 +210,10 @@ def compute(
             Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
             for share, own in zip(work.shares, units, strict=True)
         ],
-        # A unit's gradient is of one type whatever lies beside it.
-        model.adapter_dtype(
-            0 if apart else min(s.tokens.stop - s.tokens.start for s in work.shares)
-        ),
+        # A unit's gradient is of one type whatever lies beside it, and however much.
+        model.dtype
+        if apart
+        else model.adapter_dtype(min(s.tokens.stop - s.tokens.start for s in work.shares)),
         SegmentLoop() if apart or len(work.shares) == 1 else model.product,
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,
