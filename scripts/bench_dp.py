@@ -59,7 +59,9 @@ def main() -> None:
         raw |= _times(arguments)
         ratios |= private.ratios(raw)
     if arguments.part in ("memory", "all"):
-        peaks = private_memory.measure(MODEL, arguments.dtype, arguments.dropout, 3)
+        peaks = private_memory.measure(
+            MODEL, arguments.dtype, arguments.dropout, min(3, arguments.rounds)
+        )
         raw |= peaks
         ratios |= private_memory.ratios(peaks)
     for name, value in ratios.items():

@@ -201,10 +201,10 @@ def compute(
     numbers = torch.from_numpy(np.stack([work.ids, work.positions, work.rows])).to(device)
     places = torch.from_numpy(work.scored).to(device)
     references = _references(model, calls, work, numbers, places)
-    packing = pack(work.lengths, device)
     units = [_units(calls[share.call], share, work) for share in work.shares]
     # Kept apart by the loop alone.
     apart = any(own is not None for own in units)
+    packing = pack(work.lengths, device, apart=apart)
     adapters = PassAdapters(
         [
             Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
