@@ -182,7 +182,7 @@ def test_types_and_padding_of_a_private_pass_do_not_depend_on_its_size(base, mon
     monkeypatch.setattr(passes, "PassAdapters", spied)
     monkeypatch.setattr(passes, "pack", packing)
     sums(base, clean_rows(1, lengths), budget=10_000)
-    assert seen == [True, base.dtype]
+    assert seen[-2:] == [True, base.dtype]  # what came before were measurements
 
 
 def shape(outcome: LossOutcome) -> dict[str, object]:
