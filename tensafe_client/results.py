@@ -133,6 +133,8 @@ class StepMetrics:
         compute_ms: sum over the window's operations.
         time: when it was applied.
         cursor: pass it as `since` to go on after this step.
+        skipped: updates right before this one that are left out, since the loop over `metrics`
+            had fallen far behind; the step before it has the cursor to read them from.
         values: every metric by name; a field above whose metric the server did not send is NaN
             (`tokens`: 0).
     """
@@ -147,6 +149,7 @@ class StepMetrics:
     compute_ms: float
     time: datetime
     cursor: int
+    skipped: int
     run_id: str = field(repr=False)
     values: Mapping[str, float] = field(repr=False)
 
@@ -166,6 +169,7 @@ class StepMetrics:
             compute_ms=values.get("compute_ms", nan),
             time=to_datetime(message.time),
             cursor=message.cursor,
+            skipped=message.skipped,
             run_id=message.run_id,
             values=values,
         )

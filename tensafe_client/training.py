@@ -190,7 +190,9 @@ class TrainingClient(RunOperations):
 
         Args:
             follow: go on with new steps as the server pushes them, until the loop is left or the
-                run is deleted. The stream goes on by itself after a break.
+                run is deleted. The stream goes on by itself after a break. A loop that falls far
+                behind gets some of the steps that it missed, the newest among them, and
+                `StepMetrics.skipped` says how many are left out before each.
             since: only steps after this cursor (`StepMetrics.cursor`); 0 for all.
         """
         return iterate(self._session.io, self._api.metrics(self.run_id, since, follow))

@@ -178,7 +178,7 @@ class Coordinator:
             privacy.steps,
         )
         gaps = GapWatch(store, self._ledger, self._hub, outcomes, settings.gap_timeout_s)
-        cancellation = Cancellation(self._ledger, outcomes, self.dispatcher)
+        cancellation = Cancellation(store, self._ledger, outcomes, self.dispatcher)
         reader = self._reader = OperationReader(store, self._ledger, payloads)
         self._streams = SampleStreams(reader)
         self._artifacts = ArtifactBook(store, self._ledger, blobs)
@@ -211,6 +211,7 @@ class Coordinator:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         privacy.steps.on_ready = self.dispatcher.kick
         privacy.steps.on_refused = cancellation.refuse
+        reception.on_begun = cancellation.end_deadlines
         self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""

@@ -150,7 +150,7 @@ class Backend(ABC):
 
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]
-    ) -> list[StepOutcome | TenSafeFault]:
+    ) -> list[StepOutcome | Exception]:
         """Several at once, of different runs."""
         return [_outcome(self.optim_step, *entry) for entry in entries]
 

@@ -93,7 +93,11 @@ class Progress:
             if key in self._running:
                 self._cancel(key, waiting_only)  # the executor was faster
             return
-        self.tell(cancelled(planned))
+        # Remembered, as the answer may be lost with a coordinator that then sends it again: what
+        # comes behind it may have been executed as behind a cancelled one.
+        done = cancelled(planned)
+        self._remember(done)
+        self.tell(done)
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
         """Takes what happened since the last call: operations that began and still run, and
@@ -145,9 +149,10 @@ class Progress:
         answered = self._recent.get(planned.operation_id)
         if answered is not None and answered.epoch == planned.epoch:
             # Sent again after a broken stream: the answer may have been lost.
-            self._waiting.pop(key, None)
-            self._done.append(answered)
-            return Claim.ANSWERED
+            sent_again = self._waiting.pop(key, None) is not None
+            if sent_again or not answered.cancelled:
+                self._done.append(answered)
+            return Claim.CANCELLED if answered.cancelled else Claim.ANSWERED
         if stoppable:
             self._stoppable.add(key)
         # Before it leaves the waiting ones, so that a cancel finds it in one of the two.
@@ -177,9 +182,7 @@ class Progress:
     def end(self, outcomes: Iterable[worker_pb2.OperationDone]) -> None:
         """These have ended."""
         for done in outcomes:
-            self._recent[done.operation_id] = done
-            if len(self._recent) > self._remembered:
-                self._recent.popitem(last=False)
+            self._remember(done)
             self._done.append(done)
             self._drop((done.operation_id, done.epoch))
         if not self._instant:
@@ -189,6 +192,11 @@ class Progress:
         """An operation that runs ends without an outcome: it is left to its next assignment."""
         self._pieces.pop(_key(planned), None)
         self._drop(_key(planned))
+
+    def _remember(self, done: worker_pb2.OperationDone) -> None:
+        self._recent[done.operation_id] = done
+        if len(self._recent) > self._remembered:
+            self._recent.popitem(last=False)
 
     def _drop(self, key: _Key) -> None:
         self._running.pop(key, None)

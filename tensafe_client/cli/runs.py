@@ -110,8 +110,10 @@ def watch(ctx: click.Context, run_id: str, since: int, follow: bool, as_json: bo
     for step in client.training_client(run_id).metrics(follow=follow, since=since):
         if as_json:
             print_line(step)
-        else:
-            click.echo(_line(step))
+            continue
+        if step.skipped:
+            click.echo(f"… {step.skipped} steps left out: this command was read too slowly")
+        click.echo(_line(step))
 
 
 def _line(step: StepMetrics) -> str:

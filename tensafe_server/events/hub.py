@@ -2,17 +2,19 @@
 
 The store is the buffer: a subscription holds only a bounded number and size of newest events, and
 one that falls further behind reads from the store again. So a slow watcher costs a constant amount
-of memory and holds nobody up.
+of memory and holds nobody up. It gets every operation, and of the metrics that it has fallen behind
+a few, which say how many lie between them; whoever asks for those after a cursor gets them all.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 
 from tensafe.v1 import operations_pb2 as pb
+from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
 from tensafe_server.events.translate import operation_message
@@ -22,6 +24,8 @@ _BUFFER_EVENTS = 2048
 _BUFFER_BYTES = 4 * 2**20
 _PAGE_EVENTS = 256
 _PAGE_BYTES = 2 * 2**20
+# Of each time that a watcher falls behind, about so many steps' metrics, and each run's newest.
+_COALESCED_STEPS = 64
 # Of all subscriptions together: many have less each, down to the second value.
 _ALL_BYTES = 32 * 2**20
 _LEAST_BYTES = 32 * 2**10
@@ -45,7 +49,12 @@ class Event:
 
 
 class Subscription:
-    """One watcher's view: events of its scope that were published since it was made."""
+    """One watcher's view: events of its scope that were published since it was made.
+
+    Attributes:
+        behind: what comes next is in the store.
+        followed: it was up with what happens, and if it is behind now, it has fallen behind.
+    """
 
     def __init__(self, scope: EventScope, cursor: int) -> None:
         self.scope = scope
@@ -53,6 +62,7 @@ class Subscription:
         self.events: deque[Event] = deque()
         self.size = 0
         self.behind = False
+        self.followed = False
         self.closed = False
         self.fault: TenSafeFault | None = None
         self.wake = asyncio.Event()
@@ -158,6 +168,7 @@ class EventHub:
         group.add(subscription)
         try:
             subscription.behind = cursor is not None
+            subscription.followed = cursor is None
             yield [], subscription.cursor
             async for page in self._pages(subscription, follow):
                 yield page
@@ -175,6 +186,7 @@ class EventHub:
                 subscription.behind = False
                 async for page in self._stored(subscription):
                     yield page
+                subscription.followed = True
             if not follow:
                 return
             while subscription.events:
@@ -200,14 +212,22 @@ class EventHub:
     async def _stored(
         self, subscription: Subscription
     ) -> AsyncIterator[tuple[list[pb.WatchEvent], int]]:
-        up_to = self._published
+        up_to, scope = self._published, subscription.scope
+        coalesced: Sequence[StepMetrics] | None = None
+        if subscription.followed and scope.include_metrics:
+            coalesced = await self._store.coalesced_metrics(
+                scope, subscription.cursor, up_to, _COALESCED_STEPS
+            )
         while subscription.cursor < up_to:
-            events, subscription.cursor = await self._stored_page(subscription, up_to)
+            events, subscription.cursor = await self._stored_page(subscription, up_to, coalesced)
             if events:
                 yield events, subscription.cursor
 
     async def _stored_page(
-        self, subscription: Subscription, up_to: int
+        self,
+        subscription: Subscription,
+        up_to: int,
+        coalesced: Sequence[StepMetrics] | None,
     ) -> tuple[list[pb.WatchEvent], int]:
         """The next events and the cursor after them. What was read for it ends with this call:
         while a slow watcher takes the page, nothing else is held for it."""
@@ -227,9 +247,12 @@ class EventHub:
             if found and (len(found) < len(rows) or len(rows) == rows_limit):
                 up_to = found[-1][0]  # there may be more behind it
         if scope.include_metrics:
-            metrics = await self._store.step_metrics(scope, after, up_to, _PAGE_EVENTS)
-            if len(metrics) == _PAGE_EVENTS:
-                up_to = metrics[-1].cursor
+            if coalesced is not None:
+                metrics = [item for item in coalesced if after < item.cursor <= up_to]
+            else:
+                metrics = await self._store.step_metrics(scope, after, up_to, _PAGE_EVENTS)
+                if len(metrics) == _PAGE_EVENTS:
+                    up_to = metrics[-1].cursor
             found += [(item.cursor, pb.WatchEvent(metrics=item)) for item in metrics]
         found.sort(key=lambda pair: pair[0])
         return [event for cursor, event in found if cursor <= up_to], up_to

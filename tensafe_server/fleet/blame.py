@@ -41,6 +41,7 @@ class Blame:
         self._return_s = return_s
         self._suspects: dict[str, Suspect] = {}
         self._recorded: set[str] = set()
+        self._through: list[str] = []
         self.on_verdict: Callable[[Sequence[Ending]], None] = lambda endings: None
         self.on_acquitted: Callable[[], None] = lambda: None
 
@@ -61,12 +62,14 @@ class Blame:
 
     def began(self, link: WorkerLink, operations: Iterable[PendingOperation]) -> None:
         """A worker has begun these."""
-        self._record(link, [one for one in operations if not one.finishing], running=True)
+        begun = [one for one in operations if not one.finishing]
+        if begun:
+            self._record(link, begun, running=True)
 
-    def bringing(self, link: WorkerLink, run: RunState) -> None:
-        """A run's state is brought to a worker, which may have much to replay."""
-        run.arriving = True
-        self._record(link, [run], running=False)
+    async def expected(self, link: WorkerLink, run: RunState) -> None:
+        """A run's state is about to be brought to a worker, which may have much to replay. Returns
+        when that is on disk: whatever it takes with it is then counted."""
+        await self._record(link, [run], running=False)
 
     def arrivals(self, link: WorkerLink) -> Arrivals:
         """What is on its way to a worker, as the planner sees it."""
@@ -82,8 +85,15 @@ class Blame:
         run.arriving = run.attempted = False
         run.losses.clear()
         self._suspects.pop(run.id, None)
-        self._store.remove_attempts(run.id)
+        self._through.append(run.id)
         self.on_acquitted()
+
+    def forget_arrivals(self) -> None:
+        """Takes the runs that have arrived out of the store. Behind the record of what their
+        workers have begun, so that at any instant one of the two is on disk."""
+        for run_id in self._through:
+            self._store.remove_attempts(run_id)
+        self._through.clear()
 
     def lost(
         self, link: WorkerLink, held: Sequence[PendingOperation], *, checking: bool
@@ -115,7 +125,8 @@ class Blame:
             self._suspects[_id(suspect)] = suspect
             if isinstance(suspect, PendingOperation):
                 suspect.work = None
-        self._record(link, suspects, running=running)
+        if suspects:
+            self._record(link, suspects, running=running)
 
     def verdicts(self, suspects: Iterable[Suspect]) -> list[Ending]:
         """The endings of what too many workers were lost with; they are void from here on.
@@ -152,13 +163,14 @@ class Blame:
                 suspect.on_trial = False
                 self.on_acquitted()
 
-    def _record(self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool) -> None:
-        if not suspects:
-            return
+    def _record(
+        self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool
+    ) -> asyncio.Future[None]:
         for suspect in suspects:
             suspect.attempted = True
         self._recorded.add(link.instance)
-        self._store.add_attempts([AttemptRow(_id(one), link.instance, running) for one in suspects])
+        rows = [AttemptRow(_id(one), link.instance, running) for one in suspects]
+        return self._store.add_attempts(rows)
 
     def _judge(self) -> None:
         tried = [one for one in self._suspects.values() if one.on_trial]

@@ -14,6 +14,7 @@ from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
 from tensafe_server.operations.outcomes import Outcomes, cancellation, expiry, withdrawn
+from tensafe_server.store.base import Store
 
 _Why = Callable[[PendingOperation], ErrorDetail]
 
@@ -21,7 +22,10 @@ _Why = Callable[[PendingOperation], ErrorDetail]
 class Cancellation:
     """Withdraws operations, wherever they are."""
 
-    def __init__(self, ledger: Ledger, outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, store: Store, ledger: Ledger, outcomes: Outcomes, dispatcher: Dispatcher
+    ) -> None:
+        self._store = store
         self._ledger = ledger
         self._outcomes = outcomes
         self._dispatcher = dispatcher
@@ -57,6 +61,15 @@ class Cancellation:
         left_s = max(0.0, (operation.row.deadline_ns - time.time_ns()) / 1e9)
         loop = asyncio.get_running_loop()
         operation.deadline_timer = loop.call_later(left_s, self._expire, operation)
+
+    def end_deadlines(self, operations: Iterable[PendingOperation]) -> None:
+        """These have begun: should their worker be lost, they begin again however late it is."""
+        timed = [one for one in operations if one.row.deadline_ns is not None]
+        for operation in timed:
+            operation.row.deadline_ns = None
+            operation.stop_deadline()
+        if timed:
+            self._store.end_deadlines([one.row.id for one in timed])
 
     def give_up(self, operation: PendingOperation) -> None:
         """Ends an operation whose spec was lost from the store."""

@@ -232,8 +232,9 @@ class Dispatcher:
         """Gives a run that no worker holds to one; its first operation follows."""
         run.worker_id = link.id
         link.runs.add(run.id)
+        is_new = not (run.epoch or run.epochs_unwritten)
         self._store.set_run_epoch(run.id, run.begin_epoch())
-        if not self._restorer.needed(run):
+        if is_new and not self._restorer.needed(run):
             message.runs.append(pb.RunAssignment(run_id=run.id, epoch=run.epoch, config=run.config))
             self._take_next(run, link, message, place)
             return
@@ -251,9 +252,10 @@ class Dispatcher:
                 self._cannot_restore(run, error)
             return
         if run.worker_id == link.id and run.epoch == epoch:
+            await self._blame.expected(link, run)
+        if run.worker_id == link.id and run.epoch == epoch:
             self.bring(run, link, onward)
-            run.restoring = False
-            self._blame.bringing(link, run)
+            run.restoring, run.arriving = False, True
             self.kick()
 
     def bring(self, run: RunState, link: WorkerLink, onward: Onward) -> None:
@@ -263,8 +265,9 @@ class Dispatcher:
         if onward.assignment is not None:
             message.runs.append(onward.assignment)
         for operation, fault in onward.lost:
-            run.queue.remove(operation)
-            self.on_unrestorable([operation], fault)
+            if not operation.void:
+                run.queue.remove(operation)
+                self.on_unrestorable([operation], fault)
         logged = deque(onward.logged)
         while run.queue and (run.queue[0].row.seq or 0) <= onward.reached:
             operation = run.queue.popleft()

@@ -30,7 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class Reception:
-    """What happens on a worker's stream."""
+    """What happens on a worker's stream.
+
+    Attributes:
+        on_begun: called with operations of which it is known now that a worker began them.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Reception:
         self._blame = blame
         self._blame.on_verdict = self._convict
         self._blame.on_acquitted = dispatcher.kick
+        self.on_begun: Callable[[Sequence[PendingOperation]], None] = lambda operations: None
         self._uploads: dict[str, list[ArtifactFile]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -160,6 +165,7 @@ class Reception:
         operation = self._ledger.pending(at.operation_id)
         if operation is not None and operation.worker_id == link.id:
             operation.row.state = RUNNING  # it is known now, if it was not reported before
+            self.on_begun([operation])
         self._fence(link, _hung(link.name, why))
 
     def _fence(self, link: WorkerLink, fault: TenSafeFault) -> None:
@@ -209,6 +215,7 @@ class Reception:
                 operation.notify_started()
                 link.groups.started(started.operation_id)
                 begun.append(operation)
+        self.on_begun(begun)
         for drawn in report.chunks:
             operation = self._current(link, drawn.operation_id, drawn.epoch)
             if operation is not None and not operation.finishing:
@@ -242,6 +249,7 @@ class Reception:
             told.add_done_callback(lambda _: _free(link, endings))
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
+        self._blame.forget_arrivals()
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""
@@ -257,6 +265,7 @@ class Reception:
             return
         await self._replays.refused(run, refused)
         self._blame.arrived(run)
+        self._blame.forget_arrivals()
         self._dispatcher.give_back(run)
         self._dispatcher.kick()
 

@@ -19,8 +19,8 @@ from tensafe_server.operations.outcomes import ended_event
 from tensafe_server.store.base import Store
 
 _FEW_UNFINISHED = 16
-_LINGER_S_EACH = 40e-6
-_LONGEST_LINGER_S = 5e-3
+_LINGER_S_EACH = 80e-6
+_LONGEST_LINGER_S = 10e-3
 _FULL_GROUP = 64
 
 
@@ -58,6 +58,11 @@ class Gate:
         if group.timer is None or len(group.operations) >= _FULL_GROUP:
             self._close()
         await asyncio.shield(group.stored)
+
+    async def passed(self) -> None:
+        """Returns when nothing stands before the gate any more that does now."""
+        if self._group is not None:
+            await asyncio.wait([self._group.stored])
 
     def _close(self) -> None:
         group, self._group = self._group, None

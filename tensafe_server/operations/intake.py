@@ -293,6 +293,7 @@ class Intake:
     async def _answer_repeated(
         self, tenant_id: str, candidate: _Candidate, outcome: Outcome
     ) -> None:
+        await self._gate.passed()
         await self._store.flushed()
         spec = candidate.spec
         if candidate.by_request:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.voids import merged
 
 _READS_ARTIFACT = {
     ops.OPERATION_KIND_LOAD_STATE,
@@ -28,6 +29,9 @@ _CHANGES_RUN = {
 SPEC_MEMORY_BYTES = 64 * 2**20
 """Specs of waiting operations in memory, all tenants together; the others are read from the store
 when their turn comes."""
+VOIDS_KEPT = 256
+"""Void operations that may lie in a run's queue one by one; beyond, and if they are more than half
+of it, those side by side become one."""
 
 
 @dataclass(slots=True)
@@ -50,7 +54,10 @@ class Ledger:
         on_disputed: called with a run that a worker holds, and must not go on holding.
     """
 
-    def __init__(self, spec_memory_bytes: int = SPEC_MEMORY_BYTES) -> None:
+    def __init__(
+        self, spec_memory_bytes: int = SPEC_MEMORY_BYTES, voids_kept: int = VOIDS_KEPT
+    ) -> None:
+        self._voids_kept = voids_kept
         self.total = Usage()
         self.on_deadline: Callable[[PendingOperation], None] = lambda operation: None
         self._spec_memory_bytes = spec_memory_bytes
@@ -190,11 +197,13 @@ class Ledger:
                 run.early[row.seq] = operation
             if operation.void:
                 self._forget(operation)
+                run.new_voids += 1
         for run in touched.values():
             while run.next_seq in run.early:
                 run.queue.append(run.early.pop(run.next_seq))
                 run.next_seq += 1
             self._ready.add(run.id)
+            self._merge_voids(run)
             self.on_gap(run)
         self.on_ready()
 
@@ -229,6 +238,7 @@ class Ledger:
             run.active_s = time.monotonic()
             if operation.worker_id is None:
                 operation.void = True
+                run.new_voids += 1
             else:
                 run.in_flight.remove(operation)
             if row.executed:
@@ -239,6 +249,28 @@ class Ledger:
             self.lane.remove(operation)
         self._forget(operation)
         operation.notify_finished()
+        if row.run_id is not None and row.seq is not None:
+            self._merge_voids(self.runs[row.run_id])
+
+    def _merge_voids(self, run: RunState) -> None:
+        """Keeps the queue about as long as what waits in it, however many ended where they waited:
+        of void operations side by side one is left, which tells of their hole if they leave one."""
+        if run.deleted and not run.by_seq:
+            run.queue.clear()  # nobody will take it on any more
+            run.new_voids = 0
+        if run.new_voids <= max(self._voids_kept, len(run.queue) // 2):
+            return
+        run.new_voids = 0
+        ended = (op.void and op.row.id not in self._pending for op in run.queue)
+        queue: deque[PendingOperation] = deque()
+        before = False
+        for operation, is_over in zip(run.queue, ended, strict=True):
+            if before and is_over and queue[-1].seqs[1] + 1 == operation.seqs[0]:
+                queue.append(merged(queue.pop(), operation, private=run.private is not None))
+            else:
+                queue.append(operation)
+            before = is_over
+        run.queue = queue
 
     def recall(self, worker_id: str) -> list[RunState]:
         """Takes back everything that a lost worker had; returns the runs it held."""
@@ -276,9 +308,7 @@ class Ledger:
             usage.operations -= 1
             usage.bytes -= operation.spec_bytes
         self.drop_spec(operation)
-        if operation.deadline_timer is not None:
-            operation.deadline_timer.cancel()
-            operation.deadline_timer = None
+        operation.stop_deadline()
 
 
 def _no_run(run_id: str, remedy: str) -> TenSafeFault:

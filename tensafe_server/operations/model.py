@@ -80,6 +80,8 @@ class PendingOperation:
         model: name of the base model it runs on.
         worker_id: where it was sent; None while it waits.
         void: it ended before it ran; its place only tells the worker that the window has a hole.
+        stretch: the first and the last seq of the void operations next to it that it stands for;
+            None if it stands for itself.
         finishing: its outcome is on the way to the disk; nothing may change it any more.
         losses: workers that were lost with it.
         attempted: the store has a record of a worker that began it, or was lost with it.
@@ -100,6 +102,7 @@ class PendingOperation:
     model: str
     worker_id: str | None = None
     void: bool = False
+    stretch: tuple[int, int] | None = None
     finishing: bool = False
     losses: Losses = field(default_factory=Losses)
     attempted: bool = False
@@ -127,6 +130,11 @@ class PendingOperation:
         return self.row.spec_bytes
 
     @property
+    def seqs(self) -> tuple[int, int]:
+        """The first and the last seq that it stands for in its run's order."""
+        return self.stretch or (self.row.seq or 0, self.row.seq or 0)
+
+    @property
     def is_sample(self) -> bool:
         """Whether it only begins in its run's order: what follows may end before it."""
         return self.row.kind == ops.OPERATION_KIND_SAMPLE
@@ -149,6 +157,12 @@ class PendingOperation:
         self._started.append(future)
         return future
 
+    def stop_deadline(self) -> None:
+        """No deadline ends it any more."""
+        if self.deadline_timer is not None:
+            self.deadline_timer.cancel()
+            self.deadline_timer = None
+
     def notify_started(self) -> None:
         _resolve(self._started)
 
@@ -165,6 +179,7 @@ class RunState:
         next_seq: the lowest seq that has not been accepted yet.
         early: operations that came before an earlier seq did.
         queue: operations in order that no worker has.
+        new_voids: how many operations became void since those in the queue were merged.
         in_flight: operations in order that the run's worker has. A SAMPLE may stay here while later
             ones end.
         by_seq: unfinished operations, to answer retries.
@@ -208,6 +223,7 @@ class RunState:
     restoring: bool = False
     early: dict[int, PendingOperation] = field(default_factory=dict)
     queue: deque[PendingOperation] = field(default_factory=deque)
+    new_voids: int = 0
     in_flight: deque[PendingOperation] = field(default_factory=deque)
     by_seq: dict[int, PendingOperation] = field(default_factory=dict)
     pruned_seq: int = 0
@@ -256,9 +272,10 @@ class RunState:
         and so may some before it that were taken back, at the head of the queue."""
         seq = self.next_seq - 1
         for operation in reversed(self.queue):
-            if operation.row.seq != seq:
+            first, last = operation.seqs
+            if last != seq:
                 break
-            seq -= 1
+            seq = first - 1
         return seq
 
     def begin_epoch(self) -> int:

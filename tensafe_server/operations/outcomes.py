@@ -181,9 +181,9 @@ class Outcomes:
             if ending.step_metrics:
                 item = self._step_metrics(run, ending, now)
                 metrics.append((row.tenant_id, item))
-                events.append(
-                    Event(item.cursor, row.tenant_id, run.id, "", ops.WatchEvent(metrics=item))
-                )
+                event = ops.WatchEvent(metrics=item)
+                size = event.ByteSize()
+                events.append(Event(item.cursor, row.tenant_id, run.id, "", event, size))
         updates = [
             RunUpdate(run.id, run.step, run.base_artifact_id, run.base_seq, run.released_seq)
             for run in runs.values()
@@ -214,7 +214,7 @@ class Outcomes:
 
 def cancellation(operation: PendingOperation) -> ErrorDetail:
     """Why an operation ends that its tenant cancelled."""
-    how = "and gave nothing" if operation.is_sample else "before it ran"
+    how = "and gave nothing" if operation.is_sample else "and has no effect"
     return TenSafeFault(
         "OPERATION_CANCELLED",
         f"operation {operation.row.id} was cancelled {how}",

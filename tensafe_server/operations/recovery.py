@@ -56,16 +56,17 @@ async def _recover_run(
     behind = [waiting.pop(seq) for seq in sorted(waiting) if seq <= reached]
     ledger.resume(run, [_pending(row, run) for row in behind], reached)
     after = reached
-    while after < progress.max_seq:  # what was refused or cancelled among those that wait
-        rows = await store.history(run.id, after, _PAGE)
-        waiting.update({row.seq or 0: row for row in rows})
-        if len(rows) < _PAGE:
-            break
-        after = rows[-1].seq or progress.max_seq
-    operations = [_pending(waiting[seq], run) for seq in sorted(waiting)]
-    for pending in operations:
-        ledger.reserve(pending, run)
-    ledger.admit(operations)
+    while after < progress.max_seq:
+        # Those among them that were refused or cancelled may be many more than wait.
+        void = await store.history(run.id, after, _PAGE, with_specs=False)
+        is_last = len(void) < _PAGE
+        after = progress.max_seq if is_last else void[-1].seq or progress.max_seq
+        waiting.update({row.seq or 0: row for row in void})
+        rows = [waiting.pop(seq) for seq in sorted(waiting) if seq <= after]
+        operations = [_pending(row, run) for row in rows]
+        for pending in operations:
+            ledger.reserve(pending, run)
+        ledger.admit(operations)
 
 
 def _pending(row: OperationRow, run: RunState) -> PendingOperation:

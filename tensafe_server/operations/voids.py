@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
+from tensafe_server.operations.model import PendingOperation
 from tensafe_server.store.base import OperationRow
 
 
@@ -33,3 +34,17 @@ def void_spec(row: OperationRow) -> bytes:
     else:
         spec.forward_backward.SetInParent()
     return spec.SerializeToString()
+
+
+def merged(
+    earlier: PendingOperation, later: PendingOperation, *, private: bool
+) -> PendingOperation:
+    """What stands for two void operations, of which one comes right after the other.
+
+    Nothing was executed between them, so that their holes are in one window, and one is enough.
+    """
+    stretch = earlier.seqs[0], later.seqs[1]
+    leaves_none = not is_void(later.row, private=private)
+    kept = earlier if leaves_none and is_void(earlier.row, private=private) else later
+    kept.stretch = stretch
+    return kept

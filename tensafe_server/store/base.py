@@ -116,7 +116,7 @@ class OperationRow:
 
     Attributes:
         spec_bytes: size of the spec, wherever it lies.
-        deadline_ns: if it has not started by then, it never runs.
+        deadline_ns: if it has not started by then, it never runs; None once it has.
     """
 
     id: str
@@ -282,6 +282,7 @@ class Store(Protocol):
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]: ...
+    def end_deadlines(self, operation_ids: Sequence[str]) -> asyncio.Future[None]: ...
     async def flushed(self) -> None: ...
     async def operation(self, tenant_id: str, operation_id: str) -> OperationRow | None: ...
     async def operation_by_seq(self, run_id: str, seq: int) -> OperationRow | None: ...
@@ -295,7 +296,9 @@ class Store(Protocol):
     async def specs(
         self, operation_ids: Sequence[str]
     ) -> dict[str, tuple[bytes | None, str | None]]: ...  # (spec, spec_ref) by operation
-    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]: ...
+    async def history(
+        self, run_id: str, after_seq: int, limit: int, *, with_specs: bool = True
+    ) -> list[OperationRow]: ...
 
     # What workers were at.
     def add_attempts(self, rows: Sequence[AttemptRow]) -> asyncio.Future[None]: ...
@@ -337,6 +340,12 @@ class Store(Protocol):
     async def step_metrics(
         self, scope: EventScope, after: int, up_to: int, limit: int
     ) -> list[StepMetrics]: ...
+    async def coalesced_metrics(
+        self, scope: EventScope, after: int, up_to: int, most: int
+    ) -> list[StepMetrics]:
+        """About so many of the metrics after a cursor, evenly spread, and each run's newest. Each
+        says how many of its run, after the cursor, lie before it and were left out."""
+        ...
 
     # Artifacts.
     async def artifact(self, tenant_id: str | None, artifact_id: str) -> Artifact | None: ...

@@ -59,6 +59,15 @@ _MISSING_SEQS = """
       SELECT 1 UNION ALL SELECT seq + 1 FROM expected WHERE seq < ?2
     ) SELECT seq FROM expected WHERE NOT EXISTS (
       SELECT 1 FROM operations o WHERE o.run_id = ?1 AND o.seq = expected.seq)"""
+# Counted from each run's newest, every n-th. The bodies are read of those alone.
+_COALESCED_METRICS = """
+    WITH missed AS (
+      SELECT cursor, COUNT(*) OVER (PARTITION BY run_id) - 1 AS last,
+        ROW_NUMBER() OVER (PARTITION BY run_id ORDER BY cursor DESC) - 1 AS back
+      FROM metrics WHERE {where} AND cursor > ? AND cursor <= ?
+    ), every (nth) AS (SELECT (COUNT(*) + ? - 1) / ? FROM missed)
+    SELECT body, MIN(nth - 1, last - back) FROM missed, every JOIN metrics USING (cursor)
+    WHERE back % nth = 0 ORDER BY cursor"""
 
 
 class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivacy, SqliteDatasets):
@@ -225,6 +234,11 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
 
         return self._writer.submit(write, then, insist=True)
 
+    def end_deadlines(self, operation_ids: Sequence[str]) -> asyncio.Future[None]:
+        """These have started, and no deadline concerns them any more."""
+        sql = "UPDATE operations SET deadline_ns = NULL WHERE id = ?"
+        return self._write(sql, [(one,) for one in operation_ids], insist=True)
+
     async def flushed(self) -> None:
         """Returns when everything written so far is on disk."""
         await self._writer.submit(lambda _: None)
@@ -272,13 +286,16 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
         )
         return {operation_id: (spec, reference) for operation_id, spec, reference in rows}
 
-    async def history(self, run_id: str, after_seq: int, limit: int) -> list[OperationRow]:
+    async def history(
+        self, run_id: str, after_seq: int, limit: int, *, with_specs: bool = True
+    ) -> list[OperationRow]:
         """Finished operations of a run in order, from the seq after `after_seq`."""
-        return await self._rows(
-            OperationRow,
-            "operations WHERE run_id = ? AND seq > ? AND cursor IS NOT NULL ORDER BY seq LIMIT ?",
+        rows = await self._select(
+            f"SELECT {_OPERATION if with_specs else _WITHOUT_SPEC} FROM operations"  # noqa: S608
+            " WHERE run_id = ? AND seq > ? AND cursor IS NOT NULL ORDER BY seq LIMIT ?",
             (run_id, after_seq, limit),
         )
+        return [OperationRow(*row) for row in rows]
 
     # Events.
 
@@ -313,6 +330,20 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
             (*values, after, up_to, limit),
         )
         return [StepMetrics.FromString(body) for (body,) in rows]
+
+    async def coalesced_metrics(
+        self, scope: EventScope, after: int, up_to: int, most: int
+    ) -> list[StepMetrics]:
+        where, values = where_clause(tenant_id=scope.tenant_id, run_id=scope.run_id)
+        rows = await self._select(
+            _COALESCED_METRICS.format(where=where), (*values, after, up_to, most, most)
+        )
+        found = []
+        for body, skipped in rows:
+            item = StepMetrics.FromString(body)
+            item.skipped = skipped
+            found.append(item)
+        return found
 
     # Models.
 

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def test_what_was_written_is_there_after_reopening(path: Path):
     run_test(path, read)
 
 
+def test_what_has_ended_is_read_without_what_it_was_to_do_if_asked(path: Path):
+    async def body(store: Store) -> None:
+        await with_run(store)
+        await store.add_operations([operation(1), operation(2), operation(3)])
+        await store.finish(Finish([finished(operation(1), 7), finished(operation(3), 8)]))
+        whole = await store.history("run-1", 0, 10)
+        assert [(row.seq, row.spec) for row in whole] == [(1, b"spec"), (3, b"spec")]
+        lean = await store.history("run-1", 0, 10, with_specs=False)
+        assert [(row.seq, row.spec) for row in lean] == [(1, None), (3, None)]
+        assert [replace(row, spec=b"spec") for row in lean] == list(whole)
+        assert [row.seq for row in await store.history("run-1", 1, 10, with_specs=False)] == [3]
+
+    run_test(path, body)
+
+
 def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):
     async def body(store: Store) -> None:
         await with_run(store)
@@ -123,6 +139,40 @@ def test_a_foreign_row_and_a_missing_row_are_the_same(path: Path):
         assert await store.artifact("ten-2", "art-1") is None
         assert await store.operations("ten-2", "run-1", [], Page(10)) == []
         assert await store.artifacts("ten-2", None, Page(10), 1) == []
+
+    run_test(path, body)
+
+
+def test_coalesced_metrics_are_few_and_say_what_they_leave_out(path: Path):
+    async def body(store: Store) -> None:
+        await with_run(store)
+        await with_run(store, "run-2", "ten-2")
+        await store.add_run(RunRow("run-3", "ten-1", "m", b"", 1, 0, 0, None, 0, 1))
+        steps = [("run-1", step) for step in range(1, 101)] + [("run-3", 1), ("run-3", 2)]
+        metrics = [
+            ("ten-1", StepMetrics(cursor=10 + number, run_id=run, step=step))
+            for number, (run, step) in enumerate(steps)
+        ]
+        metrics.append(("ten-2", StepMetrics(cursor=200, run_id="run-2", step=1)))
+        await store.finish(Finish([], metrics=metrics))
+
+        async def read(scope: EventScope, most: int, after: int = 0, up_to: int = 1000):
+            found = await store.coalesced_metrics(scope, after, up_to, most)
+            return [(item.run_id, item.step, item.skipped) for item in found]
+
+        everything = [("run-1", step, 0) for step in range(1, 101)]
+        alone = EventScope("ten-1", run_id="run-1")
+        assert await read(alone, 100) == everything
+        assert await read(alone, 99) == [("run-1", step, 1) for step in range(2, 101, 2)]
+        assert await read(alone, 3) == [("run-1", 32, 31), ("run-1", 66, 33), ("run-1", 100, 33)]
+        assert await read(alone, 3, after=109 - 4, up_to=109) == [
+            ("run-1", 98, 1),
+            ("run-1", 100, 1),
+        ]
+        assert await read(alone, 1, after=109) == []
+        both = await read(EventScope("ten-1"), 2)  # one in 51, and each run's newest
+        assert both == [("run-1", 49, 48), ("run-1", 100, 50), ("run-3", 2, 1)]
+        assert await read(EventScope("ten-2", run_id="run-1"), 3) == []
 
     run_test(path, body)
 

@@ -13,6 +13,7 @@ from harness.cluster import Cluster, Process
 from harness.proxy import TcpProxy
 
 _MOST_PROGRESS = 24
+_KINDS = frozenset({"kill", "cut", "delay", "drop"})
 _DISTURBANCES = ("cut client", "cut worker", "drop replies to client", "drop replies to worker")
 
 
@@ -38,6 +39,7 @@ class Driver:
     ) -> None:
         self.hits: Counter[str] = Counter()
         self.kills = 0
+        self._kinds: set[str] = set()
         self._random = random.Random(seed)
         self._cluster = cluster
         self._trainers = trainers
@@ -47,8 +49,9 @@ class Driver:
         self._revivals: list[threading.Thread] = []
 
     def run(self, kills: int) -> None:
-        """Disturbs until so many processes were killed, then lets everything come back."""
-        while self.kills < kills:
+        """Disturbs until so many processes were killed, and each kind of thing was done, then lets
+        everything come back."""
+        while self.kills < kills or self._kinds < _KINDS:
             self._let_work_pass(self._random.randrange(1, _MOST_PROGRESS))
             # When, is part of the chaos; what is hit is counted below.
             time.sleep(self._random.random() * 0.3)
@@ -128,6 +131,7 @@ class Driver:
 
     def _count(self, what: str, state: str) -> None:
         self.hits[f"{what} ({state})"] += 1
+        self._kinds.add(what.split(maxsplit=1)[0])
 
     def report(self) -> str:
         """The histogram, most frequent first."""

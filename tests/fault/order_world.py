@@ -1,8 +1,8 @@
-"""A coordinator and a worker in one process without threads or network, one move at a time.
+"""A coordinator and workers in one process without threads or network, one move at a time.
 
-Everything between the store and the mock backend is the real thing: the ledger, the dispatcher,
-the restorer, and the worker's executor, which is driven by hand instead of by its thread. What a
-network or a kill may do to them are moves too.
+The parts are those of `order_parts.py`: the real ones, from the store to the worker's executor,
+which is driven by hand instead of by its thread. What a network or a kill may do to them are moves
+too.
 """
 
 from __future__ import annotations
@@ -13,57 +13,39 @@ import tempfile
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
+import pytest
+from fault.order_parts import Coordinator, CountingStore, Host, Worker
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1 import types_pb2 as types
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.models_pb2 import Model
+from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from tensafe_server.api.files import ArtifactUpload
 from tensafe_server.blobs.local import LocalBlobStore
-from tensafe_server.blobs.payloads import Payloads
-from tensafe_server.events.hub import EventHub
-from tensafe_server.fleet.blame import Blame
-from tensafe_server.fleet.cancel import Cancellation
-from tensafe_server.fleet.dispatcher import CompanyPolicy, Dispatcher
 from tensafe_server.fleet.link import WorkerLink
-from tensafe_server.fleet.liveness import Liveness
-from tensafe_server.fleet.reception import Reception
-from tensafe_server.fleet.replay import Comparer, ReplayWatch
-from tensafe_server.fleet.restore import Restorer
-from tensafe_server.fleet.verify import Verifications
-from tensafe_server.models.registry import ModelRegistry
-from tensafe_server.operations.artifacts import ArtifactBook
-from tensafe_server.operations.intake import Intake
-from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.limits import Limits
-from tensafe_server.operations.outcomes import Outcomes
-from tensafe_server.operations.pruning import Pruner
-from tensafe_server.operations.recovery import recover
+from tensafe_server.operations.intake import Outcome
+from tensafe_server.operations.lookup import draining
+from tensafe_server.operations.model import RUNNING
 from tensafe_server.operations.runs import RunBook
-from tensafe_server.operations.snapshots import RecoveryPolicy, SnapshotBook, new_snapshot_id
-from tensafe_server.operations.specs import SpecReader
-from tensafe_server.privacy.parts import PrivacyParts
-from tensafe_server.store.base import OperationRow, Page, TenantRow
-from tensafe_server.store.sqlite import SqliteStore
-from workers import wire
-from workers.executor import Executor
-from workers.mock import MockBackend
-from workers.transfers import file_chunks
+from tensafe_server.operations.snapshots import new_snapshot_id
+from tensafe_server.store.base import EventScope, OperationRow, Page, TenantRow
 
 TENANT = "ten-1"
+LATER_S = 3600
 
 
-def forward_backward() -> training.ForwardBackward:
-    tokens = encode(np.array([1, 2], np.int32))
+def forward_backward(tokens: Sequence[int] = (1, 2)) -> training.ForwardBackward:
+    """Of one document; without tokens, one that is refused."""
+    row = encode(np.array(tokens, np.int32))
     content = training.Batch(
-        offsets=encode(np.array([0, 2], np.int64)),
-        input_tokens=tokens,
-        loss_inputs=[types.NamedTensor(name="target_tokens", tensor=tokens)],
+        offsets=encode(np.array([0, len(tokens)], np.int64)),
+        input_tokens=row,
+        loss_inputs=[types.NamedTensor(name="target_tokens", tensor=row)],
     )
     return training.ForwardBackward(batch=training.Payload(inline=content))
 
@@ -74,169 +56,33 @@ def sample(tokens: int) -> training.Sample:
     return training.Sample(prompts=[training.Prompt(text="x")], params=params, stream=True)
 
 
-class _Backend(MockBackend):
-    """Takes part in all that a real one does, and little at a time."""
-
-    instant = False
-    credits = 6
-    group_tokens = 64
-    sample_tokens = 64
-
-
-class _Transfers:
-    """Reads the coordinator's blobs; nothing here saves."""
-
-    def __init__(self, blobs: Path) -> None:
-        self._blobs = blobs
-
-    def fetch_snapshot(self, snapshot_id: str, directory: Path) -> None:
-        folder = self._blobs / "snapshots" / snapshot_id
-        shutil.copytree(folder, directory, dirs_exist_ok=True)
-
-
-class Worker:
-    """A worker's process."""
-
-    def __init__(self, blobs: Path) -> None:
-        self.backend = _Backend()
-        self.executor = Executor(self.backend, _Transfers(blobs), lambda: None)  # type: ignore[arg-type]
-        self.instance = uuid4().hex
-
-    def register(self) -> pb.Register:
-        self.executor.new_stream()
-        return pb.Register(
-            name="w",
-            instance=self.instance,
-            backend="mock",
-            models=["mock"],
-            credits=self.backend.credits,
-            group_tokens=self.backend.group_tokens,
-            sample_tokens=self.backend.sample_tokens,
-            held_runs=self.executor.held_runs(),
-        )
-
-    def take(self, messages: Sequence[pb.ConnectResponse]) -> None:
-        for message in messages:
-            if message.HasField("plan"):
-                self.executor.submit(message.plan)
-            elif message.HasField("cancel"):
-                cancel = message.cancel
-                self.executor.cancel(cancel.operation_id, waiting_only=cancel.waiting_only)
-            elif message.HasField("release"):
-                self.executor.release(message.release.run_id)
-
-    def execute(self) -> bool:
-        """Executes the next group; False if there is none."""
-        executor = self.executor
-        while not executor._inbox.empty():
-            item = executor._inbox.get()
-            assert item is not None
-            executor._agenda.put(*item)
-        if not executor._agenda:
-            return False
-        executor._group(executor._agenda.take())
-        return True
-
-    def draw(self) -> bool:
-        """Draws a token of every running sample; False if none runs."""
-        if not self.executor._samples.busy:
-            return False
-        self.executor._samples.step()
-        return True
-
-    def report(self) -> pb.Report | None:
-        """What is new, None if nothing is."""
-        refused = self.executor.collect_refused()
-        started, done = self.executor.collect()
-        chunks = [wire.sample_chunk(*each) for each in self.executor.collect_chunks()]
-        report = pb.Report(started=started, done=done, refused=refused, chunks=chunks)
-        return report if report.ByteSize() else None
-
-    def captured(self, run_id: str) -> list[types.FileChunk]:
-        """A run's state as it goes into a snapshot."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.backend.capture(run_id).write(Path(folder))
-            return [chunk for path in Path(folder).iterdir() for chunk in file_chunks(path)]
-
-    def close(self) -> None:
-        self.executor._artifacts.close()
-
-
-class Coordinator:
-    """One life of a coordinator, over a store that outlives it."""
-
-    def __init__(self, store: SqliteStore, blobs: LocalBlobStore) -> None:
-        self.store, self.blobs = store, blobs
-        self.ledger = Ledger()
-        payloads = self.payloads = Payloads(blobs)
-        self.models = ModelRegistry(store, blobs)
-        self.hub = EventHub(store, payloads)
-        self.book = SnapshotBook(store, blobs, self.ledger, 2)
-        self.privacy = PrivacyParts(store, blobs, payloads, self.ledger, self.book)
-        outcomes = Outcomes(store, self.ledger, self.hub, payloads, self.privacy.outcomes)
-        self.pruner = Pruner(store, blobs, payloads, self.ledger, self.book, 3600.0)
-        restorer = Restorer(store, payloads, self.book, self.privacy.steps)
-        specs = SpecReader(store, payloads, self.ledger)
-        self.blame = Blame(store, self.ledger, return_s=3600.0)
-        self.dispatcher = Dispatcher(
-            *(store, self.ledger, restorer, specs),
-            *(CompanyPolicy(0.0), self.blame, self.privacy.steps),
-        )
-        self.cancellation = Cancellation(self.ledger, outcomes, self.dispatcher)
-        artifacts = ArtifactBook(store, self.ledger, blobs)
-        self.intake = Intake(
-            *(store, self.ledger, self.models, payloads, self.hub, artifacts),
-            *(Limits(), self.privacy.configs),
-        )
-        comparer = Comparer(store, payloads)
-        self.replays = ReplayWatch(store, self.ledger, comparer, self.book)
-        self.reception = Reception(
-            self.ledger,
-            self.models,
-            outcomes,
-            self.dispatcher,
-            restorer,
-            self.replays,
-            Verifications(self.dispatcher, restorer, comparer, lambda run: None),
-            RecoveryPolicy(),
-            Liveness(3600.0),
-            self.blame,
-        )
-        self.ledger.on_ready = specs.on_read = self.dispatcher.kick
-        self.ledger.on_disputed = self.dispatcher.give_back
-        self.ledger.on_deadline = self.cancellation.watch_deadline
-        self.dispatcher.on_unrestorable = self.cancellation.fail_waiting
-        specs.on_missing = self.cancellation.give_up
-
-    async def load(self) -> None:
-        await self.models.load()
-        await self.hub.load()
-        await recover(self.store, self.payloads, self.models, self.ledger)
-        await self.blame.load()
-        await self.privacy.load()
-        self.dispatcher.kick()
-
-
 class World:
-    """A coordinator, a worker, what lies between them, and a tenant's runs."""
+    """A coordinator, its workers, what lies between them, and a tenant's runs.
 
-    def __init__(self, runs: int) -> None:
+    Attributes:
+        specs: of everything that was sent and answered, by operation.
+        next_seq: of each run, the first seq that nothing was sent with, nor behind.
+        skipped: of each run, the seqs before it that nothing was sent with.
+    """
+
+    def __init__(self, runs: int, workers: int = 1) -> None:
         self.loop = asyncio.new_event_loop()
         self.home = Path(tempfile.mkdtemp(prefix="order-"))
         self.cancels: list[asyncio.Future[Any]] = []
-        self.link: WorkerLink | None = None
+        self.specs: dict[str, training.OperationSpec] = {}
         self.next_seq: dict[str, int] = {}
+        self.skipped: dict[str, list[int]] = {}
         self._lane = 0
-        self.do(self._begin(runs))
+        self.do(self._begin(runs, workers))
 
-    async def _begin(self, runs: int) -> None:
-        self.store = await SqliteStore.open(self.home / "store.db")
+    async def _begin(self, runs: int, workers: int) -> None:
+        self.store = await CountingStore.open(self.home / "store.db")
         self.blobs = LocalBlobStore(self.home / "blobs")
         await self.store.add_tenant(TenantRow(TENANT, "t", 1))
         await self.store.put_model(Model(name="mock", accepts_any_reference=True))
         self.coordinator = Coordinator(self.store, self.blobs)
         await self.coordinator.load()
-        self.worker = Worker(self.home / "blobs")
+        self.hosts = [Host(self.home / "blobs", f"w{number}") for number in range(workers)]
         for number in range(runs):
             config = training.RunConfig(model_ref="any", seed=number)
             request = training.CreateRunRequest(request_id=f"request-{number}", config=config)
@@ -245,8 +91,19 @@ class World:
                 self.coordinator.privacy.configs,
             )
             run = await book.create(TENANT, request)
-            self.next_seq[run.id] = 1
-        await self.connect()
+            self.next_seq[run.id], self.skipped[run.id] = 1, []
+        for number in range(workers):
+            await self.connect(number)
+
+    @property
+    def worker(self) -> Worker:
+        """The first one."""
+        return self.hosts[0].worker
+
+    @property
+    def link(self) -> WorkerLink | None:
+        """Of the first worker."""
+        return self.hosts[0].link
 
     def do(self, move: Coroutine[Any, Any, Any]) -> Any:
         """Makes a move, and lets everything follow from it that follows by itself."""
@@ -255,106 +112,197 @@ class World:
         return result
 
     async def _settle(self) -> None:
-        for _ in range(3):
+        quiet = 0
+        while quiet < 3:  # a commit's echo may be on its way from the writer's thread
             await self.store.flushed()
             await asyncio.sleep(0)
             waiting = [task for task in asyncio.all_tasks() if task not in self._patient()]
             if waiting:
                 await asyncio.wait(waiting)
-            for _ in range(3):
-                await asyncio.sleep(0)
+            is_quiet = not (waiting or self.loop._ready)  # type: ignore[attr-defined]
+            quiet = quiet + 1 if is_quiet else 0
 
     def _patient(self) -> set[Any]:
         """Tasks that rightly wait for a move."""
-        return {*self.cancels, asyncio.current_task()}
+        withdrawing = self.coordinator.cancellation._tasks
+        return {*self.cancels, *withdrawing, asyncio.current_task()}
 
-    # Moves.
+    # Moves of a client.
 
-    async def submit(self, run_id: str, **operation: Any) -> str:
-        seq = self.next_seq[run_id]
+    async def submit(self, run_id: str, *, deadline: bool = False, **operation: Any) -> str:
+        """Sends the run's next operation; `deadline`: one that has a time to live."""
+        [outcome] = await self.send([self.next(run_id, deadline=deadline, **operation)])
+        assert outcome.error is None, outcome
+        return outcome.operation_id
+
+    def next(self, run_id: str, *, deadline: bool = False, **operation: Any) -> Any:
+        """The run's next operation."""
+        spec = training.OperationSpec(run_id=run_id, seq=self.next_seq[run_id], **operation)
+        if deadline:
+            spec.time_to_live.FromSeconds(LATER_S)
         self.next_seq[run_id] += 1
-        return await self._submit(training.OperationSpec(run_id=run_id, seq=seq, **operation))
+        return spec
+
+    def skip(self, run_id: str) -> None:
+        """What is sent next leaves a gap."""
+        self.skipped[run_id].append(self.next_seq[run_id])
+        self.next_seq[run_id] += 1
 
     async def submit_lane(self, tokens: int) -> str:
         message = sample(tokens)
         message.weights.base_model = "any"
         self._lane += 1
         name = f"request-lane-{self._lane}"
-        return await self._submit(training.OperationSpec(request_id=name, sample=message))
-
-    async def _submit(self, spec: training.OperationSpec) -> str:
-        [outcome] = await self.coordinator.intake.submit(TENANT, [spec], "")
-        assert outcome.error is None, outcome
+        [outcome] = await self.send([training.OperationSpec(request_id=name, sample=message)])
         return outcome.operation_id
 
-    async def cancel(self, operation_id: str) -> None:
+    async def send(self, specs: Sequence[training.OperationSpec]) -> list[Outcome]:
+        """One call with all of these."""
+        outcomes = await self.coordinator.intake.submit(TENANT, specs, "")
+        for spec, outcome in zip(specs, outcomes, strict=True):
+            if outcome.operation_id and not outcome.repeated:
+                assert outcome.operation_id not in self.specs, "accepted twice"
+                self.specs[outcome.operation_id] = spec
+        return outcomes
+
+    async def send_and_hang_up(self, spec: training.OperationSpec) -> Outcome:
+        """The caller is gone before it is answered, and sends the same again."""
+        unheard = self.loop.create_task(self.coordinator.intake.submit(TENANT, [spec], ""))
+        await asyncio.sleep(0)
+        unheard.cancel()
+        await asyncio.wait([unheard])
+        [outcome] = await self.coordinator.intake.submit(TENANT, [spec], "")
+        self.specs[outcome.operation_id] = spec
+        return outcome
+
+    async def close_gap(self, run_id: str) -> None:
+        """Nobody fills it in time."""
+        await self.coordinator.gaps.close(self.coordinator.ledger.runs[run_id])
+        self.skipped[run_id].clear()
+
+    async def cancel(self, operation_id: str) -> bool:
+        """Whether there was something to cancel."""
         pending = self.coordinator.ledger.pending(operation_id)
         if pending is not None:
             cancelling = self.coordinator.cancellation.cancel(pending)
             self.cancels.append(self.loop.create_task(cancelling))
+        return pending is not None
 
-    async def deliver(self) -> bool:
-        """What the coordinator has sent arrives."""
-        if self.link is None or not self.link._outbox:
+    async def pass_deadline(self, operation_id: str) -> bool:
+        """An operation's time to live is over, also for whoever reads the store from now on;
+        whether it had one."""
+        pending = self.coordinator.ledger.pending(operation_id)
+        await self.store._execute(
+            "UPDATE operations SET deadline_ns = 1 WHERE id = ? AND deadline_ns IS NOT NULL",
+            (operation_id,),
+        )
+        if pending is None or pending.deadline_timer is None:
             return False
-        self.worker.take(await self.link.next_messages())
+        pending.deadline_timer.cancel()
+        self.coordinator.cancellation._expire(pending)
         return True
 
-    async def report(self) -> bool:
-        """What the worker has to say arrives."""
-        if self.link is None:
+    # Moves of workers, and of what lies between.
+
+    async def deliver(self, at: int = 0) -> bool:
+        """What the coordinator has sent arrives."""
+        host = self.hosts[at]
+        if host.link is None or not host.link._outbox:
             return False
-        report = self.worker.report()
+        host.worker.take(await host.link.next_messages())
+        return True
+
+    async def report(self, at: int = 0) -> bool:
+        """What the worker has to say arrives, also over a stream that is fenced off."""
+        host = self.hosts[at]
+        link = host.link or host.fenced
+        if link is None:
+            return False
+        report = host.worker.report()
         if report is not None:
-            await self.coordinator.reception.report(self.link, report)
+            await self.coordinator.reception.report(link, report)
         return report is not None
 
-    async def lose_a_report(self) -> None:
+    async def lose_a_report(self, at: int = 0) -> None:
         """The stream breaks with what the worker had to say."""
-        self.worker.report()
-        await self.cut()
+        self.hosts[at].worker.report()
+        await self.cut(at)
 
-    async def cut(self) -> None:
+    async def cut(self, at: int = 0) -> None:
         """The stream breaks; what was under way is lost."""
-        if self.link is not None:
-            await self.coordinator.reception.leave(self.link)
-            self.link = None
+        host = self.hosts[at]
+        if host.link is not None:
+            await self.coordinator.reception.leave(host.link)
+        host.link = host.fenced = None
 
-    async def connect(self) -> None:
+    async def fence(self, at: int = 0) -> None:
+        """The worker is taken for dead, and does not know it."""
+        host = self.hosts[at]
+        if host.link is not None:
+            self.coordinator.reception._take_for_dead(host.link, "nothing was heard")
+            host.link, host.fenced = None, host.link
+
+    async def connect(self, at: int = 0) -> None:
         """The worker connects, if it is not connected."""
-        if self.link is None:
-            self.link = await self.coordinator.reception.arrive(self.worker.register())
+        host = self.hosts[at]
+        host.fenced = None
+        if host.link is None:
+            host.link = await self.coordinator.reception.arrive(host.worker.register())
 
-    async def kill_worker(self) -> None:
-        await self.cut()
-        self.worker.close()
-        self.worker = Worker(self.home / "blobs")
-        await self.connect()
+    async def kill_worker(self, at: int = 0) -> None:
+        await self.cut(at)
+        await self._replace(at)
+
+    async def drain_worker(self, at: int = 0) -> None:
+        """The worker leaves by itself, with what is at hand done and told."""
+        host = self.hosts[at]
+        if host.link is not None:
+            self.coordinator.reception.goodbye(host.link)
+            await self.report(at)
+            await self.cut(at)
+        await self._replace(at)
+
+    async def _replace(self, at: int) -> None:
+        self.hosts[at].close()
+        self.hosts[at].start()
+        await self.connect(at)
 
     async def restart(self) -> None:
-        """The coordinator is killed and comes back; the worker is still there."""
+        """The coordinator is killed and comes back; the workers are still there."""
         await self.store.flushed()
-        if self.link is not None:
-            self.link.close()
-            self.link = None
-        for task in self.cancels:
+        for host in self.hosts:
+            if host.link is not None:
+                host.link.close()
+            host.link = host.fenced = None
+        for task in (*self.cancels, *self.coordinator.cancellation._tasks):
             task.cancel()
         self.cancels.clear()
         self.coordinator = Coordinator(self.store, self.blobs)
         await self.coordinator.load()
 
-    async def snapshot(self, run_id: str) -> str | None:
+    async def drain(self, spec: training.OperationSpec) -> None:
+        """The coordinator ends in order; what comes meanwhile is refused."""
+        self.coordinator.intake.draining = draining()
+        for host in self.hosts:
+            if host.link is not None:
+                host.link.draining = True
+        with pytest.raises(TenSafeFault, match="about to stop"):
+            await self.coordinator.intake.submit(TENANT, [spec], "")
+        await self.restart()
+
+    async def snapshot(self, run_id: str, at: int = 0) -> str | None:
         """The worker stores a snapshot of a run; returns why it is not kept."""
+        host = self.hosts[at]
         run = self.coordinator.ledger.runs[run_id]
-        held = self.worker.executor._runs.get(run_id)
-        if self.link is None or held is None or not held.is_held or not held.last_seq:
+        held = host.worker.executor._runs.get(run_id)
+        if host.link is None or held is None or not held.is_held or not held.last_seq:
             return "the worker has nothing"
         header = pb.SnapshotHeader(
-            worker_id=self.link.id,
+            worker_id=host.link.id,
             run_id=run_id,
             epoch=held.epoch,
             seq=held.last_seq,
-            step=self.worker.backend.capture(run_id).step,
+            step=host.worker.backend.capture(run_id).step,
         )
         if refusal := self.coordinator.book.refusal(header):
             return refusal
@@ -362,7 +310,7 @@ class World:
             return "it would wait for outcomes"
         name = new_snapshot_id()
         upload = ArtifactUpload(self.blobs, name, "snapshots")
-        for chunk in self.worker.captured(run_id):
+        for chunk in host.worker.captured(run_id):
             await upload.take(chunk)
         return await self.coordinator.book.keep(name, header, upload.files())
 
@@ -373,20 +321,30 @@ class World:
 
     def finish(self) -> None:
         """Everything goes on to its end."""
-        self.do(self.connect())
-        self.do(self._judge())
+        for run_id in self.skipped:
+            self.do(self.close_gap(run_id))
+        for at in range(len(self.hosts)):
+            self.do(self.connect(at))
+        self.do(self.judge())
         for _ in range(10_000):
-            moved = self.do(self.deliver())
-            moved |= self.worker.execute()
-            moved |= self.worker.draw()
-            moved |= self.do(self.report())
+            moved = False
+            for at, host in enumerate(self.hosts):
+                moved |= self.do(self.deliver(at))
+                moved |= host.worker.execute()
+                moved |= host.worker.draw()
+                moved |= self.do(self.report(at))
             if not moved:
                 break
         assert self.coordinator.ledger.unfinished == 0, self.coordinator.ledger._pending
 
-    async def _judge(self) -> None:
+    async def judge(self) -> None:
         """Whoever has not come back by now is lost."""
         self.coordinator.blame._judge()
+
+    def is_running(self, operation_id: str) -> bool:
+        """Whether the coordinator knows that a worker is at it."""
+        pending = self.coordinator.ledger.pending(operation_id)
+        return pending is not None and pending.row.state == RUNNING
 
     def rows(self, run_id: str | None) -> list[OperationRow]:
         """The log of a run, in its order; None: of what belongs to none."""
@@ -395,14 +353,24 @@ class World:
         pages = self.do(self.store.operations(TENANT, None, [], Page(10_000)))
         return [row for _, row in pages if row.run_id is None]
 
+    def told(self) -> list[ops.Operation]:
+        """What a client is told that watches from the first event on."""
+
+        async def read() -> list[ops.Operation]:
+            stream = self.coordinator.hub.stream(EventScope(TENANT), 0, follow=False)
+            return [event.operation async for page, _ in stream for event in page]
+
+        return list(self.do(read()))
+
     def result(self, row: OperationRow) -> ops.OperationResult:
         data = self.do(self.coordinator.payloads.load(row.result, row.result_ref))
         return ops.OperationResult.FromString(data)
 
     def close(self) -> None:
-        for task in self.cancels:
+        for task in (*self.cancels, *self.coordinator.cancellation._tasks):
             task.cancel()
-        self.worker.close()
+        for host in self.hosts:
+            host.close()
         self.loop.run_until_complete(self.store.close())
         self.loop.close()
         shutil.rmtree(self.home)

@@ -10,22 +10,18 @@ from pathlib import Path
 import grpc
 import pytest
 from harness.cluster import Cluster
+from harness.memory import rss_mib
 from harness.wire import RawClient, batch, forward_backward, int32, int64, raw_client
 
 from tensafe.v1 import operations_pb2, operations_pb2_grpc
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.channel import client_options
-from tensafe_client import ServiceClient
+from tensafe_client import ServiceClient, WindowPoisonedError
 
 TOKENS = 8_000  # two tensors of 4 bytes each: specs of 63 KiB, in the row; results of 32 KiB
 SPEC_BYTES = 8 * TOKENS
 SPEC_MEMORY_MIB = 8
-
-
-def rss_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+REFUSED, REFUSED_MIB = 20_000, 16
 
 
 def new_run(raw: RawClient) -> str:
@@ -37,18 +33,24 @@ def new_run(raw: RawClient) -> str:
 
 def fill(raw: RawClient, run: str, operations: int) -> str:
     """Queues so many operations; returns the id of the last."""
-    ids = int32([7] * TOKENS)
-    content = batch(int64([0, TOKENS]), ids, target_tokens=ids)
     last = ""
     for begin in range(1, operations + 1, 32):
-        seqs = range(begin, min(begin + 32, operations + 1))
-        request = pb.SubmitBatchRequest(
-            operations=[forward_backward(run, seq, content) for seq in seqs]
-        )
-        answer = raw.stub.SubmitBatch(request, metadata=raw.metadata, timeout=60)
-        assert not any(outcome.HasField("error") for outcome in answer.outcomes)
+        answer = submit_many(raw, run, begin, min(32, operations + 1 - begin))
         last = answer.outcomes[-1].operation_id
     return last
+
+
+def submit_many(raw: RawClient, run: str, first: int, count: int) -> pb.SubmitBatchResponse:
+    """Queues so many operations, from this seq on."""
+    ids = int32([7] * TOKENS)
+    content = batch(int64([0, TOKENS]), ids, target_tokens=ids)
+    seqs = range(first, first + count)
+    request = pb.SubmitBatchRequest(
+        operations=[forward_backward(run, seq, content) for seq in seqs]
+    )
+    answer = raw.stub.SubmitBatch(request, metadata=raw.metadata, timeout=60)
+    assert not any(outcome.HasField("error") for outcome in answer.outcomes)
+    return answer
 
 
 async def open_watches(cluster: Cluster, key: str, count: int) -> list[object]:
@@ -121,3 +123,62 @@ def test_what_waits_and_who_does_not_read_costs_little(
             if isinstance(call, grpc.aio.Call):
                 call.cancel()
         loop.close()
+
+
+def cancel_many(raw: RawClient, channel: grpc.Channel, run: str, first: int, count: int) -> None:
+    """Queues so many operations and cancels them."""
+    stub = operations_pb2_grpc.OperationsServiceStub(channel)
+    cancels = [
+        stub.CancelOperation.future(
+            operations_pb2.CancelOperationRequest(operation_id=outcome.operation_id),
+            metadata=raw.metadata,
+        )
+        for outcome in submit_many(raw, run, first, count).outcomes
+    ]
+    states = {cancel.result(60).operation.state for cancel in cancels}
+    assert states == {operations_pb2.OPERATION_STATE_CANCELLED}
+
+
+def refuse_many(raw: RawClient, run: str, first: int, count: int) -> None:
+    """Submits so many operations that are recorded as failed as they come."""
+    content = batch(int64([0, 2]), int32([1, 2]), target_tokens=int32([2]))
+    for begin in range(first, first + count, 1000):
+        request = pb.SubmitBatchRequest(
+            operations=[forward_backward(run, seq, content) for seq in range(begin, begin + 1000)]
+        )
+        answer = raw.stub.SubmitBatch(request, metadata=raw.metadata, timeout=60)
+        assert all(outcome.HasField("error") for outcome in answer.outcomes)
+
+
+def test_what_ended_behind_what_waits_costs_nothing(cluster: Cluster):
+    """Cancelled and refused, and the same after a restart, which finds all of it in the log."""
+    coordinator = cluster.coordinator
+    key = cluster.new_tenant("tenant")
+    address = cluster.target.removeprefix("grpc://")
+    with (
+        raw_client(cluster.target, key) as raw,
+        grpc.insecure_channel(address, options=client_options()) as channel,
+    ):
+        run = new_run(raw)
+        first = fill(raw, run, 1)  # it waits: there is no worker
+        cancel_many(raw, channel, run, 2, 64)  # buffers that every process needs
+        refuse_many(raw, run, 66, 1000)
+        before = rss_mib(coordinator.pid)
+        cancel_many(raw, channel, run, 1066, 64)
+        refuse_many(raw, run, 1130, REFUSED)
+        grown = rss_mib(coordinator.pid) - before
+        print(f"{REFUSED} refused behind one that waits: {grown:+.0f} MiB")
+        assert grown < REFUSED_MIB
+
+        coordinator.kill()
+        coordinator.start()
+        coordinator.wait_ready()
+        restarted = rss_mib(coordinator.pid) - before
+        print(f"after a restart: {restarted:+.0f} MiB")
+        assert restarted < REFUSED_MIB
+        assert raw.next_seq(run) == 1130 + REFUSED
+        cluster.start_worker(cluster.workers[0])
+        with ServiceClient(cluster.target, api_key=key) as client:
+            assert client.future(first).result(60)
+            closing = client.training_client(run).optim_step().exception(60)
+            assert isinstance(closing, WindowPoisonedError)

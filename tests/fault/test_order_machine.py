@@ -4,6 +4,10 @@ place."""
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
 from fault.order_world import World, forward_backward, sample
 from google.rpc.status_pb2 import Status
 from hypothesis import settings
@@ -15,7 +19,18 @@ from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import from_status
 
 SUCCEEDED, FAILED = ops.OPERATION_STATE_SUCCEEDED, ops.OPERATION_STATE_FAILED
+CANCELLED = ops.OPERATION_STATE_CANCELLED
 RUNS = 2
+WORKERS = 2
+MOCK_REASONS = ("WINDOW_POISONED", "EMPTY_WINDOW")
+
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "gradient": {"forward_backward": forward_backward()},
+    "update": {"optim_step": training.OptimStep()},
+    "sample": {"sample": sample(3)},
+    "refused": {"forward_backward": forward_backward([])},
+}
+OTHER = {"forward": training.Forward(batch=forward_backward().batch)}
 
 
 class Follower:
@@ -39,6 +54,11 @@ class Follower:
             self.gradients += 1
         else:
             self.poisoned = True
+
+    def unspecified(self, row) -> None:
+        """It never came."""
+        assert reason_of(row) == "SEQ_GAP"
+        self.poisoned = True
 
     def optim_step(self, row) -> None:
         if row.state == SUCCEEDED:
@@ -67,113 +87,272 @@ def reason_of(row) -> str:
 
 
 class Machine(RuleBasedStateMachine):
+    """Two runs on two workers.
+
+    Attributes:
+        accepted: every operation that was answered with its id.
+        refused: of these, those that were refused as such.
+        cancelled, expired: what was cancelled while it was open, and whose deadline passed while
+            it was not known to have begun.
+    """
+
     operations = Bundle("operations")
     run_numbers = st.integers(0, RUNS - 1)
+    worker_numbers = st.integers(0, WORKERS - 1)
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(RUNS)
+        self.world = World(RUNS, WORKERS)
         self.runs = list(self.world.next_seq)
-        self.submitted: set[str] = set()
+        self.accepted: set[str] = set()
+        self.refused: set[str] = set()
+        self.cancelled: set[str] = set()
+        self.expired: set[str] = set()
 
-    def _submit(self, move) -> str:
-        operation_id = self.world.do(move)
-        self.submitted.add(operation_id)
+    def _send(self, specs) -> list[str]:
+        outcomes = self.world.do(self.world.send(specs))
+        for outcome in outcomes:
+            assert outcome.operation_id, outcome
+            self.accepted.add(outcome.operation_id)
+            if outcome.error is not None:
+                self.refused.add(outcome.operation_id)
+        return [outcome.operation_id for outcome in outcomes]
+
+    def _submit(self, run: int, what: str, *, deadline: bool = False) -> str:
+        spec = self.world.next(self.runs[run], deadline=deadline, **OPERATIONS[what])
+        [operation_id] = self._send([spec])
+        assert (operation_id in self.refused) == (what == "refused")
         return operation_id
 
     def _flow(self, times: int) -> None:
         """Training goes on and is told of; nothing is drawn, so that samples stay behind."""
-        self.world.do(self.world.connect())
-        for _ in range(times):
-            self.world.do(self.world.deliver())
-            self.world.worker.execute()
-            self.world.do(self.world.report())
+        for at, host in enumerate(self.world.hosts):
+            self.world.do(self.world.connect(at))
+            for _ in range(times):
+                moved = self.world.do(self.world.deliver(at))
+                moved |= host.worker.execute()
+                moved |= self.world.do(self.world.report(at))
+                if not moved:
+                    break
 
-    @rule(run=run_numbers, target=operations)
-    def gradient(self, run: int) -> str:
-        return self._submit(self.world.submit(self.runs[run], forward_backward=forward_backward()))
+    # A client.
 
-    @rule(run=run_numbers, target=operations)
-    def update(self, run: int) -> str:
-        return self._submit(self.world.submit(self.runs[run], optim_step=training.OptimStep()))
+    @rule(
+        run=run_numbers,
+        what=st.sampled_from(["gradient", "gradient", "update", "sample", "refused"]),
+        deadline=st.booleans(),
+        target=operations,
+    )
+    def submit(self, run: int, what: str, deadline: bool) -> str:
+        return self._submit(run, what, deadline=deadline)
 
     @rule(run=run_numbers, steps=st.integers(1, 3), flow=st.sampled_from([0, 2, 8]))
     def train(self, run: int, steps: int, flow: int) -> None:
         for _ in range(steps):
-            self.gradient(run)
-            self.update(run)
+            self._submit(run, "gradient")
+            self._submit(run, "update")
         self._flow(flow)
 
-    @rule(run=run_numbers, tokens=st.integers(2, 9), target=operations)
-    def sample(self, run: int, tokens: int) -> str:
-        return self._submit(self.world.submit(self.runs[run], sample=sample(tokens)))
+    @rule(each=st.lists(st.tuples(run_numbers, st.sampled_from(list(OPERATIONS))), min_size=2))
+    def submit_batch(self, each: list[tuple[int, str]]) -> None:
+        specs = [self.world.next(self.runs[run], **OPERATIONS[what]) for run, what in each]
+        ids = self._send(specs)
+        assert [self.world.specs[one].seq for one in ids] == [spec.seq for spec in specs]
+        assert self._send(specs[1:]) == ids[1:], "the same operations again"
 
-    @rule(run=run_numbers, steps=st.integers(1, 2))
-    def sample_and_train_on(self, run: int, steps: int) -> None:
+    @rule(operation=operations)
+    def repeat(self, operation: str) -> None:
+        """It gets the same operation back, however it stands, and whoever sends another one under
+        its seq is told so."""
+        spec = self.world.specs[operation]
+        [outcome] = self.world.do(self.world.send([spec]))
+        assert outcome.operation_id == operation
+        assert outcome.repeated
+        if spec.HasField("seq"):
+            other = training.OperationSpec(run_id=spec.run_id, seq=spec.seq, **OTHER)
+            [outcome] = self.world.do(self.world.send([other]))
+            assert from_status(outcome.error).reason == "SEQ_CONFLICT"
+
+    @rule(run=run_numbers, what=st.sampled_from(["gradient", "update"]))
+    def submit_unheard(self, run: int, what: str) -> None:
+        spec = self.world.next(self.runs[run], **OPERATIONS[what])
+        outcome = self.world.do(self.world.send_and_hang_up(spec))
+        assert outcome.error is None, outcome
+        self.accepted.add(outcome.operation_id)
+
+    @rule(run=run_numbers, what=st.sampled_from(["gradient", "update", "sample"]))
+    def submit_early(self, run: int, what: str) -> None:
+        self.world.skip(self.runs[run])
+        self._submit(run, what)
+
+    @rule(run=run_numbers, what=st.sampled_from(["gradient", "update", "refused"]))
+    def fill_gap(self, run: int, what: str) -> None:
+        run_id = self.runs[run]
+        if self.world.skipped[run_id]:
+            seq = self.world.skipped[run_id].pop(0)
+            self._send([training.OperationSpec(run_id=run_id, seq=seq, **OPERATIONS[what])])
+
+    @rule(run=run_numbers)
+    def lose_patience(self, run: int) -> None:
+        self.world.do(self.world.close_gap(self.runs[run]))
+
+    @rule(run=run_numbers, steps=st.integers(1, 2), at=worker_numbers)
+    def sample_and_train_on(self, run: int, steps: int, at: int) -> None:
         self.train(run, 1, 0)
-        self.sample(run, 9)
+        self._submit(run, "sample")
         self.train(run, steps, 8)
-        self.snapshot(run)
+        self.snapshot(run, at)
 
     @rule(tokens=st.integers(1, 5), target=operations)
     def lane(self, tokens: int) -> str:
-        return self._submit(self.world.submit_lane(tokens))
+        operation_id = self.world.do(self.world.submit_lane(tokens))
+        self.accepted.add(operation_id)
+        return operation_id
 
     @rule(operation=operations)
     def cancel(self, operation: str) -> None:
-        self.world.do(self.world.cancel(operation))
+        if self.world.do(self.world.cancel(operation)):
+            self.cancelled.add(operation)
+
+    @rule(run=run_numbers, after=st.integers(0, 3))
+    def cancel_all(self, run: int, after: int) -> None:
+        """Of a run, but the first few; the last one first."""
+        ids = [one for one, spec in self.world.specs.items() if spec.run_id == self.runs[run]]
+        for operation in reversed(ids[after:]):
+            self.cancel(operation)
+
+    @rule(operation=operations)
+    def pass_deadline(self, operation: str) -> None:
+        had_begun = self.world.is_running(operation)
+        if self.world.do(self.world.pass_deadline(operation)) and not had_begun:
+            self.expired.add(operation)
+
+    @rule(run=run_numbers, restarts=st.booleans())
+    def pass_deadline_of_what_a_lost_worker_was_at(self, run: int, restarts: bool) -> None:
+        operation = self._submit(run, "sample", deadline=True)
+        self._flow(8)
+        has_begun = self.world.is_running(operation)
+        for at in range(WORKERS):
+            self.world.do(self.world.cut(at))
+        was_ended = self.world.do(self.world.pass_deadline(operation))
+        assert not (has_begun and was_ended)
+        if was_ended:
+            self.expired.add(operation)
+        if restarts:
+            self.world.do(self.world.restart())
+
+    # Workers, and what lies between.
 
     @rule(times=st.integers(1, 6))
     def flow(self, times: int) -> None:
         self._flow(times)
 
-    @rule(deliver=st.booleans(), executed=st.integers(0, 4), drawn=st.integers(0, 3))
-    def work(self, deliver: bool, executed: int, drawn: int) -> None:
+    @rule(
+        deliver=st.booleans(),
+        executed=st.integers(0, 4),
+        drawn=st.integers(0, 3),
+        at=worker_numbers,
+    )
+    def work(self, deliver: bool, executed: int, drawn: int, at: int) -> None:
         """Nobody hears of it yet."""
         if deliver:
-            self.world.do(self.world.deliver())
+            self.world.do(self.world.deliver(at))
         for _ in range(executed):
-            self.world.worker.execute()
+            self.world.hosts[at].worker.execute()
         for _ in range(drawn):
-            self.world.worker.draw()
+            self.world.hosts[at].worker.draw()
 
-    @rule()
-    def report(self) -> None:
-        self.world.do(self.world.report())
+    @rule(at=worker_numbers)
+    def report(self, at: int) -> None:
+        self.world.do(self.world.report(at))
 
-    @rule(run=run_numbers)
-    def snapshot(self, run: int) -> None:
-        self.world.do(self.world.snapshot(self.runs[run]))
+    @rule(run=run_numbers, at=worker_numbers)
+    def snapshot(self, run: int, at: int) -> None:
+        self.world.do(self.world.snapshot(self.runs[run], at))
         self.world.do(self.world.prune(self.runs[run]))
 
-    @rule(how=st.sampled_from(["lose_a_report", "cut", "kill_worker", "kill_worker", "restart"]))
-    def break_something(self, how: str) -> None:
-        self.world.do(getattr(self.world, how)())
+    @rule(
+        how=st.sampled_from(["lose_a_report", "cut", "kill_worker", "kill_worker", "drain_worker"]),
+        at=worker_numbers,
+    )
+    def break_a_worker(self, how: str, at: int) -> None:
+        self.world.do(getattr(self.world, how)(at))
+
+    @rule(at=worker_numbers, told=st.booleans(), with_it=st.booleans())
+    def die_at_it(self, at: int, told: bool, with_it: bool) -> None:
+        """A worker dies at what it has just begun; `with_it`: the coordinator before it sees it."""
+        self.world.do(self.world.deliver(at))
+        self.world.hosts[at].worker.begin()
+        if told:
+            self.world.do(self.world.report(at))
+        if with_it:
+            self.world.do(self.world.restart())
+        self.world.do(self.world.kill_worker(at))
+
+    @rule(at=worker_numbers, executed=st.integers(0, 3), away=st.booleans())
+    def take_for_dead(self, at: int, executed: int, away: bool) -> None:
+        """It goes on with what it has, and tells of it over the stream that is fenced off."""
+        self.world.do(self.world.fence(at))
+        if away:  # its runs are with the other one by now
+            self.world.do(self.world.connect(1 - at))
+            self.world.do(self.world.deliver(1 - at))
+        for _ in range(executed):
+            self.world.hosts[at].worker.execute()
+        before = Counter(self.world.store.outcomes)
+        self.world.do(self.world.report(at))
+        assert self.world.store.outcomes == before, "taken in from whoever is fenced off"
+
+    @rule(how=st.sampled_from(["restart", "restart", "drain"]), run=run_numbers)
+    def end_the_coordinator(self, how: str, run: int) -> None:
+        if how == "restart":
+            self.world.do(self.world.restart())
+            return
+        spec = training.OperationSpec(
+            run_id=self.runs[run], seq=self.world.next_seq[self.runs[run]], **OPERATIONS["update"]
+        )
+        self.world.do(self.world.drain(spec))
 
     @invariant()
     def what_is_open_is_known(self) -> None:
         for run in self.world.coordinator.ledger.runs.values():
-            seqs = [operation.row.seq for operation in run.queue]
-            assert seqs == sorted(seqs)
+            seqs = [operation.seqs for operation in run.queue]
+            assert all(last < first for (_, last), (first, _) in pairwise(seqs))
 
     def teardown(self) -> None:
         try:
             self.world.finish()
             ended = [row for run_id in self.runs for row in self.world.rows(run_id)]
             ended += self.world.rows(None)
-            assert {row.id for row in ended} == self.submitted
-            assert all(row.cursor is not None for row in ended)
+            missing = {row.id for row in ended if row.kind == ops.OPERATION_KIND_UNSPECIFIED}
+            assert {row.id for row in ended} - missing == self.accepted
+            assert max(self.world.store.outcomes.values(), default=1) == 1, "two outcomes"
+            told = [operation.id for operation in self.world.told()]
+            assert sorted(told) == sorted(row.id for row in ended), "each is told of once"
             for row in ended:
-                if row.state == FAILED and not row.executed:
-                    # It was running when several workers were lost.
-                    assert reason_of(row) == "INTERNAL", reason_of(row)
-                elif row.state == FAILED:
-                    assert reason_of(row) in ("WINDOW_POISONED", "EMPTY_WINDOW"), row
+                self._ended_rightly(row)
             for run_id in self.runs:
                 Follower(self.world).follow(run_id)
             assert self.world.coordinator.replays.mismatches == 0
         finally:
             self.world.close()
+
+    def _ended_rightly(self, row) -> None:
+        if row.state == SUCCEEDED:
+            return
+        reason = reason_of(row)
+        if row.state == CANCELLED:
+            if reason == "OPERATION_CANCELLED":
+                assert row.id in self.cancelled
+            else:
+                assert reason == "DEADLINE_EXCEEDED"
+                assert row.id in self.expired
+        elif row.id in self.refused:
+            assert not row.executed
+        elif row.executed:
+            assert reason in MOCK_REASONS, row
+        else:
+            # It was running when several workers were lost; or it, or one before it, never came.
+            assert reason in ("INTERNAL", "SEQ_GAP"), reason
 
 
 TestOrder = Machine.TestCase

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
+from tensafe.v1.worker_pb2 import Plan
 from tensafe.wire.status import from_status
+from tensafe_server.fleet.link import WorkerLink
 
 GRADIENT: dict[str, Any] = {"forward_backward": forward_backward()}
 UPDATE: dict[str, Any] = {"optim_step": training.OptimStep()}
@@ -151,3 +155,155 @@ def test_what_crashes_beside_a_sample_is_found_and_the_sample_is_not_blamed(worl
         flow(world, 2)  # the sample runs again, and is told of
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED", "INTERNAL"]
+
+
+@pytest.mark.parametrize("passes", ["before the loss", "after it", "while the coordinator is away"])
+def test_a_deadline_is_no_concern_of_what_had_begun_when_its_worker_was_lost(
+    world: World, run: str, passes: str
+):
+    late = world.do(world.submit(run, deadline=True, sample=sample(9)))
+    flow(world, 2)
+    assert world.is_running(late)
+    if passes == "before the loss":
+        world.do(world.pass_deadline(late))
+    world.do(world.cut())
+    assert not world.is_running(late)
+    if passes == "after it":
+        world.do(world.pass_deadline(late))
+    if passes == "while the coordinator is away":
+        world.do(world.pass_deadline(late))
+        world.do(world.restart())
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["lost", "lost, with the coordinator"])
+def test_a_deadline_ends_what_had_not_begun_when_its_worker_was_lost(
+    world: World, run: str, restarts: bool
+):
+    submit(world, run, GRADIENT)
+    late = world.do(world.submit(run, deadline=True, **GRADIENT))
+    submit(world, run, UPDATE)
+    world.do(world.deliver())  # all of it is there, and none of it has begun
+    assert world.do(world.pass_deadline(late))
+    if restarts:
+        world.do(world.restart())
+    world.do(world.kill_worker())  # before it has answered
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "DEADLINE_EXCEEDED", "WINDOW_POISONED"]
+
+
+def test_a_cancel_undoes_what_had_begun_when_its_worker_was_lost(world: World, run: str):
+    [begun] = submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    world.worker.begin()
+    world.do(world.report())
+    assert world.is_running(begun)
+    world.do(world.cut())
+    world.do(world.cancel(begun))
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.do(world.kill_worker())
+    world.finish()
+    expected = ["OPERATION_CANCELLED", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+    assert outcomes(world, run) == expected
+
+
+@pytest.mark.parametrize("passed", [False, True], ids=["waiting", "passed over"])
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+@pytest.mark.parametrize("which", ["gradient", "update"])
+def test_a_cancel_that_the_worker_has_made_stays_though_the_coordinator_has_forgotten_it(
+    world: World, run: str, which: str, told: bool, passed: bool
+):
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)  # so that the worker holds the run
+    ids = submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE)
+    world.do(world.deliver())  # all of it is there, and none of it has begun
+    world.do(world.cancel(ids[0 if which == "gradient" else 1]))
+    world.do(world.deliver())
+    if passed:
+        world.worker.execute()
+        world.worker.execute()
+    if told:
+        world.worker.report()  # the coordinator dies with it
+    world.do(world.restart())
+    world.finish()
+    expected = {
+        "gradient": ["OPERATION_CANCELLED", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"],
+        "update": ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED", "SUCCEEDED"],
+    }
+    assert outcomes(world, run)[2:] == expected[which]
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run)[6:] == ["SUCCEEDED"] * 2
+    assert world.coordinator.replays.mismatches == 0
+
+
+def test_what_takes_the_coordinator_with_it_before_anyone_is_told_is_tried_four_times(
+    world: World, run: str
+):
+    submit(world, run, GRADIENT)
+    tries = 0
+    while world.coordinator.ledger.unfinished:
+        assert world.do(world.deliver()), "nobody is at it"
+        world.worker.begin()
+        tries += 1
+        assert tries < 10
+        world.do(world.restart())
+        world.do(world.kill_worker())
+        world.do(world.judge())
+    assert tries == 4  # the first time that a run is sent out, nothing of it is on disk
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["INTERNAL", "WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+
+
+def test_before_a_run_is_sent_out_anew_it_is_on_disk_that_it_is(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    on_disk: list[list[tuple[str]]] = []
+    send_plan = WorkerLink.send_plan
+
+    def send(link: WorkerLink, plan: Plan) -> None:
+        with closing(sqlite3.connect(world.home / "store.db")) as connection:
+            on_disk.append(connection.execute("SELECT subject FROM attempts").fetchall())
+        send_plan(link, plan)
+
+    monkeypatch.setattr(WorkerLink, "send_plan", send)
+    submit(world, run, GRADIENT, UPDATE)
+    assert on_disk.pop(0) == []  # the first time
+    flow(world)
+    submit(world, run, GRADIENT)
+    on_disk.clear()
+    world.do(world.kill_worker())
+    assert (run,) in on_disk[0]
+    flow(world)
+    assert outcomes(world, run) == ["SUCCEEDED"] * 3
+    assert world.do(world.store.attempts()) == []
+
+
+def test_what_is_begun_is_on_disk_before_its_run_is_forgotten(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    submit(world, run, GRADIENT)
+    world.do(world.kill_worker())  # so that the run is on its way
+    writes: list[str] = []
+    for name in ("add_attempts", "remove_attempts"):
+        _note_calls(monkeypatch, world.store, name, writes)
+    world.do(world.deliver())
+    world.worker.begin()
+    world.do(world.report())
+    assert writes == ["add_attempts", "remove_attempts"]
+    world.do(world.kill_worker())
+    world.finish()
+
+
+def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
+    write = getattr(store, name)
+
+    def noted(what: Any) -> Any:
+        calls.append(name)
+        return write(what)
+
+    monkeypatch.setattr(store, name, noted)

@@ -13,7 +13,7 @@ from parity.tiny_runs import VOCABULARY, metric, perturb, settings
 
 from workers.engine.base_model import BaseModel
 from workers.engine.engine import TorchBackend
-from workers.engine.training import Run
+from workers.engine.run import Run
 from workers.operations import Batch, LossOutcome, LossRequest, Reduction, StepRequest
 
 SGD = {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "momentum": 0.9}

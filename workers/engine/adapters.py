@@ -59,9 +59,11 @@ class Adapter:
     ) -> None:
         self.settings = settings
         self.slots = slots
+        self._sizes = [slot.end - slot.begin for slot in slots]
         self.weights = nn.Parameter(torch.zeros(slots[-1].end, device=device, dtype=dtype))
         self._gradient: Tensor | None = None
         self._gradients: Pairs = {}
+        self._views: Pairs | None = None
 
     def scale(self, *, training: bool) -> float:
         """What B·A is multiplied by; under dropout, what was kept stands for all."""
@@ -95,12 +97,23 @@ class Adapter:
 
     def tensors(self, dtype: torch.dtype) -> Pairs:
         """Module → A [r, K] and B [O, r], rounded to `dtype`."""
-        return self.pairs(self.weights.detach().to(dtype))
+        weights = self.weights.detach()
+        if dtype != weights.dtype:
+            return self.pairs(weights.to(dtype))
+        # The optimizer steps in place, so that views stay true.
+        if self._views is None:
+            self._views = self.pairs(weights)
+        return self._views
 
     def pairs(self, vector: Tensor) -> Pairs:
         """Module → A's and B's part of a vector laid out like the weights, or of each of several,
         [..., P] or longer."""
-        views = [slot.view(vector) for slot in self.slots]
+        leading = vector.shape[:-1]
+        whole = vector[..., : self.slots[-1].end]
+        parts = torch.split(whole, self._sizes, -1)
+        views = [
+            part.view(*leading, *slot.shape) for part, slot in zip(parts, self.slots, strict=True)
+        ]
         modules = [slot.module for slot in self.slots[::2]]
         return dict(zip(modules, zip(views[::2], views[1::2], strict=True), strict=True))
 

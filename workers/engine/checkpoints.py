@@ -23,7 +23,7 @@ from torch import Tensor
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
 from workers.engine.peft_folders import is_peft_folder, peft_state
-from workers.engine.training import Run
+from workers.engine.run import Run
 from workers.operations import LoadOutcome, LoraSettings, SaveOutcome
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -29,10 +29,14 @@ class PassDropout:
 
     keys: Tensor
     last: Tensor
+    _mixed: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, module_key: int, features: int) -> Tensor:
         """int16 [N, F]: −1 where an input to one module stays, 0 where it is dropped."""
-        return keep_bits(mix32(self.keys ^ module_key), features, self.last)
+        mixed = self._mixed.get(module_key)
+        if mixed is None:  # the backward pass asks again
+            mixed = self._mixed[module_key] = mix32(self.keys ^ module_key)
+        return keep_bits(mixed, features, self.last)
 
 
 def masked(values: Tensor, bits: Tensor) -> Tensor:
@@ -76,6 +80,11 @@ def kept_share(p: float) -> float:
     return 1 - (last_dropped(p) + 1) / _DRAWS
 
 
+@lru_cache(maxsize=64)
+def _mixed_places(count: int, device: torch.device) -> Tensor:
+    return mix32(torch.arange(count, dtype=torch.int32, device=device))
+
+
 def keep_bits(tokens: Tensor, features: int, last: Tensor) -> Tensor:
     """int16 [N, F]: −1 where one of a token's F inputs stays, 0 where it is dropped.
 
@@ -84,7 +93,7 @@ def keep_bits(tokens: Tensor, features: int, last: Tensor) -> Tensor:
         last: int16 [N, 1], from `last_dropped`.
     """
     pairs = (features + 1) // 2
-    bits = tokens[:, None] ^ mix32(torch.arange(pairs, dtype=torch.int32, device=tokens.device))
+    bits = tokens[:, None] ^ _mixed_places(pairs, tokens.device)
     # A shorter finaliser than mix32 (constants of Chris Wellons' lowbias32), since both halves of
     # the key are mixed already. Each 32-bit word serves two features. The shifts copy the sign,
     # which costs one of the bits that are not used.

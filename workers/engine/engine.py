@@ -14,7 +14,7 @@ import transformers
 
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Backend
-from workers.engine import checkpoints, training
+from workers.engine import checkpoints, training, updates
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
@@ -26,6 +26,7 @@ from workers.engine.optimizers import RunOptimizer
 from workers.engine.privacy.noise import NoiseThread
 from workers.engine.privacy.runs import PrivateRun, check_private
 from workers.engine.residency import Residency
+from workers.engine.run import Run
 from workers.engine.sampling.sampler import TorchSampler
 from workers.losses import LossCard, LossRegistry
 from workers.operations import (
@@ -129,7 +130,7 @@ class TorchBackend(Backend):
                 run.adapter.initialize(settings.seed)
             self._runs[run_id] = run
 
-    def _new_run(self, run_id: str, settings: RunSettings) -> training.Run:
+    def _new_run(self, run_id: str, settings: RunSettings) -> Run:
         """One whose weights are all zero."""
         model = self.base_model(settings.model_ref)
         _check_lora(model, settings.lora)
@@ -140,7 +141,7 @@ class TorchBackend(Backend):
             weights = adapter.weights
             private = PrivateRun(settings.privacy, self._noise, len(weights), weights.dtype)
             unit_tokens = math.ceil(weights.nbytes / token_bytes(model))
-        return training.Run(
+        return Run(
             run_id=run_id,
             settings=settings,
             model=model,
@@ -178,7 +179,7 @@ class TorchBackend(Backend):
         (name,) = {run.model.name for run, _ in members}
         return training.forward_backward(members, self._budgets[name], self._objective)
 
-    def _objective(self, run: training.Run, request: LossRequest) -> Objective:
+    def _objective(self, run: Run, request: LossRequest) -> Objective:
         def adapter_of(artifact: ArtifactWeights) -> Adapter:
             with memory_faults("reference"):
                 weights = self._sampler.artifacts.of(artifact, run.model.name)
@@ -198,11 +199,11 @@ class TorchBackend(Backend):
 
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]
-    ) -> list[StepOutcome | TenSafeFault]:
+    ) -> list[StepOutcome | Exception]:
         runs = self._runs.take(run_id for run_id, _ in entries)
         self._sampler.pins.before_change(runs)
         requests = [request for _, request in entries]
-        return training.optim_step(list(zip(runs, requests, strict=True)))
+        return updates.optim_step(list(zip(runs, requests, strict=True)))
 
     @property
     def sampler(self) -> TorchSampler:
@@ -239,9 +240,9 @@ class TorchBackend(Backend):
         return model
 
 
-def _only(outcomes: Sequence[T | TenSafeFault]) -> T:
+def _only(outcomes: Sequence[T | Exception]) -> T:
     (outcome,) = outcomes
-    if isinstance(outcome, TenSafeFault):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 

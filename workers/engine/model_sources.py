@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.engine.hub import HubError, check_there
 from workers.engine.smollm2 import prepare_smollm2
 
 
@@ -46,7 +47,7 @@ def resolve(reference: str) -> ModelSource:
     means itself, not a name and a reference.
 
     Raises:
-        ModelLoadError: neither of the three.
+        ModelLoadError: neither of the three, or a model that the hub does not give.
     """
     given, separator, rest = reference.partition("=")
     if separator and Path(reference).expanduser().is_dir():
@@ -74,10 +75,17 @@ def resolve(reference: str) -> ModelSource:
         return ModelSource(name, str(path), (), "Check the directory's files.")
     if path.is_absolute() or ref.startswith((".", "~")):
         raise ModelLoadError(f"there is no directory {path}; check --model {reference}")
+    remedy = (
+        f"If this machine does not reach the hub, download {ref} elsewhere and give its directory: "
+        f"--model {ref.rsplit('/', 1)[-1]}=/path/to/it"
+    )
+    try:
+        check_there(ref)
+    except HubError as error:
+        raise ModelLoadError(f"cannot load model {ref}: {error}. {remedy}") from error
     return ModelSource(
         given if separator else ref,
         ref,
         (ref,) if separator and given != ref else (),
-        f"If this machine does not reach the hub, download {ref} elsewhere and give its directory: "
-        f"--model {ref.rsplit('/', 1)[-1]}=/path/to/it",
+        remedy,
     )

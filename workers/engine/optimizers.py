@@ -13,7 +13,10 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine.undo import copies
 from workers.operations import OptimizerSettings
+
+_WEIGHTS = "weights"
 
 
 class RunOptimizer:
@@ -64,10 +67,7 @@ def step(updates: Sequence[Update]) -> list[bool]:
         exception.
     """
     # An optimizer's options can be finite and still overflow, so only the result tells.
-    before = [
-        (update.optimizer.weights.detach().clone(), _clone(update.optimizer.state()))
-        for update in updates
-    ]
+    before = copies([_tensors(update.optimizer) for update in updates])
     applied = [False] * len(updates)
     try:
         for members in _alike(updates):
@@ -75,15 +75,15 @@ def step(updates: Sequence[Update]) -> list[bool]:
             _STEPS[own.name](members)
         applied = _finite(updates)
     finally:
-        for update, done, (weights, state) in zip(updates, applied, before, strict=True):
+        for update, done, was in zip(updates, applied, before, strict=True):
             if not done:
-                update.optimizer.weights.copy_(weights)
-                update.optimizer.restore(state)
+                update.optimizer.weights.copy_(was.pop(_WEIGHTS))
+                update.optimizer.restore(was)
     return applied
 
 
-def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in state.items()}
+def _tensors(optimizer: RunOptimizer) -> dict[str, Tensor]:
+    return {_WEIGHTS: optimizer.weights.detach(), **optimizer.state()}
 
 
 def _alike(updates: Sequence[Update]) -> list[list[Update]]:

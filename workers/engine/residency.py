@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from workers.engine import checkpoints
-from workers.engine.training import Run
+from workers.engine.run import Run
 from workers.operations import RunSettings
 
 log = logging.getLogger(__name__)

@@ -1,84 +1,36 @@
-"""Training of runs: forward passes, gradients, updates; several runs together."""
+"""Losses and gradients of runs, several together; `updates` applies them."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from tensafe.wire.status import TenSafeFault
-from workers.backend import NoisedFault
-from workers.engine.adapters import Adapter
-from workers.engine.base_model import BaseModel
 from workers.engine.batches import check_batch
 from workers.engine.budget import TokenBudget
 from workers.engine.execution import execute
 from workers.engine.gathering import Computed
-from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective
-from workers.engine.optimizers import RunOptimizer, Update, step
 from workers.engine.passes import Call
 from workers.engine.privacy.batches import private_batch
 from workers.engine.privacy.calls import PrivateCall
-from workers.engine.privacy.runs import PrivateRun
+from workers.engine.run import Run
 from workers.operations import (
     Combine,
     LossOutcome,
     LossRequest,
     Metric,
-    PrivateRelease,
-    RunSettings,
-    StepOutcome,
-    StepRequest,
 )
 from workers.releases import (
-    check_charged,
     check_forward,
     private_request,
     released_call,
-    released_update,
 )
-from workers.window import ClosedWindow, Window, divisor, scored_loss
+from workers.window import divisor, scored_loss
 
 _NOT_RUN = TenSafeFault("INTERNAL", "not executed")
-
-
-@dataclass
-class Run:
-    """A run's whole state.
-
-    Attributes:
-        accumulator: float32 [P], the summed gradient of the open window; None while it is closed.
-        seed: fixes dropout and sampling; the configuration's, or that of a loaded state.
-        backwards: forward_backward calls that took effect, over the run's whole life. It counts
-            the "logical operation" of the dropout masks, and travels with the state, so that a
-            restored run goes on with the masks that it would have had.
-        private: of a private run; None else.
-        unit_tokens: what the gradient of one unit takes of a pass's tokens.
-    """
-
-    run_id: str
-    settings: RunSettings
-    model: BaseModel
-    adapter: Adapter
-    optimizer: RunOptimizer
-    window: Window
-    seed: int
-    accumulator: Tensor | None = None
-    backwards: int = 0
-    private: PrivateRun | None = None
-    unit_tokens: int = 0
-
-    def drop_window(self) -> None:
-        """Forgets the open window, poisoned or not, and what it holds."""
-        self.window.clear()
-        self.accumulator = None
-        if self.private is not None:
-            self.private.clear()
 
 
 Resolve = Callable[[Run, LossRequest], Objective]
@@ -206,128 +158,6 @@ def _accumulate(
     return released_call(run.settings.privacy, outcome)
 
 
-@dataclass(slots=True)
-class _Closing:
-    """A window on its way to an applied update."""
-
-    index: int
-    run: Run
-    window: ClosedWindow
-    gradient: Tensor
-    rate: float
-    decay: float
-    clip: float | None
-    release: PrivateRelease | None = None
-
-    def metrics(self, norm: float, step_ms: float) -> list[Metric]:
-        """Of the update."""
-        metrics = self.window.metrics(norm, self.rate, step_ms)
-        return released_update(self.run.settings.privacy, metrics)
-
-
-def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | TenSafeFault]:
-    """Counts a call of each run; those that close their windows divide, clip and apply as one.
-
-    Returns:
-        Each entry's outcome, or why it failed: MAX_STEPS_REACHED, WINDOW_POISONED, EMPTY_WINDOW,
-        NON_FINITE_GRADIENT, OUT_OF_MEMORY, INVALID_ARGUMENT.
-    """
-    begin = time.perf_counter()
-    outcomes: list[StepOutcome | TenSafeFault] = []
-    closing: list[_Closing] = []
-    for index, (run, request) in enumerate(entries):
-        try:
-            ready = _close(index, run, request)
-            if isinstance(ready, _Closing):
-                closing.append(ready)
-                outcomes.append(_NOT_RUN)
-            else:
-                outcomes.append(ready)
-        except TenSafeFault as fault:
-            outcomes.append(fault)
-    if not closing:
-        return outcomes
-    try:
-        with memory_faults("optim_step"), torch.no_grad():
-            norms, applied = _apply(closing)
-    except TenSafeFault as fault:
-        for each in closing:
-            outcomes[each.index] = _told(each, fault)
-        return outcomes
-    step_ms = (time.perf_counter() - begin) * 1e3 / len(closing)
-    for each, norm, done in zip(closing, norms, applied, strict=True):
-        if not done:
-            outcomes[each.index] = _told(each, _non_finite(norm))
-            continue
-        metrics = each.metrics(norm, step_ms)
-        step = each.run.window.applied()
-        outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics, each.release)
-    return outcomes
-
-
-def _told(each: _Closing, fault: TenSafeFault) -> TenSafeFault:
-    return fault if each.run.private is None else NoisedFault(fault)
-
-
-def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing:
-    own = run.settings.optimizer
-    rate = own.learning_rate if request.learning_rate is None else request.learning_rate
-    decay = own.weight_decay if request.weight_decay is None else request.weight_decay
-    clip = own.grad_clip_norm if request.grad_clip_norm is None else request.grad_clip_norm
-    _check_finite(rate, decay, clip)
-    try:
-        check_charged(run.settings.privacy, run.window, request)
-        closed = run.window.call(closes=request.closes)
-    except TenSafeFault:
-        if not run.window.is_open:
-            run.drop_window()
-        raise
-    if closed is None:
-        return StepOutcome(run.window.step, False, rate)
-    gradient, run.accumulator = run.accumulator, None
-    if gradient is None:
-        if run.private is None:
-            raise RuntimeError("a window that holds a gradient has no accumulator")
-        gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
-    return _Closing(index, run, closed, gradient, rate, decay, clip)
-
-
-def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
-    """Norms before clipping, and which updates were applied."""
-    for each in closing:
-        if each.run.private is None:
-            each.gradient /= each.window.divisor
-        else:
-            each.release = each.run.private.privatize(each.gradient, each.run.window.step)
-    norms = torch.stack(torch._foreach_norm([each.gradient for each in closing])).tolist()
-    applied = [False] * len(closing)
-    members, updates = [], []
-    for index, (each, norm) in enumerate(zip(closing, norms, strict=True)):
-        if not math.isfinite(norm):
-            continue
-        if each.clip is not None and norm > each.clip:
-            each.gradient *= each.clip / norm
-        members.append(index)
-        updates.append(Update(each.run.optimizer, each.gradient, each.rate, each.decay))
-    for index, done in zip(members, step(updates) if updates else [], strict=True):
-        applied[index] = done
-    return norms, applied
-
-
-def _non_finite(norm: float) -> TenSafeFault:
-    if not math.isfinite(norm):
-        return TenSafeFault(
-            "NON_FINITE_GRADIENT",
-            "the window's gradient is NaN or infinite; nothing was applied and the window is "
-            "closed; lower the learning rate or the weights, or load an earlier state",
-        )
-    return TenSafeFault(
-        "NON_FINITE_GRADIENT",
-        "the update made the weights or the optimizer's state NaN or infinite; nothing was "
-        "applied and the window is closed; lower the learning rate, or raise eps",
-    )
-
-
 def _outcome(call: Call, computed: Computed) -> LossOutcome:
     batch = call.batch
     metrics = [
@@ -385,17 +215,3 @@ def _check_loss(loss_sum: float) -> None:
             "the loss is NaN or infinite and the call added no gradient; lower the learning rate "
             "or the weights, or load an earlier state",
         )
-
-
-def _check_finite(rate: float, decay: float, clip: float | None) -> None:
-    for name, value, least in (
-        ("learning_rate", rate, 0.0),
-        ("weight_decay", decay, 0.0),
-        ("grad_clip_norm", 1.0 if clip is None else clip, 1e-300),
-    ):
-        if not math.isfinite(value) or value < least:
-            raise TenSafeFault(
-                "INVALID_ARGUMENT",
-                f"{name} is {value}; it must be finite and not negative (grad_clip_norm above 0)",
-                field=f"optim_step.{name}",
-            )

@@ -54,6 +54,11 @@ class Court:
         self.operations[0].row.state = 1
         return endings
 
+    async def bring(self, instance: str) -> None:
+        """The run is on its way to a worker."""
+        await self.blame.expected(self.link(instance), self.run)
+        self.run.arriving = True
+
     async def on_disk(self) -> set[AttemptRow]:
         await self.small.store.flushed()
         return set(await self.small.store.attempts())
@@ -124,20 +129,21 @@ def test_a_run_that_arrives_clears_itself_and_one_that_does_not_is_given_up(tmp_
         court = Court(small)
         first, second = court.operations
         for instance in ("one", "two"):
-            court.blame.bringing(court.link(instance), court.run)
+            await court.bring(instance)
             assert court.lose(instance) == []
         assert len(court.run.losses) == 2
         court.blame.arrived(court.run)
         assert not court.run.losses
+        court.blame.forget_arrivals()
         assert {row.subject for row in await court.on_disk()} == {first.row.id}
         first.losses.clear()
         for instance in ("three", "four"):
-            court.blame.bringing(court.link(instance), court.run)
+            await court.bring(instance)
             assert court.lose(instance) == []
-        court.blame.bringing(court.link("five"), court.run)
+        await court.bring("five")
         [ending] = court.lose("five")
         assert ending.operation is first, "what was next fails by itself first"
-        court.blame.bringing(court.link("six"), court.run)
+        await court.bring("six")
         suspects = court.blame.lost(court.link("six"), [second], checking=False)
         [ending] = court.blame.verdicts(suspects)
         assert ending.operation is second
@@ -158,7 +164,7 @@ def test_the_planner_is_told_what_comes_to_a_worker(tmp_path: Path):
         court.run.losses.add("before", running=False)
         assert court.blame.arrivals(link) is Arrivals.SUSPECT
         court.run.restoring = False
-        court.blame.bringing(link, court.run)
+        await court.bring("one")
         assert court.blame.arrivals(link) is Arrivals.SUSPECT
         for one in court.operations:  # nothing of it will ever tell that it is there
             one.void = True

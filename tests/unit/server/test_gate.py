@@ -138,6 +138,29 @@ def test_a_caller_that_goes_away_changes_nothing():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("error", [None, OSError("disk full")])
+def test_who_asks_what_became_of_an_operation_waits_until_it_has_passed(error: OSError | None):
+    """A caller that hung up and sends the same again is not told that it was never stored."""
+
+    async def main() -> None:
+        house = House()
+        house.store.error = error
+        await house.gate.passed()  # nothing stands there
+        operations = [house.operation(seq) for seq in range(1, 21)]
+        waiting = asyncio.ensure_future(house.gate.stored(operations[:1]))
+        await asyncio.sleep(0)
+        assert not house.store.groups
+        await house.gate.passed()
+        assert [len(group) for group in house.store.groups] == [1]
+        if error is not None:
+            with pytest.raises(OSError, match="disk full"):
+                await waiting
+        else:
+            await waiting
+
+    asyncio.run(main())
+
+
 def test_what_could_not_be_stored_was_never_accepted():
     async def main() -> None:
         house = House()

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.blobs.stub import StubBlobStore
 from tensafe_server.events import hub as hub_module
-from tensafe_server.events.hub import EventHub
+from tensafe_server.events.hub import Event, EventHub
 from tensafe_server.operations.model import PendingOperation
 from tensafe_server.operations.outcomes import ended_event
 from tensafe_server.store.base import EventScope, Finish, OperationRow
@@ -81,6 +82,62 @@ def test_a_watcher_that_comes_late_or_falls_behind_misses_nothing(
         return seen
 
     assert asyncio.run(main()) == [f"op-{number}" for number in range(15)]
+
+
+async def finish_step(store: SqliteStore, hub: EventHub, step: int) -> None:
+    """An operation and an update."""
+    await finish(store, hub, step)
+    item = StepMetrics(cursor=hub.next_cursor(), run_id="run-1", step=step)
+    await store.finish(Finish([], metrics=[("ten-1", item)]))
+    event = ops.WatchEvent(metrics=item)
+    hub.publish([Event(item.cursor, "ten-1", "run-1", "", event, event.ByteSize())])
+
+
+def test_who_falls_behind_gets_all_operations_and_coalesced_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hub_module, "_BUFFER_EVENTS", 8)
+    monkeypatch.setattr(hub_module, "_COALESCED_STEPS", 4)
+    scope = EventScope("ten-1", include_metrics=True)
+
+    async def main() -> None:
+        store, hub = await make(tmp_path)
+        for step in range(1, 41):
+            await finish_step(store, hub, step)
+        seen: list[ops.WatchEvent] = []
+        stream = hub.stream(scope, 0)
+
+        async def read_to(step: int) -> None:
+            while not any(event.metrics.step == step for event in seen[-1:]):
+                seen.extend((await anext(stream))[0])
+
+        await read_to(40)
+        steps = [event.metrics for event in seen if event.HasField("metrics")]
+        assert [step.step for step in steps] == list(range(1, 41)), "what it asked for"
+        for step in range(41, 101):
+            await finish_step(store, hub, step)
+        seen.clear()
+        await read_to(100)
+        steps = [event.metrics for event in seen if event.HasField("metrics")]
+        assert [(one.step, one.skipped) for one in steps] == [
+            (55, 14),
+            (70, 14),
+            (85, 14),
+            (100, 14),
+        ]
+        operations = [event.operation.id for event in seen if event.HasField("operation")]
+        assert operations == [f"op-{step}" for step in range(41, 101)]
+        await finish_step(store, hub, 101)
+        await read_to(101)
+        assert seen[-1].metrics.skipped == 0
+        await stream.aclose()
+        again = hub.stream(scope, 80, follow=False)  # after the 40th
+        whole = [event async for page, _ in again for event in page if event.HasField("metrics")]
+        assert [event.metrics.step for event in whole] == list(range(41, 102))
+        assert not any(event.metrics.skipped for event in whole)
+        await store.close()
+
+    asyncio.run(main())
 
 
 def test_a_watcher_resumes_from_its_cursor(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -65,6 +66,20 @@ def test_plans_keep_to_credits_models_and_homes(fleet: tuple[list[QueueView], li
             assert queue.model in by_id[assignment.worker_id].models
         else:
             assert assignment.worker_id == queue.worker_id
+
+
+@settings(deadline=None)
+@given(fleets(), st.floats(0, 100))
+def test_the_same_again_is_planned_the_same_and_what_was_given_stays_as_it_was(
+    fleet: tuple[list[QueueView], list[WorkerView]], now_s: float
+):
+    queues, workers = fleet
+    shares = plan(queues, workers, FairShares()).shares
+    given_in = deepcopy((queues, workers, shares))
+    first = plan(queues, workers, shares, now_s, 0.004)
+    assert (queues, workers, shares) == given_in
+    again = plan(*deepcopy(given_in), now_s, 0.004)
+    assert again == first
 
 
 @settings(deadline=None)

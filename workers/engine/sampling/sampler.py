@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.memory import memory_faults
+from workers.engine.run import Run
 from workers.engine.sampling import prompts
 from workers.engine.sampling.decoder import Decoder
 from workers.engine.sampling.rows import Job
 from workers.engine.sampling.weights import ArtifactShelf, PinnedWeights, Pins
-from workers.engine.training import Run
 from workers.operations import LoraSettings, SampleOutcome, SampleRequest
 from workers.sampler import OnChunk
 

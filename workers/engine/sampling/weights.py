@@ -17,7 +17,7 @@ from tensafe.wire.status import TenSafeFault
 from workers.engine import checkpoints
 from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
-from workers.engine.training import Run
+from workers.engine.run import Run
 from workers.operations import ArtifactWeights, LoraSettings
 
 _KEPT_ARTIFACTS = 4

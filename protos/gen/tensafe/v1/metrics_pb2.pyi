@@ -31,12 +31,18 @@ class StepMetrics(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Position in the stream of events: the resume cursor after this step."""
     run_id: _builtins.str
     """The run."""
     step: _builtins.int
     """Applied updates, this one included."""
+    skipped: _builtins.int
+    """How many of the run's updates right before this one are left out here, since
+    the stream's reader had fallen far behind. A stream that begins at the cursor
+    of the one before has them all.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When it was applied."""
@@ -56,10 +62,11 @@ class StepMetrics(_message.Message):
         step: _builtins.int = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         values: _abc.Iterable[_types_pb2.Metric] | None = ...,
+        skipped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "run_id", b"run_id", "step", b"step", "time", b"time", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "run_id", b"run_id", "skipped", b"skipped", "step", b"step", "time", b"time", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

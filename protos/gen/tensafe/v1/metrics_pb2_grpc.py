@@ -48,8 +48,11 @@ class MetricsServiceServicer:
 
     def StreamMetrics(self, request, context):
         """Sends the metrics of a run after the cursor and, with `follow`, pushes those
-        of each further step as it is applied; without, it ends. Errors: NOT_FOUND
-        RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+        of each further step as it is applied; without, it ends. What lies in between
+        the cursor and the call comes whole. A reader that falls far behind after that
+        gets some of the steps that it missed, the newest among them, each with how
+        many are left out before it. Errors: NOT_FOUND RUN_NOT_FOUND, OUT_OF_RANGE
+        CURSOR_OUT_OF_RANGE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,8 +35,11 @@ class MetricsServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MetricsServiceAsyncStub: ...
     StreamMetrics: _grpc.UnaryStreamMultiCallable[_metrics_pb2.StreamMetricsRequest, _metrics_pb2.StreamMetricsResponse]
     """Sends the metrics of a run after the cursor and, with `follow`, pushes those
-    of each further step as it is applied; without, it ends. Errors: NOT_FOUND
-    RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+    of each further step as it is applied; without, it ends. What lies in between
+    the cursor and the call comes whole. A reader that falls far behind after that
+    gets some of the steps that it missed, the newest among them, each with how
+    many are left out before it. Errors: NOT_FOUND RUN_NOT_FOUND, OUT_OF_RANGE
+    CURSOR_OUT_OF_RANGE.
     """
 
 @_typing.type_check_only
@@ -46,8 +49,11 @@ class MetricsServiceAsyncStub(MetricsServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     StreamMetrics: _aio.UnaryStreamMultiCallable[_metrics_pb2.StreamMetricsRequest, _metrics_pb2.StreamMetricsResponse]  # type: ignore[assignment]
     """Sends the metrics of a run after the cursor and, with `follow`, pushes those
-    of each further step as it is applied; without, it ends. Errors: NOT_FOUND
-    RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+    of each further step as it is applied; without, it ends. What lies in between
+    the cursor and the call comes whole. A reader that falls far behind after that
+    gets some of the steps that it missed, the newest among them, each with how
+    many are left out before it. Errors: NOT_FOUND RUN_NOT_FOUND, OUT_OF_RANGE
+    CURSOR_OUT_OF_RANGE.
     """
 
 class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -60,8 +66,11 @@ class MetricsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_metrics_pb2.StreamMetricsResponse], _abc.AsyncIterator[_metrics_pb2.StreamMetricsResponse]]:
         """Sends the metrics of a run after the cursor and, with `follow`, pushes those
-        of each further step as it is applied; without, it ends. Errors: NOT_FOUND
-        RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE.
+        of each further step as it is applied; without, it ends. What lies in between
+        the cursor and the call comes whole. A reader that falls far behind after that
+        gets some of the steps that it missed, the newest among them, each with how
+        many are left out before it. Errors: NOT_FOUND RUN_NOT_FOUND, OUT_OF_RANGE
+        CURSOR_OUT_OF_RANGE.
         """
 
 def add_MetricsServiceServicer_to_server(servicer: MetricsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

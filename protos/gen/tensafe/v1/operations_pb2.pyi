@@ -784,7 +784,9 @@ class WatchRequest(_message.Message):
     run_id: _builtins.str
     """Only this run."""
     include_metrics: _builtins.bool
-    """Also per-step metrics of the scope's runs."""
+    """Also per-step metrics of the scope's runs. Who falls far behind gets some of
+    them (StepMetrics.skipped), and every operation.
+    """
     def __init__(
         self,
         *,

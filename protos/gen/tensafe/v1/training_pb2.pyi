@@ -1045,7 +1045,8 @@ class OperationSpec(_message.Message):
     def time_to_live(self) -> _duration_pb2.Duration:
         """How long it may wait, from its acceptance on: if it has not started by then,
         it ends CANCELLED with DEADLINE_EXCEEDED and never runs. One that has started
-        is not touched by it. Unset: for ever.
+        is not touched by it, also if its worker is lost and it has to start again.
+        Unset: for ever.
         """
 
     @_builtins.property

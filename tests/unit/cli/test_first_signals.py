@@ -1,4 +1,4 @@
-"""SIGTERM ends a serving command with 0 from the first moment: importing, or starting up."""
+"""Signals from the first moment on: while a command is imported, or starts up."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class Slow:
 sys.meta_path.insert(0, Slow())
 main.main(prog_name="tensafe")
 """
+ENTRY = """
+import sys
+from tensafe_client.cli import entry
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensafe_client.cli.main":
+            print("importing", flush=True)
+            sys.stdin.read()
+
+sys.meta_path.insert(0, Slow())
+entry.main(prog_name="tensafe")
+"""
 STARTING = """
 import sys, click
 from tensafe_client.cli.lazy import LazyCommand, LazyGroup
@@ -45,17 +58,18 @@ LazyGroup("main", lazy_commands={"serve": lazy})()
 """
 
 
-def terminate(script: str, command: str) -> tuple[int, str]:
-    """Sends SIGTERM after the first line of output; returns exit status and output after it."""
+def interrupt(script: str, command: str, number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal after the first line of output; returns exit status and output after it."""
     with subprocess.Popen(
         [sys.executable, "-c", script, command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         try:
             status = process.wait(timeout=30)
         finally:
@@ -65,11 +79,16 @@ def terminate(script: str, command: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("command", ["up", "server"])
 def test_during_the_import(command: str):
-    assert terminate(SLOW, command) == (0, "")
+    assert interrupt(SLOW, command, signal.SIGTERM) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["up", "runs", "--help"])
+def test_control_c_during_the_import_leaves_no_traceback(command: str):
+    assert interrupt(ENTRY, command, signal.SIGINT) == (130, "")
 
 
 def test_after_the_import_what_began_is_cleaned_up():
-    assert terminate(STARTING, "serve") == (0, "cleaned up\n")
+    assert interrupt(STARTING, "serve", signal.SIGTERM) == (0, "cleaned up\n")
 
 
 @click.command()
