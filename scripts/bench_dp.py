@@ -1,10 +1,13 @@
 """What privacy costs, as ratios to named baselines measured in the same run.
 
-scripts/bench_dp.py                     all parts, SmolLM2-135M
+scripts/bench_dp.py                     time and memory, SmolLM2-135M
 scripts/bench_dp.py --part time         a private step against the same step without privacy, plain
                                         transformers + peft, and Opacus 1.6 with ghost clipping if
                                         it is installed (pip install --no-deps opacus opt-einsum)
 scripts/bench_dp.py --part memory       peak memory of the process, each side in one of its own
+scripts/bench_dp.py --part curve        held-out loss of a training through the service, with
+                                        privacy and without, on the standard library's docstrings
+scripts/bench_dp.py --part curve --plot docs/privacy_curve.svg    draws it (needs matplotlib)
 scripts/bench_dp.py --clock wall        wall time instead of CPU time
 scripts/bench_dp.py --json FILE         also write ratios, raw figures, versions and machine
 """
@@ -12,6 +15,7 @@ scripts/bench_dp.py --json FILE         also write ratios, raw figures, versions
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 from importlib.util import find_spec
@@ -21,7 +25,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from benchmarks import engine, private, private_memory, record
+from benchmarks import engine, private, private_curve, private_memory, record
 from transformers import AutoModelForCausalLM
 
 from workers.engine.loading import load_backend, pick_dtype
@@ -36,21 +40,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["time", "memory", "all"], default="all")
+    parser.add_argument("--part", choices=["time", "memory", "curve", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; default 7")
     parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA; default 0")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="cpu")
+    parser.add_argument("--steps", type=int, default=40, help="of the curve; default 40")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the curve")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    if arguments.part == "curve":
+        _curve(arguments)
+        return
     ratios: dict[str, Any] = {}
     raw: dict[str, Any] = {}
     if arguments.part in ("time", "all"):
         raw |= _times(arguments)
         ratios |= private.ratios(raw)
     if arguments.part in ("memory", "all"):
-        peaks = private_memory.measure(MODEL, arguments.dtype, arguments.dropout, 3)
+        peaks = private_memory.measure(
+            MODEL, arguments.dtype, arguments.dropout, min(3, arguments.rounds)
+        )
         raw |= peaks
         ratios |= private_memory.ratios(peaks)
     for name, value in ratios.items():
@@ -58,6 +69,18 @@ def main() -> None:
         print(f"{name:<40} {value:8.3f}   goal {goal}")
     if arguments.json is not None:
         record.write(arguments.json, "bench_dp", ratios, raw)
+
+
+def _curve(arguments: argparse.Namespace) -> None:
+    recipe = private_curve.Recipe(MODEL, steps=arguments.steps)
+    compared = private_curve.train(recipe, lambda text: print(text, flush=True))
+    ratios = private_curve.ratios(compared)
+    for name, value in ratios.items():
+        print(f"{name:<60} {value:8.3f}")
+    if arguments.json is not None:
+        record.write(arguments.json, "bench_dp curve", ratios, dataclasses.asdict(compared))
+    if arguments.plot is not None:
+        private_curve.plot(arguments.plot, compared, recipe)
 
 
 def _times(arguments: argparse.Namespace) -> dict[str, list[float]]:

@@ -45,6 +45,8 @@ from tensafe_client.sequence import RunSequence
 from tensafe_client.session import Session, new_request_id
 
 _PAGE = 500
+_ACCOUNTING_S = 120.0
+"""What a noise multiplier for a target ε may take: 5 to 15 s of a free core."""
 
 
 class Api:
@@ -92,7 +94,10 @@ class Api:
             request_id=new_request_id(), config=config.to_proto()
         )
         stubs = await self._session.stubs()
-        response = await self._session.call(stubs.training.CreateRun, request)
+        limit_s = self._session.connection.timeout_s
+        if request.config.dp.HasField("target_epsilon"):
+            limit_s += _ACCOUNTING_S
+        response = await self._session.call(stubs.training.CreateRun, request, timeout_s=limit_s)
         return RunInfo.from_proto(response.run), self._session.sequence(response.run)
 
     async def attach_run(self, run_id: str) -> tuple[RunInfo, RunSequence]:

@@ -17,7 +17,7 @@ from tensafe_client.custom_loss import (
     LossValue,
     evaluate,
 )
-from tensafe_client.data.batches import encode_batch
+from tensafe_client.data.batches import EncodedBatch, encode_batch, encode_private_batch
 from tensafe_client.errors import ConfigError, TenSafeError
 from tensafe_client.futures import OperationFuture
 from tensafe_client.infos import RunInfo
@@ -96,7 +96,7 @@ class RunOperations:
         Raises:
             BatchError: if the batch is malformed; nothing is submitted.
         """
-        encoded = encode_batch(batch)
+        encoded = self._encoded(batch)
         loss = specs.loss_config(loss_fn, loss_config, reduction)
         spec = specs.forward(self.run_id, encoded, loss)
         specs.set_deadline(spec, deadline_s)
@@ -136,7 +136,7 @@ class RunOperations:
             MessageTooLargeError: if it is larger than one request may be.
         """
         try:
-            encoded = encode_batch(batch)
+            encoded = self._encoded(batch)
             loss = specs.loss_config(loss_fn, loss_config, reduction)
             spec = specs.forward_backward(self.run_id, encoded, loss)
             specs.set_deadline(spec, deadline_s)
@@ -187,7 +187,7 @@ class RunOperations:
         try:
             if not callable(fn):
                 raise ConfigError.of("fn", f"must be a function, got {fn!r}")
-            custom = CustomBatch(encode_batch(batch))
+            custom = CustomBatch(self._encoded(batch))
             check_size("forward_backward", custom.backward_bytes)
             spec = custom.forward(self.run_id)
             specs.set_deadline(spec, deadline_s)
@@ -206,6 +206,11 @@ class RunOperations:
 
         session.make(make)
         return place.future
+
+    def _encoded(self, batch: Any) -> EncodedBatch:
+        dp = self.config.dp_config
+        private = dp is not None and dp.enabled
+        return encode_private_batch(batch) if private else encode_batch(batch)
 
     def optim_step(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
 from tensafe_client.checks import check_count, check_number
 from tensafe_client.errors import InvalidArgumentError
@@ -32,8 +32,8 @@ class PrivateSteps:
             check_number("learning_rate", learning_rate)
         self._learning_rate = learning_rate
 
-    def __iter__(self) -> Iterator[OptimStepResult]:
-        """Waits for each in turn."""
+    def __iter__(self) -> Generator[OptimStepResult, None, None]:
+        """Waits for each in turn; closed early, it cancels what has not begun."""
         for future in self._futures():
             yield future.result()
 

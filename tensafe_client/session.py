@@ -421,9 +421,9 @@ class Session:
             self._tell_id(future)
 
     def _note_step(self, operation: operations_pb2.Operation) -> None:
-        if operation.kind == operations_pb2.OPERATION_KIND_OPTIM_STEP:
+        if operation.result.HasField("optim_step"):  # of a private step, too
             step = operation.result.optim_step.step
-        elif operation.kind == operations_pb2.OPERATION_KIND_LOAD_STATE:
+        elif operation.result.HasField("load_state"):
             step = operation.result.load_state.step
         else:
             return

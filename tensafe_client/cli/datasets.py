@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from tensafe_client import Datum, ServiceClient
 from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option, print_fields, print_json, print_table, size
@@ -16,27 +19,99 @@ def datasets() -> None:
     """Upload, list and delete datasets for private training."""
 
 
-@examples("tensafe datasets upload rows.jsonl", "tensafe datasets upload rows.jsonl --name notes")
+@examples(
+    "tensafe datasets upload data.jsonl --model smollm2-135m",
+    "tensafe datasets upload rows.jsonl --name notes",
+)
 @datasets.command()
-@click.argument(
-    "path", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+@click.argument("data", metavar="FILE")
+@click.option(
+    "--model", metavar="MODEL", help="Whose tokenizer and chat template make tokens of text."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), help="Cut longer texts to so many tokens."
 )
 @click.option("--name", help="Free text for people.")
 @json_option
 @click.pass_context
-def upload(ctx: click.Context, path: Path, name: str | None, as_json: bool) -> None:
+def upload(
+    ctx: click.Context,
+    data: str,
+    model: str | None,
+    max_tokens: int | None,
+    name: str | None,
+    as_json: bool,
+) -> None:
     """Upload FILE, for the server to draw the batches of private runs from.
 
-    Each line is a JSON object with tokens, target_tokens, maybe weights and unit_id. A broken
-    upload goes on where it stopped when the command is repeated.
+    \b
+    Each line is a JSON object with text, as `tensafe train sft` takes it:
+      {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+      {"prompt": "…", "completion": "…"}
+      {"text": "…"}
+    or with tokens:
+      {"tokens": [5, 6, 7], "target_tokens": [6, 7, 8], "weights": [0, 1, 1]}
+    and, where a private run shall protect all rows of a person together, "unit_id": "…".
+
+    Tokens are made of text on this machine. A broken upload goes on where it stopped when the
+    command is repeated.
     """
-    dataset = connect(ctx).upload_dataset(path, name)
+    text = _is_text(data)
+    if text and model is None:
+        raise click.UsageError(
+            f"{data} is text: name the model whose tokenizer makes tokens of it, --model MODEL"
+        )
+    if not text and (model is not None or max_tokens is not None):
+        raise click.UsageError(
+            f"{data} has tokens already; leave --model and --max-tokens out, they are for text"
+        )
+    client = connect(ctx)
+    source = Path(data) if model is None else _datums(client, data, model, max_tokens)
+    dataset = client.upload_dataset(source, name)
     if as_json:
         print_json(dataset)
         return
     click.echo(
-        f"Uploaded {path} ({dataset.examples} rows, {dataset.tokens} tokens) as {dataset.id}"
+        f"Uploaded {data} ({dataset.examples} rows, {dataset.tokens} tokens) as {dataset.id}\n"
+        f"Train on it:  tensafe train private {dataset.id} --model {model or 'MODEL'} --epsilon 8"
     )
+
+
+def _is_text(data: str) -> bool:
+    """Whether the first line has no tokens. What is no JSON object is the server's to name."""
+    from tensafe_client.cli.train.dataset import STDLIB_DOCSTRINGS
+
+    if data == STDLIB_DOCSTRINGS:
+        return True
+    if not Path(data).is_file():
+        raise click.BadParameter(f"no file {data!r}", param_hint="FILE")
+    with Path(data).open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and "tokens" not in row
+
+
+def _datums(
+    client: ServiceClient, data: str, model: str, max_tokens: int | None
+) -> Sequence[Datum]:
+    """Text as tokens; prompts have no weight."""
+    from tensafe_client.cli.train.dataset import encode_examples, read_examples
+    from tensafe_client.cli.train.run_options import tokenizer_of
+
+    found = read_examples(data, None).train
+    datums = encode_examples(
+        tokenizer_of(client, model),
+        found,
+        source=data,
+        max_tokens=max_tokens,
+        context_length=client.model(model).context_length,
+    )
+    for datum, example in zip(datums, found, strict=True):
+        datum.unit_id = example.unit_id
+    return datums
 
 
 @examples("tensafe datasets list")

@@ -50,10 +50,20 @@ def encode_batch(batch: Any) -> EncodedBatch:
         BatchError: naming row and field, if the batch is empty, ragged or malformed, or nothing in
             it is scored.
     """
+    return _encode(batch, may_score_nothing=False)
+
+
+def encode_private_batch(batch: Any) -> EncodedBatch:
+    """The same for a private run, where a batch in which nothing is scored counts as an empty one:
+    an error would tell of its rows."""
+    return _encode(batch, may_score_nothing=True)
+
+
+def _encode(batch: Any, *, may_score_nothing: bool) -> EncodedBatch:
     if isinstance(batch, EncodedBatch):
         return batch
     if isinstance(batch, Mapping):
-        return _encode_mapping(batch)
+        return _encode_mapping(batch, may_score_nothing)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         return _encode_datums(batch)
     raise BatchError.of(
@@ -123,7 +133,7 @@ def _tensor(datum: Datum, name: str) -> Array:
     return datum.target_tokens if name == "target_tokens" else datum.inputs[name]
 
 
-def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
+def _encode_mapping(batch: Mapping[str, Any], may_score_nothing: bool) -> EncodedBatch:
     _check_columns(batch)
     ids = _matrix("input_ids", batch["input_ids"])
     labels = _matrix("labels", batch["labels"])
@@ -150,7 +160,7 @@ def _encode_mapping(batch: Mapping[str, Any]) -> EncodedBatch:
         inputs, targets, weights = inputs[keep], targets[keep], weights[keep]
         offsets = np.zeros(rows + 1, np.int64)
         np.cumsum(pairs_per_row, out=offsets[1:])
-    if not weights.any():
+    if not may_score_nothing and not weights.any():
         raise BatchError(
             "nothing is scored: every label that follows another token is -100",
             reason="NOTHING_SCORED",

@@ -6,6 +6,8 @@ Each line is one JSON object with one of
     {"prompt": "…", "completion": "…"}
     {"prompt": [{"role": "user", …}], "completion": [{"role": "assistant", …}]}
     {"text": "…"}
+
+and, for private runs that protect more than single examples, `"unit_id": "…"`: whose it is.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tensafe_client.checks import check_path
+from tensafe_client.data.datum import unit_id_of
 from tensafe_client.errors import BatchError
 
 Message = dict[str, str]
@@ -38,6 +41,7 @@ class Example:
             are not learned; 0 if every assistant turn is.
         line: number of its line in the file it was read from; None if it was not. Examples that
             differ in it alone are equal.
+        unit_id: whose it is, for private runs whose privacy unit is "unit_id"; others pass it over.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -46,6 +50,7 @@ class Example:
     text: str | None = None
     prompt_messages: int = 0
     line: int | None = field(default=None, compare=False)
+    unit_id: str | None = None
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
@@ -71,6 +76,13 @@ def parse_example(record: Mapping[str, Any]) -> Example:
     for name in _CHANGES_THE_PROMPT & record.keys():
         if record[name]:
             raise BatchError(f"`{name}` is not supported; put it into the messages as text")
+    unit_id = record.get("unit_id")
+    if unit_id is not None:
+        unit_id_of("`unit_id`", unit_id)
+    return replace(_content(record), unit_id=unit_id)
+
+
+def _content(record: Mapping[str, Any]) -> Example:
     keys = {"messages", "prompt", "completion", "text"} & record.keys()
     if keys == {"messages"}:
         return Example(messages=_messages("messages", record["messages"], learned=True))

@@ -84,21 +84,25 @@ def check_identity(spec: training.OperationSpec) -> None:
         raise refused(broken)
 
 
-def check_content(spec: training.OperationSpec, model: Model, losses: Losses) -> float:
+def check_content(
+    spec: training.OperationSpec, model: Model, losses: Losses, *, private: bool = False
+) -> float:
     """Checks an operation against its model and returns its cost, in forwarded tokens.
 
     Args:
         losses: the model's, by name.
+        private: whether its run is.
 
     Raises:
         TenSafeFault: INVALID_ARGUMENT or OUT_OF_RANGE, naming the field.
     """
     kind = spec.WhichOneof("operation")
     if kind == "forward":
-        return _check_batch(spec.forward, "forward", model, losses, 1.0)
+        return _check_batch(spec.forward, "forward", model, losses, 1.0, private=private)
     if kind == "forward_backward":
         operation = spec.forward_backward
-        return _check_batch(operation, "forward_backward", model, losses, BACKWARD_FACTOR)
+        factor = BACKWARD_FACTOR
+        return _check_batch(operation, kind, model, losses, factor, private=private)
     if kind == "sample":
         return _check_sample(spec.sample, model)
     if kind == "save_state":
@@ -133,6 +137,8 @@ def _check_batch(
     model: Model,
     losses: Losses,
     factor: float,
+    *,
+    private: bool,
 ) -> float:
     if operation.batch.WhichOneof("source") != "inline":
         raise TenSafeFault(
@@ -151,7 +157,7 @@ def _check_batch(
     except TensorError as error:
         raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
     check_vocabulary(tokens, field, model, offsets)
-    compares = check_loss(operation, kind, offsets, model, losses)
+    compares = check_loss(operation, kind, offsets, model, losses, private=private)
     # The reference's forward pass comes on top.
     return float(total) * (factor + compares)
 

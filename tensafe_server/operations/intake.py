@@ -250,8 +250,10 @@ class Intake:
         else:
             reference, field = spec.sample.weights.base_model, "sample.weights.base_model"
         model = self._models.find(reference, field)
-        cost = checks.check_content(spec, model, self._models.losses(model.name))
-        check_private(spec, run.private if run is not None else None, spec.run_id)
+        private = run.private if run is not None else None
+        losses = self._models.losses(model.name)
+        cost = checks.check_content(spec, model, losses, private=private is not None)
+        check_private(spec, private, spec.run_id)
         if run is not None and spec.HasField("private_step"):
             cost = checks.BACKWARD_FACTOR * self._private.expected_tokens(run)
         return model.name, cost

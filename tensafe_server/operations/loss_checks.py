@@ -23,6 +23,8 @@ def check_loss(
     offsets: Array,
     model: Model,
     losses: Losses,
+    *,
+    private: bool = False,
 ) -> bool:
     """Checks a call's loss, its options, its reference and its tensors.
 
@@ -31,6 +33,7 @@ def check_loss(
         offsets: int64 [B + 1] of the batch, checked.
         losses: those of the model. A model that was registered before losses had cards has none:
             its worker alone checks.
+        private: the run is, and a batch in which nothing is scored counts as an empty one.
 
     Returns:
         Whether it compares with a reference.
@@ -68,6 +71,13 @@ def check_loss(
             tensors[item.name] = decode(item.tensor)
         except TensorError as error:
             raise TenSafeFault("INVALID_BATCH", f"{item.name}: {error}", field=field) from error
-    check_tensors(card, tensors, offsets, reduction, lambda name: f"{batch}.{name}")
+    check_tensors(
+        card,
+        tensors,
+        offsets,
+        reduction,
+        lambda name: f"{batch}.{name}",
+        may_score_nothing=private,
+    )
     check_vocabulary(tensors["target_tokens"], f"{batch}.target_tokens", model, offsets)
     return compares

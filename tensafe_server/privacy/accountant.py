@@ -98,13 +98,21 @@ class Accountant:
         )
 
     async def _once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        if key not in self._known:
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._thread, compute)
-            self._known[key] = found
-            if len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-        return cast("T", self._known[key])
+        if (known := self._known.get(key)) is not None:
+            return cast("T", known)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._on_thread, key, compute
+        )
+
+    def _on_thread(self, key: Hashable, compute: Callable[[], T]) -> T:
+        # Whoever asked the same before has been answered by now, as before a client's repetition.
+        if (known := self._known.get(key)) is not None:
+            return cast("T", known)
+        found = compute()
+        self._known[key] = found
+        if len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return found
 
 
 def _frozen(composition: Composition) -> Hashable:

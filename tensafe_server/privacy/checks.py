@@ -65,8 +65,9 @@ def _check_gradient(operation: training.ForwardBackward, private: PrivateRun, ru
     if loss not in _PER_EXAMPLE_LOSSES:
         raise _unsupported(
             "forward_backward.loss.name",
-            f"private run {run_id} takes losses of single examples only: "
-            f"{', '.join(sorted(_PER_EXAMPLE_LOSSES))}",
+            f"private run {run_id} cannot use {loss!r}: what it takes beside an example's own "
+            "tokens (advantages, old log-probabilities, pairs) may come from other examples; use "
+            f"{', '.join(sorted(_PER_EXAMPLE_LOSSES))}, or a run without dp_config",
         )
     if operation.loss.reduction not in _PER_EXAMPLE_REDUCTIONS:
         raise _unsupported(

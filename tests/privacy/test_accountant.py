@@ -55,3 +55,23 @@ def test_nothing_is_computed_twice_or_on_the_loop(monkeypatch: pytest.MonkeyPatc
     asyncio.run(ask())
     assert len(calls) == 1
     assert calls[0].startswith("privacy-accountant")
+
+
+def test_who_asks_the_same_again_meanwhile_waits_for_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A client that lost patience repeats its call."""
+    computed: list[int] = []
+    monkeypatch.setattr(
+        accounting, "noise_multiplier", lambda *args: computed.append(1) or float(len(computed))
+    )
+
+    async def ask() -> list[float]:
+        accountant = Accountant()
+        asked = (8.0, 40, Terms(1e-5), 0.02, {})
+        found = await asyncio.gather(*(accountant.noise_multiplier(*asked) for _ in range(3)))
+        accountant.close()
+        return found
+
+    assert asyncio.run(ask()) == [1.0, 1.0, 1.0]
+    assert len(computed) == 1

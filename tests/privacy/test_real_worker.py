@@ -15,9 +15,11 @@ from local_service import LocalService, local_service
 from tensafe import failpoints
 from tensafe_client import (
     Datum,
+    DPMetrics,
     DPStepLostError,
     OptimStepResult,
     ServiceClient,
+    TrainingClient,
     UnsupportedOptionError,
 )
 
@@ -78,7 +80,11 @@ def test_the_server_draws_for_a_real_worker(client: ServiceClient):
     tc = client.create_training_client(
         {"model_ref": "tiny", "seed": 1, "batch_size": 5, "dp_config": dp}
     )
-    results = tc.train_private(6)
+    results = tc.train_private(4)
+    assert tc.step == 4
+    rates = []
+    results += tc.train_private(2, learning_rate=lambda number: rates.append(number) or 1e-3)
+    assert (tc.step, rates) == (6, [5, 6])
     assert [result.step for result in results] == [1, 2, 3, 4, 5, 6]
     assert all(result.dp.noised_loss is not None for result in results)
     assert all(result.dp.sampling_verified for result in results)
@@ -95,6 +101,72 @@ def test_a_forward_of_a_private_run_is_refused_and_of_its_artifact_is_not(client
     plain = client.create_training_client({"model_ref": "tiny", "seed": 1})
     plain.load_state(saved)
     assert plain.forward(BATCH).result(timeout=120).loss > 0
+
+
+UNSCORED = {
+    "a mapping": {"input_ids": [[5, 6, 7]], "labels": [[-100, -100, -100]]},
+    "datums": [Datum([5, 6], [6, 7], [0.0, 0.0]), Datum([3], [4], [0.0])],
+}
+
+
+@pytest.mark.parametrize("batch", UNSCORED.values(), ids=UNSCORED.keys())
+def test_a_batch_in_which_nothing_is_scored_is_as_an_empty_one(client: ServiceClient, batch):
+    """An error would tell whether the one row with a scored token is there."""
+    shapes, spent = [], []
+    for name, own in (("unscored", batch), ("scored", BATCH), ("none", None)):
+        dp = DP | {"dataset_id": f"{name}-{len(batch)}", "target_epsilon": 50.0}
+        tc = client.create_training_client({"model_ref": "tiny", "seed": 1, "dp_config": dp})
+        if own is not None:
+            gradient = tc.forward_backward(own).result(timeout=120)
+            shapes.append((set(gradient.metrics), gradient.outputs))
+        step = tc.optim_step().result(timeout=120)
+        assert step.dp is not None
+        assert (step.step, step.applied, step.dp.noise_applied) == (1, True, True)
+        spent.append((step.dp.total_epsilon, step.dp.steps_left))
+    assert shapes == [({"tokens"}, {})] * 2
+    assert len(set(spent)) == 1
+    assert spent[0][0] > 0
+
+
+def test_restored_weights_restore_no_budget(client: ServiceClient):
+    """Into the run itself, into another one, as the beginning of a fork, and from a plain run."""
+    dp = DP | {"dataset_id": "restored", "target_epsilon": 50.0}
+    config = {"model_ref": "tiny", "seed": 1, "dp_config": dp}
+    told: list[DPMetrics] = []
+
+    def step(tc: TrainingClient) -> None:
+        tc.forward_backward(BATCH)
+        result = tc.optim_step(learning_rate=1e-2).result(timeout=120)
+        assert result.dp is not None
+        told.append(result.dp)
+
+    tc = client.create_training_client(config)
+    beginning = tc.save_state().artifact_id
+    step(tc)
+    after_one = tc.save_state().artifact_id
+    step(tc)
+    assert tc.load_state(after_one).step == 1
+    step(tc)
+    assert tc.load_state(beginning).step == 0
+    step(tc)
+    fork = client.create_training_client(config, from_artifact=after_one)
+    step(fork)
+    swept = client.create_training_client(config | {"lora_config": {"rank": 2}})
+    step(swept)
+    plain = client.create_training_client({"model_ref": "tiny", "seed": 1})
+    plain.load_state(after_one)
+    private = client.create_training_client(config)
+    private.load_state(plain.save_state().artifact_id)
+    step(private)
+    assert [dp.steps_left for dp in told] == [told[0].steps_left - n for n in range(7)]
+    assert [dp.total_epsilon for dp in told] == sorted({dp.total_epsilon for dp in told})
+    report = client.privacy_report(fork.run_id)
+    assert report.epsilon == pytest.approx(told[-1].total_epsilon, abs=1e-4)
+    assert sum(line.uses for line in report.lines) == 7
+    fresh = client.create_training_client(config | {"dp_config": dp | {"dataset_id": "other"}})
+    fresh.load_state(after_one)
+    step(fresh)
+    assert told[-1].total_epsilon == pytest.approx(told[0].total_epsilon)
 
 
 def test_files_of_the_service_do_not_hold_an_open_window(running: LocalService):

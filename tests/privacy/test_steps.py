@@ -225,6 +225,18 @@ def test_units_are_named_where_they_are_protected(
         other.forward_backward([Datum([1], [2], unit_id="a")]).result(60)
 
 
+@pytest.mark.parametrize("loss", ["ppo", "dpo", "kl", "my_own"])
+def test_a_loss_that_may_mix_examples_is_refused_by_its_name(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient, loss: str
+) -> None:
+    tc = private_run(client)
+    with pytest.raises(UnsupportedOptionError, match=f"'{loss}'.*use cross_entropy"):
+        tc.forward_backward(BATCH, loss_fn=loss).result(60)
+    with pytest.raises(WindowPoisonedError):
+        tc.optim_step().result(60)
+    assert events(cluster) == ["reserve", "release"]
+
+
 @pytest.mark.parametrize("reduction", ["token_mean"])
 def test_what_mixes_examples_is_refused(
     worker: PrivateWorker, client: ServiceClient, reduction: str

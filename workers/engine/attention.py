@@ -25,6 +25,8 @@ _DENSE_LENGTH = 576
 """Longest document whose whole [T, T] is held; beyond it the flash kernel's memory is worth it."""
 _LEAST_FILL = 0.85
 _SMALL_BUCKET = 2**15
+_APART_STEP = 16
+"""What lengths are rounded up to where padding may not depend on neighbours: few different ones."""
 
 
 class Layout(Protocol):
@@ -114,15 +116,23 @@ class Packing:
         return self._biases[key]
 
 
-def pack(lengths: Sequence[int], device: str) -> Packing:
-    """Groups neighbouring documents of like length; longest-first order makes that pay."""
+def pack(lengths: Sequence[int], device: str, *, apart: bool = False) -> Packing:
+    """Groups neighbouring documents of like length; longest-first order makes that pay.
+
+    Args:
+        apart: how a document is padded depends on its own length alone. A product over another
+            padded length adds up in another order, and in bfloat16 that shows in whole gradients.
+    """
     borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     buckets: list[Bucket] = []
+    padded = [-(-length // _APART_STEP) * _APART_STEP if apart else length for length in lengths]
     begin = first = 0
     while first < len(lengths):
         last = first + 1
-        longest = lengths[first]
-        while last < len(lengths) and _joins(lengths[last], longest, last - first):
+        longest = padded[first]
+        while last < len(lengths) and (
+            padded[last] == longest if apart else _joins(lengths[last], longest, last - first)
+        ):
             last += 1
         end = begin + sum(lengths[first:last])
         places = _places(lengths[first:last], longest, device)

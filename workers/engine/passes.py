@@ -201,17 +201,17 @@ def compute(
     numbers = torch.from_numpy(np.stack([work.ids, work.positions, work.rows])).to(device)
     places = torch.from_numpy(work.scored).to(device)
     references = _references(model, calls, work, numbers, places)
-    packing = pack(work.lengths, device)
     units = [_units(calls[share.call], share, work) for share in work.shares]
     # Kept apart by the loop alone.
     apart = any(own is not None for own in units)
+    packing = pack(work.lengths, device, apart=apart)
     adapters = PassAdapters(
         [
             Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
             for share, own in zip(work.shares, units, strict=True)
         ],
-        # A unit's gradient is of one type whatever lies beside it.
-        model.faithful_adapter_dtype if apart else _adapter_dtype(model, calls, work, trains),
+        # A unit's gradient is of one type whatever lies beside it, and however much.
+        model.dtype if apart else _adapter_dtype(model, calls, work, trains),
         SegmentLoop() if apart or len(work.shares) == 1 else model.product,
         _dropout(calls, work, numbers) if drops else None,
         trains=trains,

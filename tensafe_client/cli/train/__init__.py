@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from tensafe_client.cli.train.private import private
 from tensafe_client.cli.train.rlvr import rlvr
 from tensafe_client.cli.train.sft import sft
 
@@ -15,3 +16,4 @@ def train() -> None:
 
 train.add_command(sft)
 train.add_command(rlvr)
+train.add_command(private)

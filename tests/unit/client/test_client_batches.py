@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tensafe.wire.tensors import decode
 from tensafe_client import BatchError, Datum
 from tensafe_client.data import encode_batch
+from tensafe_client.data.batches import encode_private_batch
 
 Row = tuple[list[int], list[int]]
 
@@ -155,6 +156,14 @@ def test_bad_batches_name_row_and_field(batch: Any, named: list[str]) -> None:
     with pytest.raises(BatchError) as caught:
         encode_batch(batch)
     assert all(name in str(caught.value) for name in named), str(caught.value)
+
+
+@pytest.mark.parametrize("labels", [[[-100] * 3] * 2, [[1, -100, -100], [4, -100, -100]]])
+def test_of_a_private_run_a_batch_may_score_nothing(labels: list[list[int]]) -> None:
+    message, offsets = encode_private_batch({"input_ids": OK, "labels": labels})
+    weights = {item.name: decode(item.tensor) for item in message.loss_inputs}["weights"]
+    assert offsets.tolist() == [0, 2, 4]
+    assert weights.tolist() == [0.0] * 4
 
 
 def test_columns_without_effect_are_passed_over() -> None:

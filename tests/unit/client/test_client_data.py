@@ -61,6 +61,8 @@ def test_jsonl_forms(tmp_path: Path) -> None:
             r"`prompt` has half of a surrogate pair, \udfff",
         ),
         ({"text": "\ud800"}, "surrogate"),
+        ({"text": "t", "unit_id": 7}, "`unit_id`"),
+        ({"text": "t", "unit_id": ""}, "`unit_id`"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "messages[0].content"),
         (r'{"text": "\ud83d\ude00 \ud83d"}', "at character 2"),
         (
@@ -83,6 +85,11 @@ def test_an_example_keeps_the_number_of_its_line(tmp_path: Path) -> None:
     first, second = read_jsonl(path)
     assert (first.line, second.line) == (2, 4)
     assert first == Example(text="a")
+
+
+def test_an_example_says_whose_it_is(tmp_path: Path) -> None:
+    path = lines(tmp_path / "d.jsonl", {"text": "a", "unit_id": "ann"}, {"text": "b"})
+    assert [example.unit_id for example in read_jsonl(path)] == ["ann", None]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def test_a_bad_batch_is_refused_by_field(spec: pb.OperationSpec, reason: str, fi
     assert raised.value.detail.metadata["field"].endswith(field)
 
 
+def test_of_a_private_run_a_batch_may_score_nothing():
+    spec = forward_backward([1, 2], [0, 2], weights=[0, 0])
+    assert checks.check_content(spec, MODEL, LOSSES, private=True) == 6.0
+    bad = forward_backward([1, 2], [0, 2], weights=[0, -1])
+    with pytest.raises(TenSafeFault, match="negative"):
+        checks.check_content(bad, MODEL, LOSSES, private=True)
+
+
 def test_a_token_out_of_range_is_named_by_its_datum():
     with pytest.raises(TenSafeFault, match="position 1 of datum 2") as raised:
         check_content(forward_backward([1, 2, 3, 4, 100, 6], [0, 1, 3, 6]), MODEL)

@@ -22,6 +22,8 @@ def check_tensors(
     offsets: Array,
     reduction: Reduction,
     where: Where,
+    *,
+    may_score_nothing: bool = False,
 ) -> None:
     """Checks everything but token ids, which need the model's vocabulary.
 
@@ -29,6 +31,7 @@ def check_tensors(
         tensors: by name; the names fit the card.
         offsets: int64 [B + 1] of the input tokens, checked.
         where: an input's name → the field that errors name.
+        may_score_nothing: of private runs, where an error would tell of the rows.
 
     Raises:
         TenSafeFault: INVALID_BATCH or NOTHING_SCORED, naming the field.
@@ -37,6 +40,13 @@ def check_tensors(
     weights = tensors.get("weights")
     if weights is not None:
         _check_weights(weights, reduction, where("weights"))
+        if not may_score_nothing and not weights.any():
+            raise TenSafeFault(
+                "NOTHING_SCORED",
+                "every weight is 0, so that there is no loss (labels all -100?); score at least "
+                "one token",
+                field=where("weights"),
+            )
     for name, values in tensors.items():
         if name != "weights" and values.dtype.kind == "f":
             _check_finite(values, weights, name, where(name))
@@ -92,13 +102,6 @@ def _check_weights(weights: Array, reduction: Reduction, field: str) -> None:
         raise TenSafeFault(
             "INVALID_BATCH",
             f"a weight is negative, which has no {reduction}; use the reduction `sum`",
-            field=field,
-        )
-    if total == 0 and not weights.any():
-        raise TenSafeFault(
-            "NOTHING_SCORED",
-            "every weight is 0, so that there is no loss (labels all -100?); score at least one "
-            "token",
             field=field,
         )
 

@@ -1,0 +1,123 @@
+"""The accountant against plain calls of `dp-accounting`, at parameters that nobody chose."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tensafe_server.privacy.accounting import epsilon, most_uses, noise_multiplier
+from tensafe_server.privacy.mechanisms import AccountantType, Mechanism, Terms
+
+ACCOUNTANTS = {AccountantType.PLD: PLDAccountant, AccountantType.RDP: RdpAccountant}
+TOLERANCES = {AccountantType.PLD: 2e-3, AccountantType.RDP: 1e-3}
+BOTH = pytest.mark.parametrize("accountant", ACCOUNTANTS)
+
+
+def direct(accountant: AccountantType, q: float, sigma: float, steps: int, delta: float) -> float:
+    """ε by the library alone."""
+    event: Any = dp_accounting.GaussianDpEvent(sigma)
+    if q < 1:
+        event = dp_accounting.PoissonSampledDpEvent(q, event)
+    counted = ACCOUNTANTS[accountant]()
+    counted.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+    return float(counted.get_epsilon(delta))
+
+
+@BOTH
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    q=st.floats(1e-4, 0.6) | st.just(1.0),
+    sigma=st.floats(0.6, 8.0),
+    steps=st.integers(1, 3000),
+    log_delta=st.floats(-11, -3),
+)
+def test_any_parameters(
+    accountant: AccountantType, q: float, sigma: float, steps: int, log_delta: float
+) -> None:
+    delta = 10.0**log_delta
+    ours = epsilon({Mechanism(sigma, q): steps}, Terms(delta, accountant))
+    assert ours == pytest.approx(
+        direct(accountant, q, sigma, steps, delta), abs=TOLERANCES[accountant]
+    )
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [
+        (0.03, 0.4, 1, 1e-5),  # hardly any noise
+        (1e-6, 0.7, 100_000, 1e-6),  # a unit is hardly ever drawn
+        (0.5, 30.0, 1, 1e-9),  # so much noise that ε is about 0
+        (0.999999, 2.0, 10, 1e-5),  # as good as no sampling
+        (1.0, 0.5, 1, 1e-5),
+        (1.0, 1.0, 1, 0.9),  # δ alone is enough
+        (0.02, 1.0, 500, 1e-13),
+        (1.0, 3.0, 50, 1e-13),
+    ],
+)
+def test_at_the_edges(
+    accountant: AccountantType, q: float, sigma: float, steps: int, delta: float
+) -> None:
+    ours = epsilon({Mechanism(sigma, q): steps}, Terms(delta, accountant))
+    assert ours == pytest.approx(
+        direct(accountant, q, sigma, steps, delta), abs=TOLERANCES[accountant]
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-12, 1e-30])
+def test_beyond_the_edges(accountant: AccountantType, delta: float) -> None:
+    terms = Terms(delta, accountant)
+    for q in (1e-3, 1.0):
+        assert epsilon({Mechanism(0.0, q): 1}, terms) == math.inf
+        assert epsilon({Mechanism(0.0, q): 0}, terms) == 0.0
+        assert epsilon({Mechanism(1.0, q): 0}, terms) == 0.0
+        assert most_uses({}, Mechanism(0.0, q), 8.0, terms) == 0
+    assert epsilon({Mechanism(1.0, 0.0): 10**6}, terms) == 0.0
+    # A δ below what an accountant can tell is never taken for a larger one.
+    tiny = epsilon({Mechanism(1.0, 0.01): 100}, terms)
+    assert tiny >= epsilon({Mechanism(1.0, 0.01): 100}, Terms(1e-3, accountant))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("q", "sigma", "target", "delta"),
+    [
+        (0.022, 0.9, 8.0, 1e-5),
+        (0.1, 2.0, 1.5, 1e-6),
+        (0.005, 0.7, 4.0, 1e-7),
+        (0.4, 6.0, 3.0, 1e-5),
+        (1.0, 5.0, 4.0, 1e-5),
+        (1.0, 20.0, 8.0, 1e-9),
+    ],
+)
+def test_the_most_steps_are_right_by_one(
+    accountant: AccountantType, q: float, sigma: float, target: float, delta: float
+) -> None:
+    terms = Terms(delta, accountant)
+    most = most_uses({}, Mechanism(sigma, q), target, terms)
+    assert most > 0
+    assert direct(accountant, q, sigma, most, delta) <= target + 1e-9
+    assert direct(accountant, q, sigma, most + 1, delta) > target - 1e-9
+
+
+@BOTH
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("q", "steps", "target", "delta"),
+    [(0.022, 40, 8.0, 1e-5), (0.1, 300, 1.0, 1e-6), (1.0, 7, 2.0, 1e-5)],
+)
+def test_the_least_noise_for_a_target(
+    accountant: AccountantType, q: float, steps: int, target: float, delta: float
+) -> None:
+    sigma = noise_multiplier(target, steps, Terms(delta, accountant), q)
+    assert direct(accountant, q, sigma, steps, delta) <= target + 1e-9
+    assert direct(accountant, q, sigma - 1e-3, steps, delta) > target
