@@ -299,6 +299,32 @@ def test_what_is_begun_is_on_disk_before_its_run_is_forgotten(
     world.finish()
 
 
+def test_an_outcome_of_an_earlier_assignment_does_not_end_what_was_sent_anew():
+    """Else what comes behind it may join a group that is executed before it."""
+    world = World(runs=1, workers=2)
+    [run] = world.next_seq
+    [drawn] = submit(world, run, {"sample": sample(2)})
+    state = world.coordinator.ledger.runs[run]
+    [at] = [at for at, host in enumerate(world.hosts) if host.link.id == state.worker_id]
+    world.do(world.deliver(at))
+    worker = world.hosts[at].worker
+    while worker.execute() or worker.draw():
+        pass  # it has ended, and nobody has heard of it
+    world.do(world.fence(at))
+    world.do(world.cut(1 - at))  # where the run is by now
+    world.do(world.connect(at))
+    link = world.hosts[at].link
+    assert link is not None
+    assert state.worker_id == link.id
+    number = link.groups.number_of(drawn)
+    assert number
+    world.do(world.report(at))
+    assert link.groups.number_of(drawn) == number
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+    world.close()
+
+
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
     write = getattr(store, name)
 
