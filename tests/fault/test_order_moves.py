@@ -325,6 +325,22 @@ def test_an_outcome_of_an_earlier_assignment_does_not_end_what_was_sent_anew():
     world.close()
 
 
+def test_what_is_answered_twice_in_one_report_has_one_outcome(world: World):
+    lane = world.do(world.submit_lane(2))
+    world.do(world.deliver())
+    while world.worker.execute() or world.worker.draw():
+        pass  # it has ended, and nobody has heard of it
+    world.do(world.restart())
+    world.do(world.connect())
+    world.do(world.deliver())  # it is sent again …
+    while world.worker.execute():
+        pass  # … and is answered again, behind the first answer
+    world.do(world.report())
+    assert world.store.outcomes[lane] == 1
+    world.finish()
+    assert [operation.id for operation in world.told()] == [lane]
+
+
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
     write = getattr(store, name)
 
