@@ -334,7 +334,6 @@ class Reception:
             and run.worker_id is None
             and not run.in_flight
             and held.epoch == run.epoch
-            and not run.disputed
             and held.last_seq >= run.executed_seq
         )
 

@@ -107,6 +107,22 @@ def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(
     assert world.result(world.rows(run)[-1]).sample.model_step == 1
 
 
+def test_nor_is_it_by_the_coordinator_after_that(world: World, run: str):
+    submit(world, run, GRADIENT)
+    flow(world)
+    step = world.do(world.submit(run, **UPDATE))
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass  # it has stepped, and nobody has heard of it
+    world.do(world.restart())
+    world.do(world.cancel(step))
+    world.do(world.restart())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED"]
+    assert world.result(world.rows(run)[-1]).optim_step.step == 1
+
+
 def test_a_sample_whose_weights_are_lost_fails_alone(world: World, run: str):
     for _ in range(2):
         submit(world, run, GRADIENT, UPDATE)
