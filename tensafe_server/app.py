@@ -287,7 +287,7 @@ class Coordinator:
         """Who hears of what."""
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
-        self._ledger.on_disputed = self.dispatcher.give_back
+        self._ledger.on_disputed = self.dispatcher.dispute
         self._ledger.on_deadline = cancellation.watch_deadline
         self.dispatcher.on_unrestorable = cancellation.fail_waiting
         specs.on_read = self.dispatcher.kick

@@ -130,6 +130,13 @@ class Dispatcher:
         if link is not None:
             link.runs.discard(run.id)
 
+    def dispute(self, run: RunState) -> None:
+        """Takes a run back from whoever holds it, or comes back with it, also after a restart: its
+        epoch is over."""
+        if run.worker_id is not None:
+            self.give_back(run)
+        self._store.set_run_epoch(run.id, run.begin_epoch())
+
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:
         return self._links.get(operation.worker_id or "")
 

@@ -229,8 +229,9 @@ class Reception:
                 if not self._verifications.take(link, done):
                     self._replays.take(link, done)
                 continue
-            link.groups.ended(done.operation_id)
             operation = self._current(link, done.operation_id, done.epoch)
+            if operation is not None:  # else it may have been sent anew, and is in a group again
+                link.groups.ended(done.operation_id)
             if operation is None or not turns.take(operation, done.cancelled):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
@@ -333,7 +334,6 @@ class Reception:
             and run.worker_id is None
             and not run.in_flight
             and held.epoch == run.epoch
-            and not run.disputed
             and held.last_seq >= run.executed_seq
         )
 

@@ -51,7 +51,9 @@ class Ledger:
         total: what all tenants together have waiting.
         on_deadline: called with an accepted operation that has a deadline.
         on_gap: called with a run whose order has, or no longer has, a missing seq.
-        on_disputed: called with a run that a worker holds, and must not go on holding.
+        on_disputed: called with a run whose operation has ended here as if it had never run, though
+            it was sent under the newest assignment: whoever holds the run under that may contradict
+            the log, and is not to be believed any more.
     """
 
     def __init__(
@@ -226,9 +228,7 @@ class Ledger:
         if run is None or operation.row.kind not in _CHANGES_RUN:
             return
         if operation.worker_id is None and operation.sent_under == run.epoch > 0:
-            run.disputed = True
-            if run.worker_id is not None:
-                self.on_disputed(run)
+            self.on_disputed(run)
 
     def retire(self, operation: PendingOperation) -> None:
         """Takes a finished operation out. If no worker had it, its void stays in the order."""

@@ -198,8 +198,6 @@ class RunState:
         arriving: its state was brought to its worker, which has not begun with what is new.
         losses, attempted, on_trial: of bringing it, as of an operation.
         window_queue_ms: time that the operations since the last applied update waited, ms.
-        disputed: an operation that was sent under the newest assignment has ended here, as if it
-            had never run: whoever holds the run under it may contradict the log.
         private: what makes it a private run; None for any other.
         released_seq: its newest private step that was told; nothing before it is replayed.
         window: of a private run of client's batches, their units since the last step; None until it
@@ -219,7 +217,6 @@ class RunState:
     next_seq: int = 1
     executed_seq: int = 0
     worker_id: str | None = None
-    disputed: bool = False
     restoring: bool = False
     early: dict[int, PendingOperation] = field(default_factory=dict)
     queue: deque[PendingOperation] = field(default_factory=deque)
@@ -282,7 +279,6 @@ class RunState:
         """The epoch of a new assignment, which no worker was ever given."""
         self.epoch += 1 + self.epochs_unwritten
         self.epochs_unwritten = 0
-        self.disputed = False
         return self.epoch
 
     @asynccontextmanager

@@ -94,9 +94,7 @@ class Outcomes:
         Call it again for the same run only after it returned, so that a run's outcomes reach the
         disk in the run's order.
         """
-        endings = [ending for ending in endings if not ending.operation.finishing]
-        for ending in endings:
-            ending.operation.finishing = True
+        endings = _first_of_each(endings)
         saved = [await self._save(ending) for ending in endings]
         told: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not endings:
@@ -210,6 +208,17 @@ class Outcomes:
             time=timestamp(now),
             values=[*ending.step_metrics, queue],
         )
+
+
+def _first_of_each(endings: Sequence[Ending]) -> list[Ending]:
+    """Those that count, which nothing may change any more: a worker that was sent an operation
+    again may tell its end twice, also in one report."""
+    first = []
+    for ending in endings:
+        if not ending.operation.finishing:
+            ending.operation.finishing = True
+            first.append(ending)
+    return first
 
 
 def cancellation(operation: PendingOperation) -> ErrorDetail:

@@ -107,6 +107,22 @@ def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(
     assert world.result(world.rows(run)[-1]).sample.model_step == 1
 
 
+def test_nor_is_it_by_the_coordinator_after_that(world: World, run: str):
+    submit(world, run, GRADIENT)
+    flow(world)
+    step = world.do(world.submit(run, **UPDATE))
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass  # it has stepped, and nobody has heard of it
+    world.do(world.restart())
+    world.do(world.cancel(step))
+    world.do(world.restart())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED"]
+    assert world.result(world.rows(run)[-1]).optim_step.step == 1
+
+
 def test_a_sample_whose_weights_are_lost_fails_alone(world: World, run: str):
     for _ in range(2):
         submit(world, run, GRADIENT, UPDATE)
@@ -297,6 +313,48 @@ def test_what_is_begun_is_on_disk_before_its_run_is_forgotten(
     assert writes == ["add_attempts", "remove_attempts"]
     world.do(world.kill_worker())
     world.finish()
+
+
+def test_an_outcome_of_an_earlier_assignment_does_not_end_what_was_sent_anew():
+    """Else what comes behind it may join a group that is executed before it."""
+    world = World(runs=1, workers=2)
+    [run] = world.next_seq
+    [drawn] = submit(world, run, {"sample": sample(2)})
+    state = world.coordinator.ledger.runs[run]
+    [at] = [at for at, host in enumerate(world.hosts) if host.link.id == state.worker_id]
+    world.do(world.deliver(at))
+    worker = world.hosts[at].worker
+    while worker.execute() or worker.draw():
+        pass  # it has ended, and nobody has heard of it
+    world.do(world.fence(at))
+    world.do(world.cut(1 - at))  # where the run is by now
+    world.do(world.connect(at))
+    link = world.hosts[at].link
+    assert link is not None
+    assert state.worker_id == link.id
+    number = link.groups.number_of(drawn)
+    assert number
+    world.do(world.report(at))
+    assert link.groups.number_of(drawn) == number
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+    world.close()
+
+
+def test_what_is_answered_twice_in_one_report_has_one_outcome(world: World):
+    lane = world.do(world.submit_lane(2))
+    world.do(world.deliver())
+    while world.worker.execute() or world.worker.draw():
+        pass  # it has ended, and nobody has heard of it
+    world.do(world.restart())
+    world.do(world.connect())
+    world.do(world.deliver())  # it is sent again …
+    while world.worker.execute():
+        pass  # … and is answered again, behind the first answer
+    world.do(world.report())
+    assert world.store.outcomes[lane] == 1
+    world.finish()
+    assert [operation.id for operation in world.told()] == [lane]
 
 
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
