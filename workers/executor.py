@@ -220,6 +220,7 @@ class Executor:
                 return False
             if isinstance(item, PrivateStep):
                 self._telling.stored(item)
+                self._on_progress()
             else:
                 self._agenda.put(*item)
 
