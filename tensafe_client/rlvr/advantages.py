@@ -16,6 +16,7 @@ Floats = NDArray[np.float64]
 Groups = Sequence[Floats]
 
 _EPSILON = 1e-6
+_ROUNDING = 1e-12
 
 
 @dataclass
@@ -66,17 +67,25 @@ def advantages(groups: Groups, baseline: str, scale: str, average: MovingAverage
 
 
 def _centred(group: Floats, baseline: str, common: float) -> Floats:
+    if not group.size:
+        return group
     if baseline == "group_mean":
-        return group - group.mean() if group.size else group
+        return _away(group, float(group.mean()))
     if baseline == "group_others":
         # A lone reward has nothing to be compared with.
         factor = group.size / (group.size - 1) if group.size > 1 else 0.0
-        return (group - group.mean()) * factor if group.size else group
-    return group - common
+        return _away(group, float(group.mean())) * factor
+    return _away(group, common)
+
+
+def _away(group: Floats, base: float) -> Floats:
+    """From a mean of equal rewards they are 0 away, not what its rounding leaves."""
+    away = group - base
+    return np.where(np.abs(away) <= _ROUNDING * np.maximum(np.abs(group), abs(base)), 0.0, away)
 
 
 def is_equal(group: Floats) -> bool:
-    """Whether a group's rewards are all the same, so that it compares nothing."""
+    """Whether a group's rewards are all the same, so that it compares nothing within itself."""
     return bool(group.size == 0 or np.ptp(group) == 0)
 
 

@@ -76,8 +76,9 @@ class RLVRConfig:
         baseline_decay: of the moving average. None: 0.9.
         max_staleness: how many batches the policy may have learned since it sampled a rollout. 1
             lets the next batch be sampled while this one is learned; 0 waits.
-        filter_equal_groups: leave out problems whose rewards are all equal (Yu et al. 2025, arXiv
-            2503.14476).
+        filter_equal_groups: leave out problems that teach nothing, all their advantages being 0:
+            for grpo and rloo those whose rewards are all equal (Yu et al. 2025, arXiv 2503.14476),
+            for reinforce and ppo those whose rewards all equal the baseline.
         max_batches: most batches to sample for one iteration until `prompts` problems are left by
             the filter.
         mask_truncated: learn nothing from completions that max_tokens has cut.

@@ -21,32 +21,6 @@ _TOKENS_PER_CALL = 262_144
 
 
 @dataclass(frozen=True)
-class Selected:
-    """What is left of a batch.
-
-    Attributes:
-        groups: rollouts with rewards, by problem.
-        equal: problems left out since all their rewards are equal.
-    """
-
-    groups: list[list[Rollout]]
-    equal: int
-
-
-def select(rollouts: Sequence[Rollout], config: RLVRConfig) -> Selected:
-    """Leaves out rollouts without reward, and problems that compare nothing."""
-    by_problem: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
-        if rollout.failure is None:
-            by_problem.setdefault(rollout.group, []).append(rollout)
-    groups = list(by_problem.values())
-    if not config.filter_equal_groups:
-        return Selected(groups, 0)
-    kept = [group for group in groups if not is_equal(_rewards(group))]
-    return Selected(kept, len(groups) - len(kept))
-
-
-@dataclass(frozen=True)
 class Item:
     """A rollout and its advantage."""
 
@@ -54,23 +28,63 @@ class Item:
     advantage: float
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What there is to learn from rollouts.
+
+    Attributes:
+        items: what is learned from.
+        problems: how many problems they, and those that `mask_truncated` has left out, are of.
+        equal: problems left out since all their advantages are 0.
+    """
+
+    items: list[Item]
+    problems: int
+    equal: int
+
+
+def grouped(rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    """Those with a reward, by problem."""
+    by_problem: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        if rollout.failure is None:
+            by_problem.setdefault(rollout.group, []).append(rollout)
+    return list(by_problem.values())
+
+
 def judge(
     groups: Sequence[Sequence[Rollout]], config: RLVRConfig, average: MovingAverage
-) -> list[Item]:
-    """Gives every rollout its advantage, and leaves out those that are not to be learned from."""
+) -> Judged:
+    """Gives rollouts their advantages, and leaves out those that are not to be learned from.
+
+    Args:
+        groups: rollouts with rewards, by problem.
+        average: of the baseline of that name; takes these rewards in.
+    """
     rules = config.rules
+    filters = config.filter_equal_groups
+    # Before the scale, so that what compares nothing is no part of a batch's spread.
+    told = list(groups)
+    if filters and rules.compares_in_groups:
+        told = [group for group in groups if not is_equal(_rewards(group))]
     found = advantages(
-        [_rewards(group) for group in groups],
+        [_rewards(group) for group in told],
         config.baseline or rules.baseline,
         config.scale or rules.scale,
         average,
     )
+    kept = [
+        (group, values)
+        for group, values in zip(told, found, strict=True)
+        if values.any() or not filters
+    ]
     items = [
         Item(rollout, float(advantage))
-        for group, values in zip(groups, found, strict=True)
+        for group, values in kept
         for rollout, advantage in zip(group, values, strict=True)
+        if not (config.mask_truncated and rollout.truncated)
     ]
-    return [item for item in items if not (config.mask_truncated and item.rollout.truncated)]
+    return Judged(items, len(kept), len(groups) - len(kept))
 
 
 @dataclass

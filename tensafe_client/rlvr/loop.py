@@ -13,7 +13,7 @@ from tensafe_client.errors import TenSafeError
 from tensafe_client.rlvr import report as reports
 from tensafe_client.rlvr.collecting import CollectedBatch, Collector, PendingBatch, derived
 from tensafe_client.rlvr.config import RLVRConfig
-from tensafe_client.rlvr.learning import Updates, judge, select, submit
+from tensafe_client.rlvr.learning import Judged, Updates, grouped, judge, submit
 from tensafe_client.rlvr.report import Evaluation, IterationReport
 from tensafe_client.rlvr.rollouts import Rollout
 from tensafe_client.rlvr.state import TrainerState
@@ -51,8 +51,7 @@ class _Submitted:
     batches: list[CollectedBatch]
     rollouts: list[Rollout]
     updates: Updates
-    problems: int
-    equal: int
+    judged: Judged
     stale: int
 
 
@@ -110,24 +109,28 @@ class TrainingLoop:
         state, config = self._state, self._config
         batches: list[CollectedBatch] = []
         groups: list[list[Rollout]] = []
-        equal = stale = 0
-        while not batches or (len(groups) < config.prompts and len(batches) < config.max_batches):
+        judged, average = Judged([], 0, 0), state.average
+        stale = 0
+        while not batches or (
+            judged.problems < config.prompts and len(batches) < config.max_batches
+        ):
             batch = self._collect()
             batches.append(batch)
             if state.iteration - batch.sampled_at > config.max_staleness:
                 stale += len(batch.rollouts)
                 continue
-            selected = select(batch.rollouts, config)
-            groups += selected.groups
-            equal += selected.equal
+            # A batch's mean changes with each that joins it: all are judged again.
+            groups += grouped(batch.rollouts)
+            average = dataclasses.replace(state.average)
+            judged = judge(groups, config, average)
         rollouts = [rollout for batch in batches for rollout in batch.rollouts]
         self._check_rewards(rollouts)
-        items = judge(groups, config, state.average)
+        state.average = average
         # What is sampled ahead comes before the updates in the run's order.
         self._send_ahead(config.iterations - state.iteration - 1)
-        updates = submit(self._run, items, config, derived(config.seed, state.iteration))
+        updates = submit(self._run, judged.items, config, derived(config.seed, state.iteration))
         state.iteration += 1
-        return _Submitted(state.iteration, batches, rollouts, updates, len(groups), equal, stale)
+        return _Submitted(state.iteration, batches, rollouts, updates, judged, stale)
 
     def _collect(self) -> CollectedBatch:
         if not self._ahead:
@@ -196,14 +199,15 @@ class TrainingLoop:
         return IterationReport(
             iteration=submitted.iteration,
             step=steps[-1].step if steps else self._run.step,
+            updates=len(steps),
             reward_mean=found.mean,
             reward_std=found.std,
             reward_min=found.least,
             reward_max=found.most,
             pass_rate=found.pass_rate,
             parts=found.parts,
-            problems=submitted.problems,
-            equal_problems=submitted.equal,
+            problems=submitted.judged.problems,
+            equal_problems=submitted.judged.equal,
             stale_rollouts=submitted.stale,
             failed_rewards=reports.failures(rollouts),
             response_tokens=sum(lengths) / max(1, len(lengths)),

@@ -35,12 +35,14 @@ class IterationReport:
     Attributes:
         iteration: from 1.
         step: applied updates of the run after it.
+        updates: made in it; 0 if nothing was left to learn from.
         reward_mean, reward_std, reward_min, reward_max: over all rollouts with a reward; NaN
             without one.
         pass_rate: share of the rollouts that solved their problem.
         parts: means of what rewards report beside.
         problems: that were learned from.
-        equal_problems: that were left out since all their rewards are equal.
+        equal_problems: that were left out since all their advantages are 0, as where all of a
+            group's rewards are equal (`filter_equal_groups`).
         stale_rollouts: that were left out since the policy has learned too much since.
         failed_rewards: rollouts without a reward, by kind: "error", "timeout", "crash".
         response_tokens: mean length of what the policy wrote, tokens.
@@ -59,6 +61,7 @@ class IterationReport:
 
     iteration: int
     step: int
+    updates: int
     reward_mean: float
     reward_std: float
     reward_min: float

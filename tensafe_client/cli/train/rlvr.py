@@ -249,12 +249,19 @@ class _Printer:
             print_line({"event": "iteration", **told})
             return
         failed = sum(report.failed_rewards.values())
+        seen = report.problems + report.equal_problems
         click.echo(
             f"iteration {report.iteration}/{self._iterations}  "
             f"reward {report.reward_mean:.3f} ± {report.reward_std:.3f}  "
             f"passed {report.pass_rate:.2f}  length {report.response_tokens:.1f}  "
             f"entropy {report.entropy:.2f}  {report.tokens_per_second:.0f} tokens/s"
             + (f"  {failed} rewards failed" if failed else "")
+            + (
+                f"  {report.equal_problems} of {seen} problems dropped as equal"
+                if report.equal_problems
+                else ""
+            )
+            + ("" if report.updates else "  no update: nothing to learn from")
         )
 
     def evaluation(self, iteration: int, evaluation: Evaluation) -> None:

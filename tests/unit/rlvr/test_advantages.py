@@ -83,13 +83,23 @@ def test_a_constant_on_all_rewards_changes_nothing(groups, baseline, scale, cons
     np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-3)
 
 
-def test_equal_groups_and_lone_rewards_teach_nothing():
+def test_lone_rewards_teach_nothing_where_groups_are_compared():
     assert is_equal(np.array([0.2, 0.2]))
     assert is_equal(np.array([]))
     assert not is_equal(np.array([0.2, 1.0]))
     lone = advantages([np.array([3.0])], "group_others", "none", fresh())[0]
     np.testing.assert_array_equal(lone, [0.0])
     assert [len(part) for part in advantages([np.array([])], "group_mean", "group", fresh())] == [0]
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "group_others", "batch_mean", "moving_average"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_are_nothing_at_all_away_from_their_mean(baseline, scale):
+    """The mean of equal floats is rounded; a division by their spread would blow that up."""
+    average = fresh()
+    for _ in range(5):
+        for found in advantages([np.full(7, 0.1), np.full(3, 0.1)], baseline, scale, average):
+            assert not found.any()
 
 
 def test_token_weights_make_the_means():

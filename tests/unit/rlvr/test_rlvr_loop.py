@@ -203,6 +203,54 @@ def test_an_iteration_without_anything_to_learn_makes_no_update():
     assert [np.isnan(report.grad_norm) for report in result.reports] == [True, True]
 
 
+@pytest.mark.parametrize("algorithm", ["reinforce", "ppo"])
+@pytest.mark.parametrize("baseline", ["batch_mean", "moving_average", "none"])
+def test_a_group_of_one_is_learned_from_where_nothing_is_compared_within_it(algorithm, baseline):
+    run, _, result = trained(
+        lambda problem: [1.0 + problem % 2],
+        algorithm=algorithm,
+        baseline=baseline,
+        group_size=1,
+        iterations=2,
+    )
+    assert learned_problems(run) == [[0, 1], [2, 3]]
+    assert all(datum.inputs["advantages"].any() for update in run.learned for datum in update)
+    assert [report.equal_problems for report in result.reports] == [0, 0]
+    assert [report.updates for report in result.reports] == [1, 1]
+
+
+def test_only_problems_at_the_baseline_itself_are_dropped_where_it_is_the_batchs():
+    """Rewards 0, 1 and ½ on average: the problem at ½ teaches nothing, the equal others do."""
+    rewards = {0: [0.0, 0.0], 1: [1.0, 1.0], 2: [0.5, 0.5]}
+    run, _, result = trained(
+        lambda problem: rewards[problem % 3], algorithm="reinforce", prompts=3, iterations=1
+    )
+    assert learned_problems(run) == [[0, 1]]
+    found = {int(one.tokens[0]): one.inputs["advantages"][-1] for one in run.learned[0]}
+    assert found == {0: -0.5, 1: 0.5}
+    assert (result.reports[0].problems, result.reports[0].equal_problems) == (2, 1)
+    # Batches that join the first are judged with it: by themselves, both would teach nothing.
+    run, _, result = trained(
+        lambda problem: [float(problem < 2)] * 2,
+        algorithm="reinforce",
+        max_batches=2,
+        max_staleness=0,
+        iterations=1,
+    )
+    assert learned_problems(run) == [[0, 1, 2, 3]]
+
+
+def test_the_average_takes_in_what_is_dropped_too():
+    run, _, result = trained(
+        lambda problem: [1.0, 1.0] if problem < 2 else [3.0, 3.0],
+        algorithm="reinforce",
+        baseline="moving_average",
+        iterations=2,
+    )
+    assert [report.updates for report in result.reports] == [0, 1]
+    assert {float(one.inputs["advantages"][-1]) for one in run.learned[0]} == {2.0}
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     most=st.integers(0, 3),
