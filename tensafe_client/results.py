@@ -28,12 +28,15 @@ class ForwardResult:
         outputs: outputs by name, one array for each datum: [T_b], one number for each token, or
             [1] where the loss defines one for each datum. A handle rebuilt with `client.future`
             does not know the batch: there each per-token list has one array for all datums.
+        reductions: how a metric of several calls is made of theirs, by its name: "sum", "mean"
+            (weighted by `scored_tokens`), "min", "max" or "last".
     """
 
     loss: float
     tokens_processed: int
     metrics: Mapping[str, float] = field(repr=False)
     outputs: Mapping[str, list[Array]] = field(repr=False)
+    reductions: Mapping[str, str] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def logprobs(self) -> list[Array]:
@@ -224,6 +227,7 @@ def _forward(message: operations_pb2.ForwardResult, offsets: Array | None) -> Fo
         tokens_processed=int(metrics.get("tokens", 0)),
         metrics=metrics,
         outputs=_outputs(message, offsets),
+        reductions=_reductions(message),
     )
 
 
@@ -236,6 +240,7 @@ def _forward_backward(
         tokens_processed=int(metrics.get("tokens", 0)),
         metrics=metrics,
         outputs=_outputs(message, offsets),
+        reductions=_reductions(message),
         grad_norm=metrics.get("grad_norm", float("nan")),
     )
 
@@ -284,6 +289,14 @@ def _metrics(
     message: operations_pb2.ForwardResult | operations_pb2.ForwardBackwardResult,
 ) -> dict[str, float]:
     return {metric.name: metric.value for metric in message.metrics}
+
+
+def _reductions(
+    message: operations_pb2.ForwardResult | operations_pb2.ForwardBackwardResult,
+) -> dict[str, str]:
+    return {
+        metric.name: enum_name(types_pb2.Reduction, metric.reduction) for metric in message.metrics
+    }
 
 
 def _outputs(

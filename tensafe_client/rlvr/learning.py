@@ -89,9 +89,9 @@ def judge(
 
 @dataclass
 class Updates:
-    """Updates that were submitted."""
+    """Updates that were submitted: the calls of each, and its step."""
 
-    passes: list[OperationFuture[ForwardBackwardResult]] = field(default_factory=list)
+    passes: list[list[OperationFuture[ForwardBackwardResult]]] = field(default_factory=list)
     steps: list[OperationFuture[OptimStepResult]] = field(default_factory=list)
 
 
@@ -121,12 +121,14 @@ def _update(
         item.rollout.datum(item.advantage, weight)
         for item, weight in zip(items, weights, strict=True)
     ]
-    for part in _calls(datums):
-        updates.passes.append(
+    updates.passes.append(
+        [
             run.forward_backward(
                 part, loss_fn=config.rules.loss, loss_config=config.loss_config(), reduction="sum"
             )
-        )
+            for part in _calls(datums)
+        ]
+    )
     updates.steps.append(
         run.optim_step(learning_rate=config.learning_rate, grad_clip_norm=config.grad_clip_norm)
     )

@@ -188,7 +188,8 @@ class TrainingLoop:
 
     def _report(self, submitted: _Submitted) -> IterationReport:
         begin = time.perf_counter()
-        passes = [future.result() for future in submitted.updates.passes]
+        updates = [[call.result() for call in calls] for calls in submitted.updates.passes]
+        passes = [result for results in updates for result in results]
         steps = [future.result() for future in submitted.updates.steps]
         now = time.perf_counter()
         since, self._since = self._since, now
@@ -214,7 +215,7 @@ class TrainingLoop:
             truncated=sum(one.truncated for one in rollouts) / max(1, len(rollouts)),
             entropy=reports.entropy(rollouts),
             metrics=reports.loss_metrics(passes),
-            loss=passes[-1].loss if passes else float("nan"),
+            loss=reports.last_loss(updates),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             sampled_tokens=sum(lengths),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,10 +48,11 @@ class IterationReport:
         failed_rewards: rollouts without a reward, by kind: "error", "timeout", "crash".
         response_tokens: mean length of what the policy wrote, tokens.
         truncated: share of the rollouts that `max_tokens` or the context has cut.
-        entropy: estimate for the sampling policy: mean of −log p of what it wrote, nats.
-        metrics: of the losses, by name (`clip_fraction`, `approx_kl`, `kl`, …): means over the
-            updates.
-        loss: of the last update.
+        entropy: mean of −log p of what was written, nats, p being the model's own at temperature 1
+            and unfiltered, whatever was sampled with. Only then it estimates the policy's entropy.
+        metrics: of the losses, by name (`clip_fraction`, `ratio_max`, `kl`, …), over all updates:
+            sum, mean over the scored tokens, least or greatest, as the loss declares each.
+        loss: of the last update, all its calls together.
         grad_norm: of the last update, before clipping; NaN if there was no update.
         learning_rate: of the last update.
         sampled_tokens, learned_tokens: how many.
@@ -147,25 +149,41 @@ def failures(rollouts: Sequence[Rollout]) -> dict[str, int]:
 
 
 def entropy(rollouts: Sequence[Rollout]) -> float:
-    """Mean of −log p of the tokens that were written; NaN without any."""
+    """Mean of −log p of the tokens that were written, by the model's own; NaN without any."""
     total = sum(sum(one.logprobs) for one in rollouts)
     count = sum(one.length for one in rollouts)
     return -total / count if count else float("nan")
 
 
 _COUNTS = frozenset({"loss", "grad_norm", "tokens", "scored_tokens"})
+_COMBINE: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "sum": math.fsum,
+    "min": min,
+    "max": max,
+    "last": lambda values: values[-1],
+}
 
 
 def loss_metrics(results: Sequence[ForwardBackwardResult]) -> dict[str, float]:
-    """Means of what the losses report, each call weighted by its scored tokens."""
+    """What the losses report, combined over the calls as each metric's reduction says."""
     names = sorted({name for one in results for name in one.metrics} - _COUNTS)
-    means = {}
-    for name in names:
-        having = [one for one in results if name in one.metrics]
-        weights = [one.metrics.get("scored_tokens", 1.0) for one in having]
-        values = [one.metrics[name] for one in having]
-        means[name] = float(np.average(values, weights=weights if sum(weights) else None))
-    return means
+    return {
+        name: _combined(name, [one for one in results if name in one.metrics]) for name in names
+    }
+
+
+def _combined(name: str, results: Sequence[ForwardBackwardResult]) -> float:
+    values = [one.metrics[name] for one in results]
+    how = results[-1].reductions.get(name, "mean")
+    if how in _COMBINE:
+        return float(_COMBINE[how](values))
+    weights = [one.metrics.get("scored_tokens", 1.0) for one in results]
+    return float(np.average(values, weights=weights if sum(weights) else None))
+
+
+def last_loss(updates: Sequence[Sequence[ForwardBackwardResult]]) -> float:
+    """The loss of the newest update: a sum over its calls, as their reduction is; NaN without."""
+    return math.fsum(call.loss for call in updates[-1]) if updates else float("nan")
 
 
 def last_update(steps: Sequence[OptimStepResult]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_client import Datum
-from tensafe_client.rlvr import IterationReport, Problem, RewardsFailedError
+from tensafe_client.rlvr import IterationReport, Problem, RewardsFailedError, learning
 from tensafe_client.rlvr.collecting import CollectedBatch
 from tensafe_client.rlvr.config import RLVRConfig
 from tensafe_client.rlvr.loop import RLVRResult, TrainingLoop
@@ -41,7 +41,7 @@ class Passed:
     loss: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     tokens_processed: int = 1
-    scored_tokens: int = 1
+    reductions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Run:
     def forward_backward(self, batch: Sequence[Datum], **options: Any) -> Done:
         assert options["reduction"] == "sum"
         self._open += batch
-        return Done(Passed())
+        return Done(Passed(loss=len(batch)))
 
     def optim_step(self, **options: Any) -> Done:
         self.learned.append(self._open)
@@ -123,7 +123,7 @@ class Collector:
                 if reward is None:
                     rollout.failure = Failure("error", "no verdict")
                 else:
-                    rollout.score(reward, {})
+                    rollout.score(reward)
                 rollouts.append(rollout)
         return CollectedBatch(begun.sampled_at, rollouts)
 
@@ -289,6 +289,16 @@ def test_every_epoch_and_minibatch_is_an_update_by_the_numbers_that_were_sampled
             assert (datum.weights != 0).tolist() == [False, True, True]
     orders = [[int(datum.tokens[0]) for datum in update] for update in run.learned]
     assert orders[0:2] != orders[2:4]
+
+
+def test_an_update_of_several_calls_reports_as_of_one(monkeypatch):
+    rewards = [0.0, 1.0, 0.5, 0.0]
+    monkeypatch.setattr(learning, "_TOKENS_PER_CALL", 10)
+    _, _, result = trained(
+        lambda _: rewards, group_size=4, inner_epochs=2, minibatches=2, iterations=1
+    )
+    assert result.reports[0].updates == 4
+    assert result.reports[0].loss == 4  # datums of the last one, in two calls
 
 
 def test_failed_rewards_are_counted_left_out_and_bounded():
