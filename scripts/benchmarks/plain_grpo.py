@@ -94,7 +94,7 @@ class PlainGrpo:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
             reply = self._environment.reply(rollout.problem, [text])
             assert not isinstance(reply.reward, float | int)
-            rollout.score(reply.reward["reward"], {"correct": reply.reward["correct"]})
+            rollout.score(reply.reward)
             rollouts.append(rollout)
         size = recipe.group_size
         rewards = [

@@ -13,7 +13,6 @@ from tensafe_client.data.datum import token_array
 from tensafe_client.errors import ConfigError
 from tensafe_client.futures import OperationFuture
 from tensafe_client.rlvr.environments import Environment, Prompt
-from tensafe_client.rlvr.rewards.weighted import total
 from tensafe_client.rlvr.rollouts import Rollout
 from tensafe_client.rlvr.scoring import Failure, ScoringPool
 from tensafe_client.samples import SampleResult
@@ -130,10 +129,7 @@ class Collector:
             if isinstance(reply, Failure):
                 rollout.failure = reply
                 continue
-            parts = reply.reward if not isinstance(reply.reward, float | int) else {}
-            rollout.score(
-                total(reply.reward), {name: parts[name] for name in parts if name != "reward"}
-            )
+            rollout.score(reply.reward)
             if reply.then is not None and not last and not rollout.truncated:
                 rollout.read(self._tokens_of(reply.then))
                 if self._fits(rollout.tokens):

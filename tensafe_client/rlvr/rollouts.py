@@ -68,11 +68,12 @@ class Rollout:
         self.written += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
 
-    def score(self, reward: float, parts: Mapping[str, float]) -> None:
-        """Adds a turn's reward."""
-        self.reward = (self.reward or 0.0) + reward
+    def score(self, reward: float | Mapping[str, float]) -> None:
+        """Adds a turn's reward, and its parts."""
+        parts = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
+        self.reward = (self.reward or 0.0) + parts.pop("reward")
         for name, value in parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + float(value)
+            self.parts[name] = self.parts.get(name, 0.0) + value
 
     def datum(self, advantage: float, weight: float) -> Datum:
         """What a policy loss learns from: each written token with its advantage and weight."""

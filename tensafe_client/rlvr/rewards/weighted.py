@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tensafe_client.errors import ConfigError
+from tensafe_client.rlvr.rewards.outcomes import total
 from tensafe_client.rlvr.rewards.registry import RewardFunction, register_reward, reward
 
 
@@ -50,17 +50,3 @@ def weighted_sum(parts: Mapping[str, Mapping[str, Any]]) -> WeightedSum:
         weight = float(rest.pop("weight", 1.0))
         made[name] = (weight, reward(name, **rest))
     return WeightedSum(made)
-
-
-def total(outcome: float | Mapping[str, float]) -> float:
-    """The reward itself, of a reward function's outcome.
-
-    Raises:
-        TypeError, ValueError: if it is none: not a number, or not finite.
-    """
-    value = outcome.get("reward") if isinstance(outcome, Mapping) else outcome
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"a reward must be a number, or a dict with 'reward'; got {outcome!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"a reward must be finite, got {value}")
-    return float(value)

@@ -8,7 +8,8 @@ import sys
 import threading
 from typing import Any
 
-from tensafe_client.rlvr.rewards.weighted import total
+from tensafe_client.rlvr.environments import Reply
+from tensafe_client.rlvr.rewards.outcomes import plain
 from tensafe_client.rlvr.scoring.pipes import PipeClosedError, Pipes, packed
 from tensafe_client.rlvr.scoring.pool import Failure
 
@@ -42,11 +43,18 @@ def _answer(environment: Any, request: Any) -> bytes:
     try:
         if isinstance(request, Failure):
             return packed(request)
-        reply = environment.reply(*request)
-        total(reply.reward)
-        return packed(reply)
+        return packed(_checked(environment.reply(*request)))
     except Exception as error:
         return packed(_failure(error))
+
+
+def _checked(reply: Any) -> Reply:
+    """With plain numbers: what the trainer reads cannot end it."""
+    if not isinstance(reply, Reply):
+        raise TypeError(f"an environment's reply must be a Reply, got {reply!r}")
+    if reply.then is not None and not isinstance(reply.then, str):
+        raise TypeError(f"a Reply's then must be text or None, got {reply.then!r}")
+    return Reply(plain(reply.reward), reply.then)
 
 
 def _failure(error: BaseException) -> Failure:

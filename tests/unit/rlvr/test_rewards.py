@@ -7,7 +7,7 @@ import pytest
 
 from tensafe_client import ConfigError
 from tensafe_client.rlvr import rewards
-from tensafe_client.rlvr.rewards.weighted import total
+from tensafe_client.rlvr.rewards.outcomes import plain, total
 
 ANSWER_7 = {"answer": "7"}
 TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
@@ -121,3 +121,33 @@ def test_only_finite_numbers_are_rewards():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             total(bad)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.int64(1), 1.0),
+        ({"reward": np.float32(1), "right": np.bool_(True), "n": np.int8(3), "b": False},) * 2,
+        ({"reward": 1}, {"reward": 1.0}),
+    ],
+)
+def test_numbers_of_every_kind_become_plain_ones(outcome, expected):
+    found = plain(outcome)
+    assert found == expected
+    values = found.values() if isinstance(found, dict) else [found]
+    assert {type(value) for value in values} == {float}
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "says"),
+    [
+        ({"x": "str"}, TypeError, "part 'x' must be a number, got 'str'"),
+        ({"x": None}, TypeError, "part 'x' must be a number, got None"),
+        ({"x": float("nan")}, ValueError, "part 'x' must be finite, got nan"),
+        ({3: 1.0}, TypeError, "names for keys, got 3"),
+    ],
+)
+def test_a_part_that_is_no_number_is_named(parts, error, says):
+    with pytest.raises(error, match=says):
+        plain({"reward": 1.0, **parts})

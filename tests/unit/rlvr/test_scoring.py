@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tensafe_client import ConfigError
@@ -37,6 +38,16 @@ class Misbehaving:
             print("this is not an answer")
         if said == "nan":
             return Reply(float("nan"))
+        if said == "numpy":
+            return Reply({"reward": np.float32(0.5), "right": np.int64(1)})
+        if said == "words":
+            return Reply({"reward": 1, "x": "str"})
+        if said == "none":
+            return Reply({"reward": 1, "x": None})
+        if said == "number":
+            return 1.0  # type: ignore[return-value]
+        if said == "then":
+            return Reply(1.0, then=5)  # type: ignore[arg-type]
         if said == "pid":
             return Reply(float(os.getpid()))
         return Reply({"reward": len(said), "turns": len(completions)}, then="go on")
@@ -57,6 +68,10 @@ def test_replies_come_as_the_environment_gives_them():
     [
         ("raise", "error", "RuntimeError: no idea"),
         ("nan", "error", "ValueError: a reward must be finite, got nan"),
+        ("words", "error", "TypeError: the reward's part 'x' must be a number, got 'str'"),
+        ("none", "error", "TypeError: the reward's part 'x' must be a number, got None"),
+        ("number", "error", "TypeError: an environment's reply must be a Reply, got 1.0"),
+        ("then", "error", "TypeError: a Reply's then must be text or None, got 5"),
         ("hang", "timeout", "no reward within 2 s"),
         ("die", "crash", "the process that computed it ended"),
     ],
@@ -65,6 +80,15 @@ def test_a_reward_that_fails_is_told_and_the_next_one_comes(said, kind, message)
     with ScoringPool(Misbehaving(), processes=1, timeout_s=2) as pool:
         assert pool.submit(Problem("p"), [said]).result() == Failure(kind, message)
         assert isinstance(pool.submit(Problem("p"), ["fine"]).result(), Reply)
+
+
+def test_numpys_numbers_come_as_plain_ones():
+    with ScoringPool(Misbehaving(), processes=1) as pool:
+        reply = pool.submit(Problem("p"), ["numpy"]).result()
+    assert isinstance(reply, Reply)
+    assert isinstance(reply.reward, dict)
+    assert reply.reward == {"reward": 0.5, "right": 1.0}
+    assert {type(value) for value in reply.reward.values()} == {float}
 
 
 def test_functions_of_a_script_and_lambdas_go_too():
