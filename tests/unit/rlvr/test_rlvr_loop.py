@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_run import Done, Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tensafe_client import Datum
 from tensafe_client.rlvr import IterationReport, Problem, RewardsFailedError, learning
 from tensafe_client.rlvr.collecting import CollectedBatch
 from tensafe_client.rlvr.config import RLVRConfig
@@ -21,69 +20,6 @@ from tensafe_client.rlvr.loop import RLVRResult, TrainingLoop
 from tensafe_client.rlvr.rollouts import Rollout
 from tensafe_client.rlvr.scoring import Failure
 from tensafe_client.rlvr.state import TrainerState
-
-
-@dataclass
-class Done:
-    """A future that has ended."""
-
-    value: Any
-
-    def result(self) -> Any:
-        return self.value
-
-    def cancel(self) -> bool:
-        return True
-
-
-@dataclass
-class Passed:
-    loss: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    tokens_processed: int = 1
-    reductions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Stepped:
-    step: int
-    grad_norm: float = 1.0
-    learning_rate: float = 0.1
-    applied: bool = True
-
-
-@dataclass
-class Saved:
-    artifact_id: str
-
-
-@dataclass
-class Run:
-    """Notes each call, and what update it belongs to."""
-
-    log: list[str] = field(default_factory=list)
-    learned: list[list[Datum]] = field(default_factory=list)
-    step: int = 0
-    run_id: str = "run-1"
-    metadata: dict[str, Any] = field(default_factory=dict)
-    _open: list[Datum] = field(default_factory=list)
-
-    def forward_backward(self, batch: Sequence[Datum], **options: Any) -> Done:
-        assert options["reduction"] == "sum"
-        self._open += batch
-        return Done(Passed(loss=len(batch)))
-
-    def optim_step(self, **options: Any) -> Done:
-        self.learned.append(self._open)
-        self._open = []
-        self.step += 1
-        self.log.append(f"update {self.step}")
-        return Done(Stepped(self.step))
-
-    def save_state(self, **options: Any) -> Saved:
-        self.log.append("save")
-        self.metadata = json.loads(json.dumps(options["metadata"]))
-        return Saved(f"art-{self.step}")
 
 
 @dataclass
