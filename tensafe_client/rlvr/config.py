@@ -28,7 +28,6 @@ _COUNTS_FROM_1 = (
 )
 _NUMBERS = {
     "temperature": (0.0, math.inf),
-    "top_p": (0.0, 1.0),
     "max_failed_rewards": (0.0, 1.0),
     "eval_temperature": (0.0, math.inf),
     "pass_reward": (-math.inf, math.inf),
@@ -54,7 +53,9 @@ class RLVRConfig:
         prompts: problems of one batch.
         group_size: completions of each problem.
         max_tokens: longest completion of one turn, tokens.
-        max_turns: most turns of one episode.
+        max_turns: most turns of one episode. It ends sooner where the environment says nothing
+            more, and after a turn that `max_tokens` has cut, whatever a reply's `then` says; such
+            episodes count as truncated.
         temperature, top_p, top_k: how rollouts are sampled. Importance ratios are of the model's
             own log-probabilities, whatever these are.
         stop: texts or token ids that end a completion. None: the model's end token.
@@ -145,6 +146,8 @@ class RLVRConfig:
         for name, (low, high) in _OPTIONAL.items():
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
+        if not 0 < check_number("top_p", self.top_p) <= 1:
+            raise ConfigError.of("top_p", f"must be above 0, and at most 1, got {self.top_p!r}")
         check_seconds("reward_timeout_s", self.reward_timeout_s)
         for name in ("filter_equal_groups", "mask_truncated"):
             check_bool(name, getattr(self, name))

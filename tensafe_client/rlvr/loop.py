@@ -163,7 +163,7 @@ class TrainingLoop:
         state.next_batch += 1
 
     def _drop_what_was_sent_ahead(self) -> None:
-        """After a stop: those problems come first when the training goes on."""
+        """After a stop: those problems come first when the training goes on, sampled anew."""
         self._state.next_batch -= len(self._ahead)
         while self._ahead:
             self._ahead.pop().first_turn.cancel()

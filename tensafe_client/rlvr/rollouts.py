@@ -25,7 +25,7 @@ class Rollout:
         logprobs: for each token, the model's own log-probability when it was written; 0 elsewhere.
         completions: the text of each turn.
         version: fewest applied updates that the weights of a turn had.
-        truncated: whether `max_tokens` cut a turn.
+        truncated: whether `max_tokens` cut a turn, which ends the episode, or the context did.
         reward: sum over the turns; None until it is known.
         parts: what rewards report beside, by name; summed over the turns.
         failure: why there is no reward.

@@ -27,8 +27,11 @@ class RLVRTrainer:
         RLVRTrainer(tc, Task(ChainSum()), {"iterations": 20, "max_tokens": 4}).run()
 
     The next batch is sampled while this one is learned (`max_staleness`): both are sent ahead, and
-    the worker does them together. At a checkpoint nothing is sent ahead, so that a training that
-    goes on from it is the one that was never interrupted, to the bit if the run is `deterministic`.
+    the worker does them together. At a checkpoint of `checkpoint_every` nothing is sent ahead, so
+    that a training that goes on from it is the one that was never interrupted, to the bit if the
+    run is `deterministic`. One that goes on from elsewhere (a stop, `iterations` raised later) has
+    the same problems, and draws their completions anew from newer weights where they would have
+    been sampled ahead; with `max_staleness=0` nothing ever is.
 
     Args:
         run: the run; its configuration must have no gradient accumulation of its own.

@@ -28,6 +28,7 @@ def test_the_samples_run_as_written(
     names: dict[str, Any] = {}
     for sample in SAMPLES:
         exec(compile(sample.replace("smollm2-135m", "tiny"), "sample", "exec"), names)
+    assert names["report"].parts["turns"] > 1, "no episode had a second turn"
     printed = capsys.readouterr().out
     assert "20: reward" in printed
     assert "art-" in printed

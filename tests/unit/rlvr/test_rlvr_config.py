@@ -22,6 +22,8 @@ WRONG = [
     ("temperature", {"temperature": math.nan}),
     ("temperature", {"temperature": math.inf}),
     ("top_p", {"top_p": 1.1}),
+    ("top_p", {"top_p": 0.0}),
+    ("top_p", {"top_p": math.nan}),
     ("kl_coef", {"kl_coef": -0.1}),
     ("clip_low", {"clip_low": 1.1}),
     ("clip_high", {"clip_high": 0.9}),

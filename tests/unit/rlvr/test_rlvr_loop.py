@@ -258,22 +258,33 @@ def test_a_stop_gives_back_what_was_sampled_ahead():
     assert len(result.reports) == run.step < 9
 
 
+def numbers(run: Run) -> list[list[tuple[Any, ...]]]:
+    return [
+        [(*datum.tokens, *datum.inputs["advantages"], *datum.weights) for datum in update]
+        for update in run.learned
+    ]
+
+
 @pytest.mark.parametrize("baseline", ["moving_average", "batch_mean"])
-def test_what_a_checkpoint_remembers_is_all_that_the_rest_depends_on(baseline: str):
+@pytest.mark.parametrize("exact", [{"checkpoint_every": 2}, {"max_staleness": 0}])
+def test_what_a_checkpoint_remembers_is_all_that_the_rest_depends_on(baseline: str, exact: Any):
     def rewards(problem: int) -> list[float | None]:
         return [problem / 7, 1.0 - problem % 3]
 
-    config = {"algorithm": "reinforce", "baseline": baseline, "checkpoint_every": 2}
-    whole, _, _ = trained(rewards, iterations=6, **config)
-    begun, _, _ = trained(rewards, iterations=4, **config)
-    rest, _, result = trained(rewards, iterations=6, saved=begun.metadata, **config)
+    config = {"algorithm": "reinforce", "baseline": baseline, **exact}
+    whole, sampled, _ = trained(rewards, iterations=6, **config)
+    begun, before, _ = trained(rewards, iterations=4, **config)
+    rest, after, result = trained(rewards, iterations=6, saved=begun.metadata, **config)
     assert [report.iteration for report in result.reports] == [5, 6]
-
-    def numbers(run: Run) -> list[list[tuple[Any, ...]]]:
-        return [
-            [(*datum.tokens, *datum.inputs["advantages"], *datum.weights) for datum in update]
-            for update in run.learned
-        ]
-
     assert numbers(begun) + numbers(rest) == numbers(whole)
+    assert before.stalenesses + after.stalenesses == sampled.stalenesses
     assert rest.metadata["rlvr"]["average"] == whole.metadata["rlvr"]["average"]
+
+
+def test_elsewhere_the_problems_are_the_same_and_their_completions_are_drawn_anew():
+    _, sampled, _ = trained(iterations=6)
+    begun, before, _ = trained(iterations=4)
+    _, after, _ = trained(iterations=6, saved=begun.metadata)
+    assert before.problems + after.problems == sampled.problems
+    assert (before.stalenesses, after.stalenesses) == ([0, 1, 1, 1], [0, 1])
+    assert sampled.stalenesses == [0, 1, 1, 1, 1, 1]

@@ -26,6 +26,20 @@ class Parity:
         return Reply(float(int(completions[-1]) % 2))
 
 
+class Insisting(Parity):
+    """Always goes on."""
+
+    def reply(self, problem: Problem, completions: Sequence[str]) -> Reply:
+        return Reply({"reward": float(int(completions[-1]) % 2), "turns": 1}, then="again")
+
+
+class Letters:
+    """A tokenizer of one token for each letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
 @pytest.fixture(autouse=True)
 def _a_model_of_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
     model = SimpleNamespace(context_length=0)
@@ -114,3 +128,22 @@ def test_the_constant_aggregate_divides_by_the_longest_episode():
     (update,) = trained(aggregate="constant", max_turns=3).learned
     for datum in update:
         np.testing.assert_allclose(datum.weights, np.asarray([0, 1, 1]) / (8 * 5 * 3), rtol=1e-6)
+
+
+def test_an_episode_ends_after_a_turn_that_was_cut():
+    """Of the first turn's 8 completions, 3 are cut; the other 5 are asked again, once."""
+    run = Run()
+    (report,) = (
+        RLVRTrainer(
+            run,  # type: ignore[arg-type]
+            Insisting(),
+            {**SHORT, "max_turns": 2},
+            tokenizer=Letters(),  # type: ignore[arg-type]
+        )
+        .run()
+        .reports
+    )
+    assert len(run.samples) == 8 + 5
+    assert report.parts["turns"] == (8 + 5) / 8
+    cut = sum(sample.finish_reason == "length" for sample in run.samples)
+    assert report.truncated == cut / 8
