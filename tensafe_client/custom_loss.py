@@ -27,6 +27,7 @@ from tensafe_client.results import ForwardBackwardResult
 
 LossFunction = Callable[["Logprobs"], Any]
 _TAGS_BYTES = 64
+_OF_THE_SERVICE = frozenset({"loss", "grad_norm", "tokens", "scored_tokens"})
 
 
 class Logprobs(Sequence[Array]):
@@ -163,6 +164,11 @@ def _checked(loss: Any, gradients: list[Array], metrics: Any) -> LossValue:
             )
     if not isinstance(metrics, Mapping):
         raise InvalidArgumentError.of("fn", f"returned metrics that are no dict: {metrics!r}")
+    for name in metrics:
+        if str(name) in _OF_THE_SERVICE:
+            raise InvalidArgumentError.of(
+                "fn", f"returned a metric named {name!r}, which the service reports; rename it"
+            )
     numbers = {
         str(name): check_number(f"fn's metric {name}", one.item() if hasattr(one, "item") else one)
         for name, one in metrics.items()

@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from decimal import Decimal, DecimalException
 from typing import Any
 
+from tensafe_client.checks import (
+    check_bool,
+    check_count,
+    check_number,
+    check_string,
+    check_strings,
+)
 from tensafe_client.errors import ConfigError, MissingExtraError
 from tensafe_client.rlvr.rewards.registry import register_reward
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_DECIMAL = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = re.compile(rf"({_DECIMAL})(?: ?/ ?(\d[\d,]*))?")
 
 
 def expected(meta: Mapping[str, Any]) -> str:
@@ -27,12 +35,20 @@ def expected(meta: Mapping[str, Any]) -> str:
     return str(meta["answer"])
 
 
+def _check_finite(field: str, value: object) -> None:
+    if not math.isfinite(check_number(field, value)):
+        raise ConfigError.of(field, f"must be finite, got {value!r}")
+
+
 @register_reward("exact_match")
 @dataclass(frozen=True)
 class ExactMatch:
     """1 if the completion is the answer, white space around it aside."""
 
     ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        check_bool("ignore_case", self.ignore_case)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         given, answer = completion.strip(), expected(meta).strip()
@@ -45,22 +61,42 @@ class ExactMatch:
 @dataclass(frozen=True)
 class NumericMatch:
     """1 if the completion's last number is the answer within `tolerance`, else `any_number` if it
-    has a number at all."""
+    has a number at all. A number may be a fraction of integers, such as 1/2."""
 
     tolerance: float = 0.0
     any_number: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= check_number("tolerance", self.tolerance) < math.inf:
+            raise ConfigError.of("tolerance", f"must be 0 or more, and finite: {self.tolerance!r}")
+        _check_finite("any_number", self.any_number)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         found = _NUMBER.findall(completion)
         if not found:
             return 0.0
-        # As decimals: 0.1 + 0.2 and 0.3 differ as floats.
-        answer = Decimal(expected(meta).strip().replace(",", ""))
+        answer = expected(meta).strip()
+        told = _NUMBER.fullmatch(answer)
+        if told is None:
+            raise ValueError(f"the problem's answer {answer!r} is no number")
         try:
-            away = abs(Decimal(found[-1].replace(",", "")) - answer)
+            right = _is_near(_parts(*found[-1]), _parts(*told.groups()), self.tolerance)
         except DecimalException:  # 1e999999999: wrong, and no failure of the reward
-            return self.any_number
-        return 1.0 if away <= Decimal(str(self.tolerance)) else self.any_number
+            right = False
+        return 1.0 if right else self.any_number
+
+
+def _parts(numerator: str, denominator: str | None) -> tuple[Decimal, Decimal]:
+    """As decimals: 0.1 + 0.2 and 0.3 differ as floats."""
+    return Decimal(numerator.replace(",", "")), Decimal((denominator or "1").replace(",", ""))
+
+
+def _is_near(
+    one: tuple[Decimal, Decimal], other: tuple[Decimal, Decimal], tolerance: float
+) -> bool:
+    """Whether |a / b − c / d| ≤ tolerance, without dividing; what has a divisor of 0 is not."""
+    (a, b), (c, d) = one, other
+    return bool(b and d) and abs(a * d - c * b) <= Decimal(str(tolerance)) * b * d
 
 
 @register_reward("regex")
@@ -74,9 +110,15 @@ class RegexMatch:
 
     def __post_init__(self) -> None:
         try:
-            compiled = re.compile(self.pattern, re.DOTALL)
+            compiled = re.compile(check_string("pattern", self.pattern), re.DOTALL)
         except re.error as error:
             raise ConfigError.of("pattern", f"is no regular expression: {error}") from error
+        if isinstance(self.group, str):
+            known = self.group in compiled.groupindex
+        else:
+            known = self.group is None or check_count("group", self.group) <= compiled.groups
+        if not known:
+            raise ConfigError.of("group", f"{self.group!r} is none of the pattern's groups")
         object.__setattr__(self, "_compiled", compiled)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
@@ -103,6 +145,7 @@ class JsonSchema:
             validator_for(self.schema).check_schema(self.schema)
         except Exception as error:
             raise ConfigError.of("schema", f"is no JSON schema: {error}") from error
+        _check_finite("parses", self.parses)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         from jsonschema.validators import validator_for
@@ -124,8 +167,9 @@ class Length:
     scale: int = 100
 
     def __post_init__(self) -> None:
-        if self.target < 0 or self.scale < 1:
-            raise ConfigError.of("scale", "must be 1 or more, and target 0 or more")
+        check_count("target", self.target)
+        if check_count("scale", self.scale) < 1:
+            raise ConfigError.of("scale", "must be 1 or more")
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         return min(1.0, max(0.0, 1 - (len(completion) - self.target) / self.scale))
@@ -140,8 +184,10 @@ class Keywords:
     ignore_case: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.keywords, str) or not self.keywords:
-            raise ConfigError.of("keywords", "must be a list of at least one word")
+        words = check_strings("keywords", self.keywords)
+        if not words or not all(words):
+            raise ConfigError.of("keywords", "must be a list of at least one word, none empty")
+        check_bool("ignore_case", self.ignore_case)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         flags = re.IGNORECASE if self.ignore_case else 0

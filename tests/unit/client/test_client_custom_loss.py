@@ -163,6 +163,8 @@ def test_its_exceptions_are_the_callers_own(
         (lambda lp: ("1", list(lp)), "must be a number"),
         (lambda lp: (1.0, list(lp), 5), "no dict"),
         (lambda lp: (1.0, list(lp), {"x": "y"}), "metric x"),
+        (lambda lp: (1.0, list(lp), {"loss": 2.0}), "metric named 'loss'"),
+        (lambda lp: (1.0, list(lp), {"grad_norm": 2.0}), "metric named 'grad_norm'"),
         (lambda lp: lp.torch()[0], "one element"),
         (lambda lp: lp.torch() and 1.0, "one element"),
         (lambda lp: lp.torch()[0].detach().sum(), "depends on no log-probability"),

@@ -31,6 +31,13 @@ TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
         ("numeric_match", {}, "0.3", {"answer": "0.30"}, 1.0),
         ("numeric_match", {"tolerance": 0.1}, "7.1", ANSWER_7, 1.0),
         ("numeric_match", {"tolerance": 0.1}, "7.11", ANSWER_7, 0.0),
+        ("numeric_match", {}, "x = 1/2", {"answer": "1/2"}, 1.0),
+        ("numeric_match", {}, "x = 0.5", {"answer": "1/2"}, 1.0),
+        ("numeric_match", {}, "x = -2 / 6", {"answer": "-1/3"}, 1.0),
+        ("numeric_match", {}, "x = 1/3", {"answer": "1/2"}, 0.0),
+        ("numeric_match", {"tolerance": 0.2}, "x = 1/3", {"answer": "1/2"}, 1.0),
+        ("numeric_match", {"tolerance": 0.1}, "x = 1/3", {"answer": "1/2"}, 0.0),
+        ("numeric_match", {"any_number": 0.2}, "7/0", ANSWER_7, 0.2),
         ("regex", {"pattern": r"<answer>.*</answer>"}, "a <answer>\n7</answer>", {}, 1.0),
         (
             "regex",
@@ -93,13 +100,62 @@ def test_every_reward_is_in_the_table():
         ("keywords", {"keywords": "red"}, "keywords"),
         ("length", {"target": 1, "scale": 0}, "scale"),
         ("weighted_sum", {"parts": {}}, "parts"),
-        ("weighted_sum", {"parts": {"exact_match": {"weight": float("nan")}}}, "finite"),
     ],
 )
 def test_wrong_options_are_named(name, options, says):
     with pytest.raises(ConfigError, match=says) as caught:
         rewards.reward(name, **options)
     assert caught.value.violations
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "field"),
+    [
+        ("exact_match", {"ignore_case": "no"}, "ignore_case"),
+        ("numeric_match", {"tolerance": -1}, "tolerance"),
+        ("numeric_match", {"tolerance": float("nan")}, "tolerance"),
+        ("numeric_match", {"tolerance": "0.1"}, "tolerance"),
+        ("numeric_match", {"any_number": float("inf")}, "any_number"),
+        ("regex", {"pattern": 5}, "pattern"),
+        ("regex", {"pattern": "(a)", "group": 2}, "group"),
+        ("regex", {"pattern": "(a)", "group": "word"}, "group"),
+        ("regex", {"pattern": "(a)", "group": -1}, "group"),
+        ("json_schema", {"schema": {}, "parses": "0.1"}, "parses"),
+        ("length", {"target": "5"}, "target"),
+        ("length", {"target": -1}, "target"),
+        ("keywords", {"keywords": [3]}, "keywords[0]"),
+        ("keywords", {"keywords": ["a", ""]}, "keywords"),
+        ("weighted_sum", {"parts": [1]}, "parts"),
+        ("weighted_sum", {"parts": {"exact_match": 3}}, "parts.exact_match"),
+        ("weighted_sum", {"parts": {"exact_match": {"weight": "x"}}}, "parts.exact_match.weight"),
+        (
+            "weighted_sum",
+            {"parts": {"exact_match": {"weight": float("nan")}}},
+            "parts.exact_match.weight",
+        ),
+    ],
+)
+def test_a_wrong_option_is_refused_when_the_reward_is_made(name, options, field):
+    with pytest.raises(ConfigError) as caught:
+        rewards.reward(name, **options)
+    assert caught.value.violations[0][0] == field
+
+
+def test_the_parts_of_a_weighted_sum_are_weights_with_rewards():
+    assert rewards.WeightedSum({"right": (2, rewards.ExactMatch())})("p", "7", ANSWER_7) == {
+        "right": 1.0,
+        "reward": 2.0,
+    }
+    for part in (rewards.ExactMatch(), (1.0, "exact_match"), (1.0,)):
+        with pytest.raises(ConfigError) as caught:
+            rewards.WeightedSum({"right": part})  # type: ignore[dict-item]
+        assert caught.value.violations[0][0] == "parts.right"
+
+
+def test_an_answer_that_is_no_number_is_told():
+    for answer in ("about 7", "1/2/3", ""):
+        with pytest.raises(ValueError, match="is no number"):
+            rewards.NumericMatch()("p", "7", {"answer": answer})
 
 
 def test_a_name_is_taken_once():
