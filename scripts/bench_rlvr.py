@@ -27,11 +27,11 @@ from local_service import LocalService, local_service
 
 from tensafe_client import ServiceClient
 from tensafe_client.data.chat import ChatTokenizer
-from tensafe_client.rlvr import ChainSum, RLVRTrainer, Task, warm_up
+from tensafe_client.rlvr import ChainSum, RLVRTrainer, Split, Task, same_terms, warm_up
 
 MODEL = "smollm2-135m"
-TRAINING = Task(ChainSum(seed=1, size=100_000))
-HELD_OUT = Task(ChainSum(seed=2, size=200))
+TRAINING = Task(Split(ChainSum(seed=1, size=100_000), held_out=False, key=same_terms))
+HELD_OUT = Task(Split(ChainSum(seed=2, size=100_000), held_out=True, key=same_terms))
 # Student's t for a 95% interval, by degrees of freedom.
 _T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 

@@ -23,6 +23,7 @@ from tensafe_client.errors import (
     ClientClosedError,
     ConnectionFailedError,
     RequestTimeoutError,
+    SequenceConflictError,
     SequenceGapError,
     TenSafeError,
     unexpected,
@@ -311,6 +312,12 @@ class Session:
         for future in later:
             self.refused(future, "", _gap(run_id, error))
 
+    def overtaken(self, future: OperationFuture[Any], error: SequenceConflictError) -> None:
+        """Another client has driven the run on. What would come after belongs to an order that is
+        not the run's any more, and is not sent."""
+        self.refused(future, "", error)
+        self.lost(future.run_id or "", error)
+
     def batch_answered(self) -> None:
         """All ids of what was submitted are known: an unknown end is nobody's."""
         self._submitting = False
@@ -436,12 +443,23 @@ class Session:
             told.set()
 
 
-def _gap(run_id: str, cause: TenSafeError) -> SequenceGapError:
-    error = SequenceGapError(
-        f"earlier operations of {run_id} did not reach the server ({cause.message}), so that this "
-        "one was not sent",
-        metadata={"run_id": run_id},
-    )
+def _gap(run_id: str, cause: TenSafeError) -> TenSafeError:
+    """Why an operation behind one that is lost was not sent."""
+    error: TenSafeError
+    if isinstance(cause, SequenceConflictError):
+        error = SequenceConflictError(
+            f"another client has driven run {run_id} on ({cause.message}), so that this operation "
+            "was not sent",
+            reason=cause.reason,
+            code=cause.code,
+            metadata={"run_id": run_id},
+        )
+    else:
+        error = SequenceGapError(
+            f"earlier operations of {run_id} did not reach the server ({cause.message}), so that "
+            "this one was not sent",
+            metadata={"run_id": run_id},
+        )
     error.__cause__ = cause
     return error
 

@@ -18,6 +18,7 @@ from tensafe.wire.channel import MAX_MESSAGE_BYTES
 from tensafe_client.backoff import Backoff, asks_for_retry, retryable
 from tensafe_client.errors import (
     MessageTooLargeError,
+    SequenceConflictError,
     TenSafeError,
     from_rpc_error,
     from_status,
@@ -69,6 +70,8 @@ class Submitter:
         self._sending = False
         self._progress = asyncio.Event()
         self._backoff = Backoff()
+        # Put back in the midst of a call, which may have reached the server.
+        self._unsure: set[int] = set()
         # How many operations go into a batch: few while the server's queue is full, so that what it
         # refuses is not sent to it over and over.
         self._window = MAX_OPERATIONS
@@ -103,6 +106,7 @@ class Submitter:
                     self._fail(batch, unexpected("sending operations", error))
                 except asyncio.CancelledError:
                     self._waiting.extendleft(reversed(batch))
+                    self._unsure.update(id(submission.future) for submission in batch)
                     raise
                 finally:
                     self._session.batch_answered()
@@ -142,7 +146,7 @@ class Submitter:
         return batch
 
     async def _send(self, batch: list[Submission]) -> None:
-        response = await self._call(_serialize(batch, self._session.session_id))
+        response, calls = await self._call(_serialize(batch, self._session.session_id))
         if len(response.outcomes) != len(batch):
             raise TenSafeError(
                 f"the server answered {len(response.outcomes)} outcomes for {len(batch)} operations"
@@ -150,15 +154,23 @@ class Submitter:
         again: list[Submission] = []
         delay_s: float | None = None
         for submission, outcome in zip(batch, response.outcomes, strict=True):
+            future = submission.future
+            unsure = calls > 1 or id(future) in self._unsure
+            self._unsure.discard(id(future))
+            if outcome.repeated and not unsure and future.seq:
+                self._session.overtaken(future, _taken(future))
+                continue
             if not outcome.HasField("error"):
-                self._session.accepted(submission.future, outcome)
+                self._session.accepted(future, outcome)
                 continue
             error = from_status(outcome.error)
-            if asks_for_retry(error):
+            if isinstance(error, SequenceConflictError):
+                self._session.overtaken(future, error)
+            elif asks_for_retry(error):
                 again.append(submission)
                 delay_s = max(delay_s or 0.0, error.retry_delay_s or 0.0)
             else:
-                self._session.refused(submission.future, outcome.operation_id, error)
+                self._session.refused(future, outcome.operation_id, error)
         taken = len(batch) - len(again)
         if taken:
             self._backoff.reset()
@@ -169,16 +181,20 @@ class Submitter:
         else:
             self._window = min(MAX_OPERATIONS, 2 * self._window)
 
-    async def _call(self, request: bytes) -> pb.SubmitBatchResponse:
+    async def _call(self, request: bytes) -> tuple[pb.SubmitBatchResponse, int]:
         """Repeats the call until the server has answered it; an outage only makes it wait.
 
         A fault of the server may pass, and repeating is safe: that is tried a few times.
+
+        Returns:
+            The answer, and how many calls it took.
         """
         backoff = Backoff()
-        faults = 0
+        faults = calls = 0
         while True:
+            calls += 1
             try:
-                return await self._session.submit_batch(request)
+                return await self._session.submit_batch(request), calls
             except grpc.aio.AioRpcError as error:
                 again = retryable(error) or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
                 if error.code() in _FAULTS:
@@ -194,6 +210,16 @@ class Submitter:
             self._session.lost(run_id, error)
         for submission in batch:
             self._session.refused(submission.future, "", error)
+
+
+def _taken(future: OperationFuture[Any]) -> SequenceConflictError:
+    """What was never sent before cannot be a repetition of ours, however alike the two are."""
+    return SequenceConflictError(
+        f"seq {future.seq} of run {future.run_id} was used by another client, for an operation "
+        "with the same content",
+        reason="SEQ_CONFLICT",
+        metadata={"run_id": future.run_id or "", "seq": str(future.seq)},
+    )
 
 
 def _serialize(batch: list[Submission], session_id: str) -> bytes:

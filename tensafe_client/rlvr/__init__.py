@@ -16,10 +16,12 @@ from tensafe_client.rlvr.environments import (
     Prompt,
     PromptSet,
     Reply,
+    Split,
     Task,
     TaskDataset,
     first_line,
     read_problems,
+    same_terms,
 )
 from tensafe_client.rlvr.loop import RewardsFailedError, RLVRResult
 from tensafe_client.rlvr.report import Evaluation, IterationReport
@@ -39,10 +41,12 @@ __all__ = [
     "RLVRTrainer",
     "Reply",
     "RewardsFailedError",
+    "Split",
     "Task",
     "TaskDataset",
     "first_line",
     "read_problems",
     "rewards",
+    "same_terms",
     "warm_up",
 ]

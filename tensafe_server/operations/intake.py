@@ -53,6 +53,7 @@ class _Candidate:
     digest: bytes
     artifact: Artifact | None = None
     seen: bool = False
+    conflicts: bool = False
     by_request: bool = False
     fault: TenSafeFault | None = None
     full: TenSafeFault | None = None
@@ -102,10 +103,15 @@ class Intake:
         accepted: list[PendingOperation] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
         full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
+        overtaken: dict[str, TenSafeFault] = {}  # by run: nor go on where another client is
         for candidate in candidates:
             outcome = Outcome()
             outcomes.append(outcome)
-            candidate.full = full.get(candidate.spec.run_id, candidate.full)
+            run_id = candidate.spec.run_id
+            if candidate.spec.HasField("seq") and run_id in overtaken:
+                outcome.error = to_status(overtaken[run_id].detail)
+                continue
+            candidate.full = full.get(run_id, candidate.full)
             try:
                 pending = self._accept(tenant_id, candidate, session_id, outcome)
             except _SeenBeforeError:
@@ -113,8 +119,10 @@ class Intake:
                 continue
             except TenSafeFault as fault:
                 outcome.error = to_status(fault.detail)
-                if fault.detail.reason == "QUEUE_FULL" and candidate.spec.HasField("seq"):
-                    full[candidate.spec.run_id] = fault
+                if candidate.spec.HasField("seq") and fault.detail.reason == "QUEUE_FULL":
+                    full[run_id] = fault
+                if candidate.spec.HasField("seq") and fault.detail.reason == "SEQ_CONFLICT":
+                    overtaken[run_id] = fault
                 continue
             if pending is not None:
                 accepted.append(pending)
@@ -146,6 +154,8 @@ class Intake:
         if candidate.by_request:
             row = await self._store.operation_by_request(tenant_id, spec.request_id)
             candidate.seen = row is not None
+        elif spec.HasField("seq"):
+            candidate.conflicts = await self._conflicts(tenant_id, candidate)
         try:
             self._admission.check(tenant_id, len(data), ahead=False)
         except TenSafeFault as fault:
@@ -153,6 +163,15 @@ class Intake:
         else:
             candidate.payload = await self._payloads.save(tenant_id, data)
         return candidate
+
+    async def _conflicts(self, tenant_id: str, candidate: _Candidate) -> bool:
+        """Whether its seq was used before, for another operation that has ended."""
+        spec = candidate.spec
+        run = self._ledger.find_run(tenant_id, spec.run_id)
+        if run is None or spec.seq >= run.next_seq or spec.seq in run.by_seq:
+            return False
+        row = await self._store.operation_by_seq(run.id, spec.seq)
+        return row is not None and row.spec_hash != candidate.digest
 
     def _accept(
         self, tenant_id: str, candidate: _Candidate, session_id: str, outcome: Outcome
@@ -281,6 +300,8 @@ class Intake:
                 raise _SeenBeforeError
         else:
             assert run is not None
+            if candidate.conflicts:
+                raise _conflict(candidate)
             pending = run.by_seq.get(spec.seq)
             if pending is None and (spec.seq < run.next_seq or spec.seq in run.early):
                 raise _SeenBeforeError

@@ -13,7 +13,14 @@ from local_service import LocalService
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import operations_pb2_grpc
 from tensafe.v1 import training_pb2 as pb
-from tensafe_client import BatchError, ServiceClient, WindowPoisonedError
+from tensafe_client import (
+    BatchError,
+    Datum,
+    SequenceConflictError,
+    ServiceClient,
+    WindowPoisonedError,
+)
+from tensafe_client.errors import from_status
 
 
 @pytest.fixture
@@ -78,6 +85,46 @@ def test_the_same_seq_with_another_content_is_a_conflict(raw: RawClient):
     error = raw.submit(passing(run, 1, token=9))
     assert error is not None
     assert (error.code, error.reason) == ("ALREADY_EXISTS", "SEQ_CONFLICT")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_follows_a_conflict_in_its_request_is_refused_with_it(
+    raw: RawClient, client: ServiceClient, finished: bool
+):
+    run, other = new_run(raw), new_run(raw)
+    [first] = submit(raw, passing(run, 1))
+    if finished:
+        client.future(first.operation_id).result(30)
+    mine = [passing(run, 1, token=9), passing(run, 2), stepping(run, 3), stepping(run, 2)]
+    outcomes = submit(raw, *mine, passing(other, 1))
+    reasons = [from_status(o.error).reason if o.HasField("error") else "" for o in outcomes]
+    assert reasons == ["SEQ_CONFLICT"] * 4 + [""]
+    assert raw.next_seq(run) == 2
+    assert not submit(raw, passing(run, 2))[0].HasField("error")
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_client_that_another_has_overtaken_stops_until_it_attaches(
+    service: LocalService, client: ServiceClient, alike: bool
+):
+    """Whether the two sent the same or not: nobody steps on a part of what it meant to add up."""
+    batches = [[Datum([1, 2, 3], [2, 3, number], [1.0] * 3)] for number in (4, 5, 6)]
+    with ServiceClient(service.target, api_key=service.api_key) as second:
+        stale = client.create_training_client({"model_ref": "mock", "seed": 1})
+        leading = second.training_client(stale.run_id)
+        leading.forward_backward(batches[0] if alike else batches[2]).result(30)
+        assert leading.optim_step().result(30).step == 1
+        with pytest.raises(SequenceConflictError):
+            stale.forward_backward(batches[0]).result(30)
+        with pytest.raises(SequenceConflictError, match="another client has driven run"):
+            stale.forward_backward(batches[1])
+        with pytest.raises(SequenceConflictError, match="attach again"):
+            stale.optim_step()
+        assert leading.forward_backward(batches[1]).result(30)
+        assert leading.optim_step().result(30).step == 2
+        again = client.training_client(stale.run_id)
+        again.forward_backward(batches[2])
+        assert again.optim_step().result(30).step == 3
 
 
 def test_a_refused_operation_takes_its_seq_and_is_on_record(raw: RawClient, client: ServiceClient):
@@ -220,16 +267,16 @@ def test_waiting_answers_when_the_operation_ends(raw: RawClient, service: LocalS
     assert operation.state == ops.OPERATION_STATE_SUCCEEDED
 
 
-def test_two_processes_with_the_same_operation_both_hear_its_end(service: LocalService):
+def test_another_clients_like_operation_is_not_taken_for_ones_own(service: LocalService):
     with (
         ServiceClient(service.target, api_key=service.api_key) as one,
         ServiceClient(service.target, api_key=service.api_key) as other,
     ):
         first = one.create_training_client({"model_ref": "any"})
         second = other.training_client(first.run_id)
-        futures = [tc.save_state_async() for tc in (first, second)]
-        artifacts = {future.result(30).artifact_id for future in futures}
-    assert len(artifacts) == 1
+        assert first.save_state_async().result(30).artifact_id
+        with pytest.raises(SequenceConflictError, match="used by another client"):
+            second.save_state_async().result(30)
 
 
 def test_a_bad_item_fails_alone(raw: RawClient, client: ServiceClient):

@@ -10,7 +10,16 @@ from typing import Any
 import click
 
 from tensafe_client.errors import ConfigError
-from tensafe_client.rlvr import ChainSum, Environment, PromptSet, Task, read_problems, rewards
+from tensafe_client.rlvr import (
+    ChainSum,
+    Environment,
+    PromptSet,
+    Split,
+    Task,
+    read_problems,
+    rewards,
+    same_terms,
+)
 
 CHAIN_SUM = "chain-sum"
 GYM = "gym:"
@@ -49,7 +58,10 @@ def read_tasks(
                 "--reward, --reward-options and --eval-data are for files of problems: "
                 f"{task} judges and holds out by itself"
             )
-        return Tasks(_generated(task, seed), _generated(task, seed + _HELD_OUT_SEED))
+        return Tasks(
+            _generated(task, seed, held_out=False),
+            _generated(task, seed + _HELD_OUT_SEED, held_out=True),
+        )
     if not Path(task).is_file():
         raise click.BadParameter(
             f"{task!r} is no file, and none of {CHAIN_SUM}, {GYM}NAME", param_hint="TASK"
@@ -63,9 +75,9 @@ def read_tasks(
     return Tasks(PromptSet(read_problems(task), judge), evaluated)
 
 
-def _generated(task: str, seed: int) -> Environment:
+def _generated(task: str, seed: int, *, held_out: bool) -> Environment:
     if task == CHAIN_SUM:
-        return Task(ChainSum(seed=seed, size=_SIZE))
+        return Task(Split(ChainSum(seed=seed, size=_SIZE), held_out, same_terms))
     try:
         import reasoning_gym
     except ImportError as error:
@@ -74,7 +86,7 @@ def _generated(task: str, seed: int) -> Environment:
         ) from error
     name = task.removeprefix(GYM)
     try:
-        return Task(reasoning_gym.create_dataset(name, seed=seed, size=_SIZE))
+        return Task(Split(reasoning_gym.create_dataset(name, seed=seed, size=_SIZE), held_out))
     except ValueError as error:
         raise ConfigError.of("task", f"reasoning-gym has none of the name {name!r}") from error
 

@@ -74,3 +74,9 @@ class ChainSum:
     def _number(self, draw: random.Random) -> int:
         digits = draw.randint(self.min_digits, self.max_digits)
         return draw.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
+
+
+def same_terms(entry: Mapping[str, Any]) -> str:
+    """What a sum has in common with those of its terms in another order, for `Split`."""
+    signed = entry["metadata"]["expression"].replace("- ", "-").replace("+ ", "").split()
+    return " ".join(sorted(signed))

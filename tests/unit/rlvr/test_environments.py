@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
 from tensafe_client import BatchError, ConfigError
-from tensafe_client.rlvr import ChainSum, Problem, PromptSet, Reply, Task, read_problems, rewards
+from tensafe_client.rlvr import (
+    ChainSum,
+    Problem,
+    PromptSet,
+    Reply,
+    Split,
+    Task,
+    read_problems,
+    rewards,
+    same_terms,
+)
 
 
 def test_chained_sums_are_right_and_a_function_of_seed_and_index():
@@ -51,6 +62,42 @@ def test_a_task_reads_the_first_line_of_a_completion():
     right = task.reply(problem, [f" {answer}\nQ: 1 + 1 ="])
     assert right == Reply({"reward": 1.0, "correct": 1.0})
     assert task.reply(problem, ["no idea"]) == Reply({"reward": 0.0, "correct": 0.0})
+
+
+def test_the_halves_of_a_task_share_no_sum_in_any_order():
+    asked, held_out = (
+        Split(ChainSum(seed=seed, size=5000), held_out, same_terms)
+        for seed, held_out in ((1, False), (2, True))
+    )
+    ours, theirs = ([half[index] for index in range(1000)] for half in (asked, held_out))
+    assert not {same_terms(entry) for entry in ours} & {same_terms(entry) for entry in theirs}
+    # One digit and two terms make 155 sums in all; each half has its share of them.
+    assert {len({same_terms(entry) for entry in half}) for half in (ours, theirs)} <= set(
+        range(60, 96)
+    )
+    assert [asked[index] for index in range(1000)] == ours
+    assert held_out.score_answer(theirs[0]["answer"], theirs[0]) == 1
+    assert len({entry["question"] for entry in ours[:16]}) > 8  # neighbours are not alike
+    with pytest.raises(IndexError):
+        asked[5000]
+
+
+def test_a_task_too_small_to_be_split_says_so():
+    halves = [Split(ChainSum(size=1), held_out) for held_out in (False, True)]
+    found = []
+    for half in halves:
+        with contextlib.suppress(ConfigError):
+            found.append(half[0])
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("3 + 4", "4 + 3", True), ("3 - 4", "4 - 3", False), ("1 + 2 - 3", "2 - 3 + 1", True)],
+)
+def test_sums_with_the_same_terms(one, other, same):
+    keys = [same_terms({"metadata": {"expression": text}}) for text in (one, other)]
+    assert (keys[0] == keys[1]) == same
 
 
 def test_reasoning_gym_has_the_same_interface():

@@ -1470,7 +1470,8 @@ class SubmitOutcome(_message.Message):
         OUT_OF_RANGE, ALREADY_EXISTS or RESOURCE_EXHAUSTED with its ErrorInfo. After
         RESOURCE_EXHAUSTED QUEUE_FULL nothing is on record and its seq is free: send
         it again after RetryInfo's delay. What follows it in its run and its request
-        is refused with it, so that the order stays whole.
+        is refused with it, so that the order stays whole; so it is after
+        ALREADY_EXISTS SEQ_CONFLICT: another client drives the run, attach again.
         """
 
     def __init__(
