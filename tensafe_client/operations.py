@@ -176,7 +176,8 @@ class RunOperations:
             deadline_s: as for `forward_backward`, of each of the two.
 
         The window has the `sum` reduction: the loss is what `fn` says, divided by nothing. The
-        result has that loss and those metrics. If `fn` raises, the future raises the same; as with
+        result has that loss and those metrics, whose names must be none of the service's (`loss`,
+        `grad_norm`, `tokens`, `scored_tokens`). If `fn` raises, the future raises the same; as with
         every forward_backward that fails, nothing was added, and the `optim_step` that closes the
         window fails with `WindowPoisonedError`.
 

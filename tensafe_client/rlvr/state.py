@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tensafe_client.errors import ConfigError
@@ -24,24 +24,31 @@ class TrainerState:
         iteration: batches that were learned from.
         next_batch: number of the next batch to sample.
         average: the baseline of that name.
+        task: what names the environment, as its maker likes.
     """
 
     iteration: int
     next_batch: int
     average: MovingAverage
+    task: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
-    def fresh(cls, config: RLVRConfig) -> TrainerState:
+    def fresh(cls, config: RLVRConfig, task: Mapping[str, str | int] | None = None) -> TrainerState:
         """Before the first iteration."""
         decay = 0.9 if config.baseline_decay is None else config.baseline_decay
-        return cls(0, 0, MovingAverage(decay))
+        return cls(0, 0, MovingAverage(decay), dict(task or {}))
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], config: RLVRConfig) -> TrainerState:
+    def from_metadata(
+        cls,
+        metadata: Mapping[str, Any],
+        config: RLVRConfig,
+        task: Mapping[str, str | int] | None = None,
+    ) -> TrainerState:
         """What `metadata` gave for a checkpoint.
 
         Raises:
-            ConfigError: if it is none of RLVR's, or of another configuration.
+            ConfigError: if it is none of RLVR's, or of another configuration or task.
         """
         if not is_checkpoint(metadata):
             raise ConfigError.of("resume", "names an artifact that no RLVR training has saved")
@@ -55,7 +62,15 @@ class TrainerState:
                     remedy="resume with the same configuration, or begin a new training from the "
                     "artifact (from_artifact)",
                 )
-        state = cls.fresh(config)
+        state = cls.fresh(config, task)
+        for name, value in saved.get("task", {}).items():
+            if name in state.task and state.task[name] != value:
+                raise ConfigError.of(
+                    name,
+                    f"is {state.task[name]!r}, and was {value!r} when the checkpoint was saved",
+                    remedy="resume with the same task, or begin a new training from the artifact "
+                    "(from_artifact)",
+                )
         state.iteration = int(saved["iteration"])
         state.next_batch = int(saved["next_batch"])
         state.average.total = float(saved["average"]["total"])
@@ -70,6 +85,7 @@ class TrainerState:
                 "next_batch": self.next_batch,
                 "average": {"total": self.average.total, "weight": self.average.weight},
                 "config": _plain(config),
+                "task": dict(self.task),
             }
         }
 

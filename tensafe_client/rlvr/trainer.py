@@ -39,6 +39,8 @@ class RLVRTrainer:
         config: an `RLVRConfig` or a dict of its fields.
         held_out: what it is evaluated in, if `eval_every` is set.
         tokenizer: the model's. None: fetched from the service.
+        task: what names the environment, such as `{"task_seed": 3}`: kept with checkpoints, so that
+            a resume with another value is refused by its name.
         on_report: called after each iteration.
         on_evaluation: called after each evaluation, with the iterations that were learned.
 
@@ -54,6 +56,7 @@ class RLVRTrainer:
         *,
         held_out: Environment | None = None,
         tokenizer: ChatTokenizer | None = None,
+        task: Mapping[str, str | int] | None = None,
         on_report: Callable[[IterationReport], None] | None = None,
         on_evaluation: Callable[[int, Evaluation], None] | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class RLVRTrainer:
             raise ConfigError.of("eval_every", "must be set for held_out to have an effect")
         self._environment, self._held_out = environment, held_out
         self._tokenizer = tokenizer
+        self._task = dict(task or {})
         self._on_report = on_report
         self._on_evaluation = on_evaluation
         self._api = Api(run._session)
@@ -83,13 +87,13 @@ class RLVRTrainer:
 
         Raises:
             RewardsFailedError: if too many rewards fail.
-            ConfigError: if `resume` comes from another configuration.
+            ConfigError: if `resume` comes from another configuration or task.
             TenSafeError: what an operation failed with.
         """
-        state = TrainerState.fresh(self.config)
+        state = TrainerState.fresh(self.config, self._task)
         if resume is not None:
             artifact = self._session_run(self._api.artifact(resume))
-            state = TrainerState.from_metadata(artifact.metadata, self.config)
+            state = TrainerState.from_metadata(artifact.metadata, self.config, self._task)
             self.run_client.load_state(resume, include_optimizer=True)
         with ExitStack() as open_pools:
             return self._loop(state, stop or threading.Event(), open_pools).run()

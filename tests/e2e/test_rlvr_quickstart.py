@@ -81,6 +81,8 @@ def test_a_task_of_reasoning_gym(tiny_service: LocalService):
         (["chain-sum", "--model", "tiny", "--set", "clip"], "NAME=VALUE"),
         (["chain-sum", "--model", "tiny", "--set", "clip_lo=0.5"], "clip_low"),
         (["chain-sum", "--model", "tiny", "--algorithm", "rloo", "--set", "clip_low=0.5"], "rloo"),
+        (["chain-sum", "--model", "tiny", "--set", "eval_every=1"], "--eval-every N"),
+        ([__file__, "--model", "tiny", "--task-seed", "1"], "--task-seed"),
         (["chain-sum", "--resume", "run-1", "--warm-up", "3"], "--warm-up"),
     ],
 )
@@ -111,3 +113,28 @@ def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tiny_service: LocalServi
     words[words.index("--iterations") + 1] = str(done + 2)
     resumed = run_tensafe(tiny_service, *words).stdout
     assert re.findall(r"^iteration (\d+)/", resumed, re.M) == [str(done + 1), str(done + 2)]
+
+
+def test_another_task_is_refused_on_resume(tiny_service: LocalService, tmp_path: Path):
+    short = ["--prompts", "2", "--group-size", "2", "--max-tokens", "2", "--iterations", "1"]
+
+    def begun(*task: str) -> str:
+        rlvr(tiny_service, *task, "--model", "tiny", *short)
+        (newest, *_) = json.loads(run_tensafe(tiny_service, "runs", "list", "--json").stdout)
+        return str(newest["id"])
+
+    def refused(run_id: str, *task: str) -> str:
+        again = ["train", "rlvr", *task, "--resume", run_id, *short]
+        return run_tensafe(tiny_service, *again, expect=6).stderr
+
+    run_id = begun("chain-sum", "--task-seed", "3")
+    assert "task_seed is 4, and was 3" in refused(run_id, "chain-sum", "--task-seed", "4")
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text('{"prompt": "a", "answer": "b"}\n')
+    other.write_text('{"prompt": "a", "answer": "c"}\n')
+    judged = ["--reward", "exact_match"]
+    assert "task is 'file of sha256" in refused(run_id, str(one), *judged)
+    run_id = begun(str(one), *judged)
+    assert "task is 'file of sha256" in refused(run_id, str(other), *judged)
+    moved = one.rename(tmp_path / "moved.jsonl")
+    assert rlvr(tiny_service, str(moved), *judged, "--resume", run_id, *short)[-1]["artifact_id"]

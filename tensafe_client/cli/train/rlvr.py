@@ -215,6 +215,7 @@ def rlvr(
                 config,
                 held_out=tasks.held_out if eval_every else None,
                 tokenizer=tokenizer,
+                task=tasks.names,
                 on_report=printer.report,
                 on_evaluation=printer.evaluation,
             ).run(resume=checkpoint, stop=stop)
@@ -316,4 +317,6 @@ def _parsed(settings: Sequence[str]) -> dict[str, Any]:
             values[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             values[name] = text
+    if "eval_every" in values:
+        raise click.UsageError("--set eval_every has an option of its own: give --eval-every N")
     return values

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ _SIZE = 1_000_000
 
 @dataclass(frozen=True)
 class Tasks:
-    """Attributes: what is trained in, and what is evaluated in; None for nothing."""
+    """Attributes: what is trained in, what is evaluated in (None for nothing), and what names the
+    former, so that a resumed training has the same."""
 
     training: Environment
     held_out: Environment | None
+    names: Mapping[str, str | int]
 
 
 def read_tasks(
@@ -61,18 +65,23 @@ def read_tasks(
         return Tasks(
             _generated(task, seed, held_out=False),
             _generated(task, seed + _HELD_OUT_SEED, held_out=True),
+            {"task": task, "task_seed": seed},
         )
     if not Path(task).is_file():
         raise click.BadParameter(
             f"{task!r} is no file, and none of {CHAIN_SUM}, {GYM}NAME", param_hint="TASK"
         )
+    if seed:
+        raise click.UsageError(f"--task-seed is for generated tasks: {task} is a file of problems")
     if reward is None:
         raise click.UsageError(
             f"a file of problems needs --reward, one of {', '.join(rewards.rewards())}"
         )
     judge = rewards.reward(reward, **_parsed(options))
     evaluated = None if held_out is None else PromptSet(read_problems(held_out), judge)
-    return Tasks(PromptSet(read_problems(task), judge), evaluated)
+    digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+    names = {"task": f"file of sha256 {digest[:16]}"}
+    return Tasks(PromptSet(read_problems(task), judge), evaluated, names)
 
 
 def _generated(task: str, seed: int, *, held_out: bool) -> Environment:

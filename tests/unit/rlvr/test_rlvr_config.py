@@ -78,3 +78,16 @@ def test_a_checkpoint_goes_on_with_the_same_configuration_only():
         assert caught.value.violations[0][0] in change
     with pytest.raises(ConfigError, match="no RLVR training"):
         TrainerState.from_metadata({"note": "sft"}, config)
+
+
+def test_a_checkpoint_goes_on_with_the_same_task_only():
+    config = RLVRConfig()
+    saved = TrainerState.fresh(config, {"task": "sums", "task_seed": 3}).metadata(config)
+    same = TrainerState.from_metadata(saved, config, {"task": "sums", "task_seed": 3})
+    assert same.metadata(config) == saved
+    for name, value in (("task", "products"), ("task_seed", 4)):
+        with pytest.raises(ConfigError) as caught:
+            TrainerState.from_metadata(saved, config, {"task": "sums", "task_seed": 3, name: value})
+        assert caught.value.violations[0][0] == name
+    # An environment without a name is its maker's care.
+    assert not TrainerState.from_metadata(saved, config).task
