@@ -54,6 +54,12 @@ def main() -> None:
     parser.add_argument("--part", choices=["time", "overlap", "curve"], required=True)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="of the curve; 2 to 10")
+    parser.add_argument(
+        "--eval-temperature",
+        type=float,
+        default=1.0,
+        help="of the curve's held-out samples; default 1, as in training; 0: greedy",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of time and overlap; default 3")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the curve")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -73,7 +79,7 @@ def train(
     seed: int,
     *,
     staleness: int = 1,
-    evaluates: bool = False,
+    eval_temperature: float | None = None,
 ) -> Trained:
     """Warms a new run up, and trains it by GRPO: 8 problems × 8 rollouts of at most 4 tokens."""
     with ServiceClient(service.target, api_key=service.api_key) as client:
@@ -89,10 +95,18 @@ def train(
             "max_staleness": staleness,
             "seed": seed,
         }
-        if evaluates:
-            config |= {"eval_every": iterations, "eval_problems": 200}
+        if eval_temperature is not None:
+            config |= {
+                "eval_every": iterations,
+                "eval_problems": 200,
+                "eval_temperature": eval_temperature,
+            }
         result = RLVRTrainer(
-            run, TRAINING, config, held_out=HELD_OUT if evaluates else None, tokenizer=tokenizer
+            run,
+            TRAINING,
+            config,
+            held_out=None if eval_temperature is None else HELD_OUT,
+            tokenizer=tokenizer,
         ).run()
         run.delete()
     last = result.reports[-1].held_out
@@ -187,7 +201,14 @@ def _curve(
         raise SystemExit("--seeds must be from 2 to 10: one has no interval")
     found = []
     for seed in range(arguments.seeds):
-        found.append(train(service, arguments.iterations, seed, evaluates=True))
+        found.append(
+            train(
+                service,
+                arguments.iterations,
+                seed,
+                eval_temperature=arguments.eval_temperature,
+            )
+        )
         print(f"seed {seed}: held-out {found[-1].before:.3f} -> {found[-1].after:.3f}", flush=True)
     gains = [
         one.after - one.before for one in found if one.after is not None and one.before is not None

@@ -40,7 +40,11 @@ from tensafe_client.token_streams import SampleStream
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus. [default: 1]")
 @click.option("--top-k", type=click.IntRange(min=0), help="The k likeliest; 0 for all.")
 @click.option("--min-p", type=click.FloatRange(0, 1), help="Share of the likeliest's probability.")
-@click.option("--seed", type=click.IntRange(min=0), help="The same seed gives the same text.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Fixes the draws: the same text again, where rounding is the same (deterministic runs).",
+)
 @click.option("--stop", "stops", multiple=True, help="Text that ends a completion; repeatable.")
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(

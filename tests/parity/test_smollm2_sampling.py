@@ -30,10 +30,11 @@ TEXTS = (
 )
 RUNS = {"a": 16, "b": 4, "exact": 8}
 FLOAT32 = 1e-4
-BFLOAT16_MEAN, BFLOAT16_MOST, BFLOAT16_EQUAL = 0.01, 0.3, 0.5
+BFLOAT16_MEAN, BFLOAT16_MOST, BFLOAT16_EQUAL = 0.02, 0.3, 0.5
 """Of the log-probabilities' distance in bfloat16, and how many are equal to the bit. Both sides
-round each sum to 8 bits, but not always the same sum. Measured: 0.002, 0.12 and 0.83; with
-training's adapters in bfloat16 too 0.042, 0.27 and 0."""
+round each sum to 8 bits, but not always the same sum. Measured: 0.002, 0.12 and 0.83 of rows
+together, 0.013, 0.22 and 0.57 of one alone; with training's adapters in bfloat16 too 0.042, 0.27
+and 0."""
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -77,13 +78,29 @@ def test_trainer_and_sampler_agree(backend, logprobs):
             completions, logprobs(backend, run, asked, completions), strict=True
         ):
             differences.append(np.abs(completion.raw_logprobs - own))
-    found = np.concatenate(differences)
+    _check_agreement(backend, np.concatenate(differences))
+
+
+def test_a_prompt_that_is_sampled_alone_agrees_too(backend):
+    """The commonest call. Products of one row are not computed as those of a pass are."""
+    differences = []
+    for run in ("a", "b"):
+        for index, asked in enumerate(prompts(backend)):
+            (completion,) = backend.sample(
+                run, request_for([asked], run, max_tokens=40, seed=index)
+            ).completions
+            (own,) = forward_logprobs(backend, run, [asked], [completion])
+            differences.append(np.abs(completion.raw_logprobs - own))
+    _check_agreement(backend, np.concatenate(differences))
+
+
+def _check_agreement(backend: TorchBackend, differences: np.ndarray) -> None:
     if backend._models[NAME].dtype == torch.float32:
-        assert found.max() < FLOAT32
+        assert differences.max() < FLOAT32
     else:
-        assert found.mean() < BFLOAT16_MEAN
-        assert found.max() < BFLOAT16_MOST
-        assert (found == 0).mean() > BFLOAT16_EQUAL
+        assert differences.mean() < BFLOAT16_MEAN
+        assert differences.max() < BFLOAT16_MOST
+        assert (differences == 0).mean() > BFLOAT16_EQUAL
 
 
 def test_promised_bits_hold_in_any_company(backend):

@@ -33,6 +33,9 @@ from workers.operations import SampleOutcome
 log = logging.getLogger(__name__)
 
 _MOST_TILES = 4
+_LEAST_ROWS = 2
+"""Rows of a pass: libraries have kernels of their own for the product of one, which round in other
+places than those for a whole pass, so that one alone gets company that belongs to nobody."""
 
 
 class Decoder:
@@ -258,13 +261,14 @@ class Decoder:
 
     def _advance(self, rows: list[Row]) -> None:
         """Adds a token to each row."""
+        company = max(0, _LEAST_ROWS - len(rows))
         try:
             hidden = decode(
                 self._model,
-                [row.tokens[-1] for row in rows],
-                [row.place for row in rows],
-                self._adapters_of(rows),
-            )
+                [row.tokens[-1] for row in rows] + [rows[0].tokens[-1]] * company,
+                [row.place for row in rows] + [None] * company,
+                self._adapters_of(rows, company),
+            )[: len(rows)]
             drawn = self._draw(rows, hidden)
         except (MemoryError, RuntimeError) as error:
             if not is_memory_error(error):
@@ -295,7 +299,7 @@ class Decoder:
             logits, [row.params for row in rows], [row.point for row in rows], self._workspace
         )
 
-    def _adapters_of(self, rows: Sequence[Row]) -> RowAdapters | None:
+    def _adapters_of(self, rows: Sequence[Row], company: int) -> RowAdapters | None:
         own = [row.job.weights for row in rows]
         weights = [one for one in dict.fromkeys(own) if one.adapter is not None]
         if not weights:
@@ -303,7 +307,7 @@ class Decoder:
         elif self._adapters is None or set(self._adapters.weights) != set(weights):
             self._adapters = RowAdapters(self._model, weights)
         if self._adapters is not None:
-            self._adapters.place(own)
+            self._adapters.place([*own, *[None] * company])
         return self._adapters
 
     # Ending.
