@@ -204,7 +204,9 @@ def _prompt_length(prompt: training.Prompt, index: int, model: Model) -> int:
         raise TenSafeFault("INVALID_BATCH", str(error), field=field) from error
     if tokens.ndim != 1 or tokens.dtype != _INT32 or not len(tokens):
         raise TenSafeFault(
-            "INVALID_BATCH", "must be an int32 vector with at least one token", field=field
+            "INVALID_BATCH",
+            f"prompt {index} must be an int32 vector with at least one token",
+            field=field,
         )
     check_vocabulary(tokens, field, model)
     if model.context_length and len(tokens) >= model.context_length:
