@@ -30,7 +30,8 @@ class Reply:
     Attributes:
         reward: of this turn; a mapping has it under `reward`, and its other numbers are reported
             as metrics by their names.
-        then: text that the policy reads next, after its completion; None ends the episode.
+        then: text that the policy reads next, after its completion; None ends the episode. Not
+            read after a turn that `max_tokens` cut: that ends the episode.
     """
 
     reward: float | Mapping[str, float]
