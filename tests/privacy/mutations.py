@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workers.engine import training
+from workers.engine import training, updates
 from workers.engine.privacy import calls, runs
 
 
@@ -72,7 +72,7 @@ def mean_loss_of_the_batch() -> None:
 
 
 def skip_the_charge() -> None:
-    training.check_charged = lambda privacy, window, request: None
+    updates.check_charged = lambda privacy, window, request: None
 
 
 def halve_the_noise() -> None:
