@@ -258,7 +258,7 @@ class Ledger:
         if run.deleted and not run.by_seq:
             run.queue.clear()  # nobody will take it on any more
             run.new_voids = 0
-        if run.new_voids <= max(self._voids_kept, len(run.queue) // 2):
+        if run.new_voids <= self._voids_kept or 2 * run.new_voids + 1 < len(run.queue):
             return
         run.new_voids = 0
         ended = (op.void and op.row.id not in self._pending for op in run.queue)

@@ -248,7 +248,7 @@ def test_sampling_token_by_token(tiny_service: LocalService):
         tiny_service, *source, *options, "--prompt", "hello", "--stream", "--json"
     ).stdout.splitlines()
     *chunks, result = (json.loads(line, parse_constant=pytest.fail) for line in lines)
-    assert len(chunks) > 2
+    assert len(chunks) >= 2  # how many depends on the pace
     for sample in result["samples"]:
         mine = [chunk for chunk in chunks if chunk["sample_index"] == sample["sample_index"]]
         assert "".join(chunk["text"] for chunk in mine) == sample["completion"]

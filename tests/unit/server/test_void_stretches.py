@@ -71,6 +71,14 @@ def test_however_much_is_cancelled_behind_what_waits_the_queue_stays_short():
     assert run.reached_seq == 0
 
 
+def test_what_waited_between_the_cancelled_is_merged_when_it_is_cancelled_too():
+    book = ledger(0)
+    operations = admit(book, [GRADIENT] * 101)
+    for operation in (*operations[::2], *operations[1::2]):
+        end(book, operation)
+    assert len(book.runs[RUN].queue) <= 2
+
+
 def test_a_deleted_runs_queue_is_emptied():
     book = ledger(256)
     run = book.runs[RUN]
