@@ -19,8 +19,8 @@ from tensafe_server.operations.outcomes import ended_event
 from tensafe_server.store.base import Store
 
 _FEW_UNFINISHED = 16
-_LINGER_S_EACH = 80e-6
-_LONGEST_LINGER_S = 10e-3
+_LINGER_S_EACH = 40e-6
+_LONGEST_LINGER_S = 5e-3
 _FULL_GROUP = 64
 
 
