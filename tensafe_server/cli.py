@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Coroutine
@@ -22,6 +23,7 @@ from tensafe_server.store.base import SchemaTooNewError, StoreDamagedError
 from tensafe_server.worker_options import given_to_workers
 
 _LOCAL_LISTEN = "127.0.0.1:50052"
+_GC_THRESHOLDS = (5_000, 20, 20)
 
 
 @click.command()
@@ -157,6 +159,9 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
         runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     except ImportError:
         runner = asyncio.Runner()
+    # What was imported stays, and nearly all that comes is freed without the collector.
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     try:
         with runner:
             runner.run(main)

@@ -128,6 +128,9 @@ class WorkerLink:
 
     def send_plan(self, plan: pb.Plan) -> None:
         """Sends work, cut into messages that the transport carries."""
+        if plan.ByteSize() <= _MESSAGE_BYTES:
+            self.send(pb.ConnectResponse(plan=plan))
+            return
         part = pb.Plan(runs=plan.runs)
         size = 0
         for operation in plan.operations:

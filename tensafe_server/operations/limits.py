@@ -9,6 +9,8 @@ from tensafe_server.operations.ledger import Ledger, Usage
 from tensafe_server.operations.model import RunState
 
 RETRY_S = 0.1
+_ALL = ""
+"""Whoever owns a limit that all tenants share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +45,21 @@ class Admission:
 
     def check(self, tenant_id: str, size_bytes: int, *, ahead: bool) -> None:
         """Raises TenSafeFault QUEUE_FULL, naming the limit and whose it is."""
-        limits = self._limits
-        share = 2 if ahead else 1
-        for whose, usage, operations, size in (
+        limits, share = self._limits, 2 if ahead else 1
+        for owner, usage, operations, size in (
             (
-                f"tenants/{tenant_id}",
+                tenant_id,
                 self._ledger.usage(tenant_id),
                 limits.tenant_operations,
                 limits.tenant_bytes,
             ),
-            ("server", self._ledger.total, limits.all_operations, limits.all_bytes),
+            (_ALL, self._ledger.total, limits.all_operations, limits.all_bytes),
         ):
-            scope = "tenant" if whose != "server" else "all"
             if usage.operations + 1 > operations // share:
-                raise _full(whose, f"{scope}_operations", operations, usage, ahead)
+                raise _full(owner, "operations", operations, usage, ahead)
             # A lone operation larger than the limit would wait for ever.
             if usage.operations and usage.bytes + size_bytes > size // share:
-                raise _full(whose, f"{scope}_bytes", size, usage, ahead)
+                raise _full(owner, "bytes", size, usage, ahead)
 
     def check_distance(self, run: RunState, seq: int) -> None:
         """Raises TenSafeFault QUEUE_FULL for a seq too far ahead of what is missing."""
@@ -75,8 +75,10 @@ class Admission:
             )
 
 
-def _full(whose: str, limit: str, value: int, usage: Usage, ahead: bool) -> TenSafeFault:
+def _full(owner: str, unit: str, value: int, usage: Usage, ahead: bool) -> TenSafeFault:
     half = ", of which those ahead of a missing seq may fill half" if ahead else ""
+    whose = "server" if owner == _ALL else f"tenants/{owner}"
+    limit = f"{'all' if owner == _ALL else 'tenant'}_{unit}"
     return TenSafeFault(
         "QUEUE_FULL",
         f"the queue of {whose} holds {usage.operations} operations with {usage.bytes} bytes; the "

@@ -249,10 +249,9 @@ def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:
 def ended_event(operation: PendingOperation, result: ops.OperationResult | None = None) -> Event:
     """A finished operation as watchers get it."""
     row = operation.row
-    message = bare_operation(row)
+    event = ops.WatchEvent(operation=bare_operation(row))
     if result is not None:
-        message.result.CopyFrom(result)
-    event = ops.WatchEvent(operation=message)
+        event.operation.result.CopyFrom(result)
     return Event(
         row.cursor or 0,
         row.tenant_id,

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
 from tensafe import failpoints
@@ -26,6 +27,7 @@ from tensafe_server.store.base import (
     RunRow,
     TenantRow,
 )
+from tensafe_server.store.batched import insert_rows, update_rows
 from tensafe_server.store.connection import connect, connect_and_recover
 from tensafe_server.store.datasets import SqliteDatasets
 from tensafe_server.store.migrations import migrate
@@ -38,19 +40,17 @@ log = logging.getLogger(__name__)
 
 
 _OPERATION = columns(OperationRow)
+_operation_values = attrgetter(*_OPERATION.split(", "))
 _WITHOUT_SPEC = _OPERATION.replace(" spec,", " NULL,")
-_INSERT_OPERATION = (
-    f"INSERT INTO operations ({_OPERATION}) "  # noqa: S608 - names of our own fields
-    f"VALUES ({', '.join('?' * len(fields(OperationRow)))})"
-)
 _INSERT_RUN = (
     f"INSERT INTO runs ({columns(RunRow)}) "  # noqa: S608 - names of our own fields
     f"VALUES ({', '.join('?' * len(fields(RunRow)))})"
 )
-_FINISH_OPERATION = """
-    UPDATE operations SET state = ?, executed = ?, artifact_id = ?, result = ?, result_ref = ?,
-      error = ?, finished_ns = ?, queue_ms = ?, compute_ms = ?, cursor = ?, fingerprint = ?
-    WHERE id = ?"""
+_FINISHED = (
+    "state, executed, artifact_id, result, result_ref, error, finished_ns, queue_ms, compute_ms, "
+    "cursor, fingerprint, id"
+)
+_finished_values = attrgetter(*_FINISHED.split(", "))
 _UPDATE_RUN = """
     UPDATE runs SET step = ?, base_artifact_id = ?, base_seq = ?,
       released_seq = MAX(released_seq, ?) WHERE id = ?"""
@@ -177,10 +177,10 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
         *,
         insist: bool = False,
     ) -> asyncio.Future[None]:
-        values = [row_values(row) for row in rows]
+        values = [_operation_values(row) for row in rows]
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.executemany(_INSERT_OPERATION, values)
+            insert_rows(connection, "operations", _OPERATION, values)
             failpoints.hit("before-commit")
 
         return self._writer.submit(write, then, insist=insist)
@@ -188,23 +188,7 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
     def finish(
         self, finish: Finish, then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]:
-        operations = [
-            (
-                row.state,
-                row.executed,
-                row.artifact_id,
-                row.result,
-                row.result_ref,
-                row.error,
-                row.finished_ns,
-                row.queue_ms,
-                row.compute_ms,
-                row.cursor,
-                row.fingerprint,
-                row.id,
-            )
-            for row in finish.operations
-        ]
+        operations = [_finished_values(row) for row in finish.operations]
         metrics = [
             (item.cursor, tenant, item.run_id, item.SerializeToString())
             for tenant, item in finish.metrics
@@ -217,7 +201,7 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
         attempted = list(finish.attempted)
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.executemany(_FINISH_OPERATION, operations)
+            update_rows(connection, "operations", _FINISHED, operations)
             if metrics:
                 connection.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?)", metrics)
             if artifacts:

@@ -39,8 +39,8 @@ def check_tensors(
     _check_shapes(card, tensors, int(offsets[-1]), where)
     weights = tensors.get("weights")
     if weights is not None:
-        _check_weights(weights, reduction, where("weights"))
-        if not may_score_nothing and not weights.any():
+        total = _check_weights(weights, reduction, where("weights"))
+        if not (may_score_nothing or total or weights.any()):
             raise TenSafeFault(
                 "NOTHING_SCORED",
                 "every weight is 0, so that there is no loss (labels all -100?); score at least "
@@ -94,7 +94,8 @@ def _check_shapes(card: LossCard, tensors: Mapping[str, Array], total: int, wher
         )
 
 
-def _check_weights(weights: Array, reduction: Reduction, field: str) -> None:
+def _check_weights(weights: Array, reduction: Reduction, field: str) -> float:
+    """Returns their sum."""
     total: float = np.add.reduce(weights, axis=None, dtype=np.float64).item()
     if not math.isfinite(total):
         raise TenSafeFault("INVALID_BATCH", "weights must be finite", field=field)
@@ -104,6 +105,7 @@ def _check_weights(weights: Array, reduction: Reduction, field: str) -> None:
             f"a weight is negative, which has no {reduction}; use the reduction `sum`",
             field=field,
         )
+    return total
 
 
 def _check_finite(values: Array, weights: Array | None, name: str, field: str) -> None:
