@@ -6,6 +6,7 @@ one as it is by default on a disk, one with its data in memory (a tmpfs) and wit
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -57,32 +58,49 @@ def _train(tc: TrainingClient, steps: int) -> list[OperationFuture[Any]]:
 
 
 def steady_state(rounds: int, steps: int) -> dict[str, list[float]]:
-    """Tokens per second of each round: `default`, `snapshot_each_round` and `both_off`.
+    """Tokens per second, and processor seconds of the service, of each round: `default`,
+    `snapshot_each_round` and `both_off`, in another order each time.
 
     `snapshot_each_round` makes a snapshot every `steps` steps, so that each round has one.
     """
     cells: dict[str, list[float]] = {}
     with (
-        _service(None, 1) as (_, default),
-        _service(None, 1, "--snapshot-steps", str(steps)) as (_, often),
-        _service(_MEMORY, 1, *_NO_SNAPSHOTS) as (_, off),
+        _service(None, 1) as default,
+        _service(None, 1, "--snapshot-steps", str(steps)) as often,
+        _service(_MEMORY, 1, *_NO_SNAPSHOTS) as off,
     ):
+        services = {"both_off": off, "default": default, "snapshot_each_round": often}
         runs = {
-            "both_off": off.create_training_client({"model_ref": MODEL, "seed": 0}),
-            "default": default.create_training_client({"model_ref": MODEL, "seed": 0}),
-            "snapshot_each_round": often.create_training_client({"model_ref": MODEL, "seed": 0}),
+            name: client.create_training_client({"model_ref": MODEL, "seed": 0})
+            for name, (_, client) in services.items()
         }
+        turns = list(services)
         for number in range(rounds + 1):
-            for name, tc in runs.items():
-                begin = time.perf_counter()
-                for future in _train(tc, steps):
+            for name in turns:
+                cluster, _ = services[name]
+                begin, cpu_begin = time.perf_counter(), _cpu_s(cluster)
+                for future in _train(runs[name], steps):
                     future.result()
                 rate = ROWS * LENGTH * steps / (time.perf_counter() - begin)
                 if number:  # the first round warms everything up
                     cells.setdefault(f"steady/{name}_tokens_per_s", []).append(rate)
+                    cpu_s = _cpu_s(cluster) - cpu_begin
+                    cells.setdefault(f"steady/{name}_cpu_s", []).append(cpu_s)
+            turns.append(turns.pop(0))
         snapshots = runs["snapshot_each_round"].refresh().snapshot_seq
         cells["steady/newest_snapshot_seq"] = [float(snapshots)]
     return cells
+
+
+def _cpu_s(cluster: Cluster) -> float:
+    """Processor seconds that the coordinator and the workers have used."""
+    processes = [cluster.coordinator, *cluster.workers]
+    return sum(_ticks(process.pid) for process in processes) / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def worker_death(rounds: int, steps: int) -> dict[str, list[float]]:
@@ -122,16 +140,9 @@ def worker_death(rounds: int, steps: int) -> dict[str, list[float]]:
 
 def _holder(cluster: Cluster, run_id: str) -> Any:
     """The worker that holds the only active run: the one that uses the processor."""
-    used = {}
-    for worker in cluster.workers:
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        used[worker] = int(fields[11]) + int(fields[12])
+    used = {worker: _ticks(worker.pid) for worker in cluster.workers}
     time.sleep(0.2)
-    growth = {}
-    for worker in cluster.workers:
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        growth[worker] = int(fields[11]) + int(fields[12]) - used[worker]
-    return max(growth, key=lambda worker: growth[worker])
+    return max(cluster.workers, key=lambda worker: _ticks(worker.pid) - used[worker])
 
 
 def _load_seconds(client: ServiceClient, artifact_id: str) -> float:
@@ -208,8 +219,9 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
         for name in ("default", "snapshot_each_round"):
             on = cells[f"steady/{name}_tokens_per_s"]
             found[f"steady {name}/both_off, best"] = max(on) / max(off)
-            pairs = [a / b for a, b in zip(on, off, strict=True)]
-            found[f"steady {name}/both_off, median of pairs"] = median(pairs)
+            found |= _summary(f"steady {name}/both_off", _quotients(on, off))
+            cpu_on, cpu_off = cells[f"steady/{name}_cpu_s"], cells["steady/both_off_cpu_s"]
+            found |= _summary(f"steady {name}/both_off, by CPU time", _quotients(cpu_off, cpu_on))
     if "worker/load_s" in cells:
         over = [
             seconds - load - compute
@@ -228,3 +240,14 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
                 cells[f"coordinator/{name}_first_answer_s"]
             )
     return found
+
+
+def _quotients(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _summary(name: str, pairs: list[float]) -> dict[str, float]:
+    """The median of a round's quotients, and the lower end of its 95% interval by bootstrap."""
+    draws = np.random.default_rng(0).choice(pairs, (10_000, len(pairs)))
+    lower = float(np.quantile(np.median(draws, axis=1), 0.025))
+    return {f"{name}, median of pairs": median(pairs), f"{name}, its lower end": lower}
