@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tensafe import failpoints
 from tensafe_server.events.hub import EventHub
@@ -28,7 +29,22 @@ class _Group:
     def __init__(self) -> None:
         self.operations: list[PendingOperation] = []
         self.timer: asyncio.TimerHandle | None = None
-        self.stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def wait(self) -> asyncio.Future[None]:
+        """Resolves when the group is stored; of the caller alone, who may cancel it."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        return waiter
+
+    def tell(self, error: BaseException | None) -> None:
+        for waiter in self._waiters:
+            if waiter.done():
+                continue
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
 
 
 class Gate:
@@ -55,14 +71,16 @@ class Gate:
                 self._group.timer = asyncio.get_running_loop().call_later(linger_s, self._close)
         group = self._group
         group.operations += operations
+        waiter = group.wait()
         if group.timer is None or len(group.operations) >= _FULL_GROUP:
             self._close()
-        await asyncio.shield(group.stored)
+        await waiter
 
     async def passed(self) -> None:
         """Returns when nothing stands before the gate any more that does now."""
         if self._group is not None:
-            await asyncio.wait([self._group.stored])
+            with suppress(Exception):  # whoever stands there is told
+                await self._group.wait()
 
     def _close(self) -> None:
         group, self._group = self._group, None
@@ -84,8 +102,6 @@ class Gate:
 
     def _tell(self, group: _Group, done: asyncio.Future[None]) -> None:
         error = done.exception()
-        if error is None:
-            group.stored.set_result(None)
-        else:
+        if error is not None:
             self._ledger.withdraw(group.operations)
-            group.stored.set_exception(error)
+        group.tell(error)
