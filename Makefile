@@ -1,6 +1,8 @@
 # Every target that needs Python stands on `make setup`, which takes no time when nothing changed.
 PYTHON ?= python3
 export PYTHON
+# How many tests at once; on two cores about half of the time goes into waiting for processes.
+JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -27,7 +29,7 @@ format: setup ## Bring the code into shape
 	$(BIN)/ruff format .
 
 test: setup ## Run the tests, without those that need a real model
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: setup ## Run the tests that need a real model, or minutes
 	$(BIN)/python -m pytest -m slow

@@ -518,7 +518,7 @@ class OptimStep(_message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     GRAD_CLIP_NORM_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """Step size of this update. Unset: the run's."""
+    """Step size of this update: a call that applies none uses none. Unset: the run's."""
     weight_decay: _builtins.float
     """Weight decay of this update. Unset: the run's."""
     grad_clip_norm: _builtins.float
