@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from tensafe_client.cli.connecting import Connection
-from tensafe_client.cli.failures import ServiceFailure
+from tensafe_client.cli.failures import INTERRUPTED, ServiceFailure
 from tensafe_client.cli.lazy import LazyCommand, LazyGroup, examples
 from tensafe_client.errors import TenSafeError
 
@@ -58,6 +58,9 @@ class Root(LazyGroup):
             return super().invoke(ctx)
         except TenSafeError as error:
             raise ServiceFailure(error) from error
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            ctx.exit(INTERRUPTED)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -89,7 +89,12 @@ def _cell(value: object) -> str:
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value)
-    return str(value)
+    return "".join(map(_visible, str(value)))
+
+
+def _visible(character: str) -> str:
+    """What a terminal would obey, as its escape: names and texts may be anybody's."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def size(size_bytes: int) -> str:

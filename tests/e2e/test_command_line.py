@@ -292,6 +292,17 @@ def test_watch_prints_each_step(tiny_service: LocalService, data: Path):
     assert [json.loads(line)["step"] for line in later.stdout.splitlines()] == [3]
 
 
+def test_control_c_ends_a_watch(tiny_service: LocalService, data: Path):
+    run_id = str(train(tiny_service, data, "--steps", "1")[0]["run_id"])
+    process = start_tensafe(tiny_service, "runs", "watch", run_id)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline().startswith("step      1")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert "Traceback" not in process.stderr.read()
+
+
 def test_every_list_is_json(tiny_service: LocalService, data: Path):
     run_id = str(train(tiny_service, data, "--steps", "1")[0]["run_id"])
     assert run_id in [run["id"] for run in run_json(tiny_service, "runs", "list")]

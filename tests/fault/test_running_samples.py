@@ -276,7 +276,7 @@ def test_ctrl_c_on_the_command_line_stops_it(
         assert process.stdout.read(1) == b" "
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == b""
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert [one.state for one in client.operations(limit=1)] == ["cancelled"]
 
 

@@ -74,3 +74,8 @@ def test_table(capsys: pytest.CaptureFixture[str]):
 )
 def test_size(size_bytes: int, text: str):
     assert size(size_bytes) == text
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_escape(capsys: pytest.CaptureFixture[str]):
+    print_table(("NAME",), [("a\x1b[2J\tb\n\u202e",), ("größe 漢",)])
+    assert capsys.readouterr().out == "NAME\na\\x1b[2J\\tb\\n\\u202e\ngröße 漢\n"
