@@ -262,6 +262,37 @@ def test_a_deadline_does_not_stop_what_has_begun(
     assert_right(tc, stream, text, 0)
 
 
+def test_a_tenants_streams_beyond_its_limit_wait_and_others_do_not(tmp_path: Path):
+    with FaultyCluster(tmp_path, "--tenant-streams", "1") as fleet:
+        fleet.start()
+        worker = fleet.add_faulty_worker()
+        with (
+            ServiceClient(fleet.target, api_key=fleet.new_tenant("one")) as one,
+            ServiceClient(fleet.target, api_key=fleet.new_tenant("two")) as two,
+        ):
+            runs = [c.create_training_client({"model_ref": "any"}) for c in (one, one, two)]
+            open_stream, begun = begin(runs[0])
+            other = runs[2].sample("x", stream=True)
+            assert "".join(chunk.text for chunk in other) == text_at(0)
+            waiting = runs[1].sample("x", stream=True)
+            assert waiting.result(60).samples[0].completion == text_at(0)
+            texts: list[str] = []
+            reader = threading.Thread(target=lambda: texts.extend(c.text for c in waiting))
+            reader.start()
+            request = ops.StreamSampleRequest(operation_id=waiting.future.operation_id or "")
+            metadata = (("authorization", f"Bearer {one.connection.api_key}"),)
+            with grpc.insecure_channel(fleet.target) as channel:
+                stub = operations_pb2_grpc.OperationsServiceStub(channel)
+                with pytest.raises(grpc.RpcError) as refused:
+                    next(stub.StreamSample(request, metadata=metadata))
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert not texts
+            fleet.let_samples_go(worker)
+            assert_right(runs[0], open_stream, begun, 0)
+            reader.join(60)
+            assert "".join(texts) == text_at(0)
+
+
 def test_ctrl_c_on_the_command_line_stops_it(
     fleet: FaultyCluster, client: ServiceClient, tc: TrainingClient
 ):
