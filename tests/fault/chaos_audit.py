@@ -48,6 +48,17 @@ def _audit(connection: sqlite3.Connection, story: Story) -> None:
     assert [item.step for item in metrics] == [step for _, step, *_ in applied]
     assert [item.step for item in metrics] == list(range(1, len(applied) + 1))
     assert not set(cursors) & {item.cursor for item in metrics}
-    (step,) = connection.execute("SELECT step FROM runs WHERE id = ?", (story.run_id,)).fetchone()
-    assert step == len(applied)
+    told = [(item.cursor, item.step, item.skipped) for item in story.watched]
+    assert told == [(item.cursor, item.step, 0) for item in metrics], "each step's metrics, once"
+    assert connection.execute(
+        "SELECT step, replay_mismatches FROM runs WHERE id = ?", (story.run_id,)
+    ).fetchone() == (len(applied), 0), "what was replayed came out as before"
+    saved = connection.execute(
+        "SELECT artifact_id FROM operations WHERE run_id = ? AND kind = ? ORDER BY artifact_id",
+        (story.run_id, ops.OPERATION_KIND_SAVE_STATE),
+    ).fetchall()
+    artifacts = connection.execute(
+        "SELECT id FROM artifacts WHERE run_id = ? ORDER BY id", (story.run_id,)
+    ).fetchall()
+    assert artifacts == saved, "each save has its artifact, and there is no other"
     assert story.resolutions == dict.fromkeys(range(1, len(rows) + 1), 1), "each future once"

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tensafe_client import Datum, OperationFuture, ServiceClient
+from tensafe_client import (
+    ClientClosedError,
+    Datum,
+    OperationFuture,
+    ServiceClient,
+    StepMetrics,
+)
 
 TIMEOUT_S = 300.0
 _IN_FLIGHT_STEPS = 6
@@ -56,6 +62,7 @@ class Story:
         results: of each future that ended, in order: the loss, the step, or the artifact's sums.
         resolutions: how often each future resolved, by seq.
         steps: how many optim_steps it takes.
+        watched: what one stream of metrics brought, from before the first step on.
     """
 
     run_id: str = ""
@@ -63,6 +70,12 @@ class Story:
     results: list[tuple[Any, ...]] = field(default_factory=list)
     resolutions: dict[int, int] = field(default_factory=dict)
     steps: int = 0
+    watched: list[StepMetrics] = field(default_factory=list)
+
+    @property
+    def applied(self) -> int:
+        """How many updates its optim_steps applied."""
+        return sum(kind == "optim_step" and rest[1] for kind, *rest in self.results)
 
 
 class Trainer:
@@ -87,6 +100,8 @@ class Trainer:
         self.story.run_id = self._run.run_id
         self._open: deque[OperationFuture[Any]] = deque()
         self._thread: threading.Thread | None = None
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+        self._watch_error: BaseException | None = None
 
     @property
     def in_flight(self) -> int:
@@ -101,6 +116,7 @@ class Trainer:
         """Trains so many steps; None: until `finish`."""
         self._thread = threading.Thread(target=self._work, args=(steps,), daemon=True)
         self._thread.start()
+        self._watching.start()
 
     def finish(self) -> None:
         """Ends after the step at hand, with a save."""
@@ -112,7 +128,27 @@ class Trainer:
         assert not self._thread.is_alive(), f"{self._tenant.name} hangs: {self._open[0]!r}"
         if self.error is not None:
             raise self.error
+        with self._progress:
+            came = self._progress.wait_for(
+                lambda: len(self.story.watched) >= self.story.applied or self._watch_error,
+                TIMEOUT_S,
+            )
+        if self._watch_error is not None:
+            raise self._watch_error
+        assert came, f"of {self.story.applied} metrics {len(self.story.watched)} have come"
         return self.story
+
+    def _watch(self) -> None:
+        """Follows the run's metrics, over whatever breaks, until the client is closed."""
+        try:
+            for item in self._run.metrics(follow=True):
+                with self._progress:
+                    self.story.watched.append(item)
+                    self._progress.notify_all()
+        except ClientClosedError:
+            return
+        except BaseException as error:
+            self._watch_error = error
 
     def _work(self, steps: int | None) -> None:
         try:
