@@ -13,7 +13,11 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import RunState
 from tensafe_server.operations.validation import refused
 from tensafe_server.privacy.accountant import Accountant
-from tensafe_server.privacy.accounting import UnsupportedCompositionError, check_supported
+from tensafe_server.privacy.accounting import (
+    LEAST_SIGMA,
+    UnsupportedCompositionError,
+    check_supported,
+)
 from tensafe_server.privacy.budgets import Budgets
 from tensafe_server.privacy.datasets import DatasetDesk
 from tensafe_server.privacy.mechanisms import Composition
@@ -150,6 +154,9 @@ def _check_fields(given: training.RunConfig, dp: pb.DpConfig) -> None:
         broken["noise_multiplier"] = (
             "can be computed from target_epsilon only for a known max_steps; give either"
         )
+    for name in ("noise_multiplier", "loss_noise_multiplier"):
+        if 0 < getattr(dp, name) < LEAST_SIGMA:
+            broken[name] = f"must be at least {LEAST_SIGMA:g}: less is no noise"
     if broken:
         raise refused((f"config.dp.{name}", rule) for name, rule in broken.items())
 

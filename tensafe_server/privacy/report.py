@@ -10,7 +10,7 @@ from tensafe_server.operations.model import RunState
 from tensafe_server.privacy import accounting
 from tensafe_server.privacy.budgets import Budgets
 from tensafe_server.privacy.datasets import DatasetDesk
-from tensafe_server.privacy.lines import Line, enforced
+from tensafe_server.privacy.lines import Line, Lines, enforced
 from tensafe_server.privacy.mechanisms import AccountantType
 from tensafe_server.privacy.runs import PrivateRun, Units
 from tensafe_server.store.base import Store
@@ -31,6 +31,11 @@ _TUNING = (
     "results on this data costs more than is counted here"
 )
 _TIMING = "timing: how long a step takes depends on its batch, and was not hidden"
+_MIXED = (
+    "releases on this dataset differ in their parameters: added up by RDP, a valid filter also where "
+    "parameters are chosen by looking at results"
+)
+_MUCH = "so much was released that no PLD can be computed: ε is an upper bound, by RDP"
 _STORAGE = (
     "storage: uploads lie in the tenant's own folder with owner-only permissions, not encrypted; "
     "operators and workers see the data"
@@ -98,7 +103,7 @@ class Reports:
             report.dataset_sha256 = dataset.sha256
             by_id = private.units is Units.UNIT_ID
             report.dataset_units = dataset.unit_ids if by_id else dataset.examples
-        _explain(report, private)
+        _explain(report, private, lines)
         report.headline = _headline(report, private)
         return report
 
@@ -144,7 +149,7 @@ def _line(line: Line, uses: int) -> pb.LedgerLine:
     return message
 
 
-def _explain(report: pb.PrivacyReport, private: PrivateRun) -> None:
+def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> None:
     unit = "unit" if private.units is Units.UNIT_ID else "example"
     report.enforced.append(
         f"each {unit} adds at most {report.max_grad_norm:g} (L2) to a step's sum, and to one sum a "
@@ -175,10 +180,7 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun) -> None:
             "raw metrics were told to the owner: what was decided by looking at them is not covered"
         )
     if report.accountant_used != report.accountant:
-        report.caveats.append(
-            "releases on this dataset differ in their parameters: added up by RDP, a valid filter "
-            "also where parameters are chosen by looking at results"
-        )
+        report.caveats.append(_MIXED if len(enforced(lines)) > 1 else _MUCH)
 
 
 def _explain_attested(report: pb.PrivacyReport, private: PrivateRun) -> None:
