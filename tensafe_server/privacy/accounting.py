@@ -29,8 +29,8 @@ MOST_SIGMA = 1e6
 MOST_STEPS = 2**24
 """More steps than anybody makes: what is within budget up to here is never refused."""
 _FARTHEST_OF_ONE, _FARTHEST = 130.0, 5000.0
-"""How far the grid of a PLD may reach, of one release and of all together. Its points lie 1e-4 apart:
-at these ends it takes about a gigabyte and half a minute, and beyond them all that there is."""
+"""How far the grid of a PLD may reach, of one release and of all together. Its points lie 1e-4
+apart: at these ends it takes a gigabyte and half a minute, and beyond them all that there is."""
 _AT_THE_END = 1e-12
 """The δ at which ε tells about how far a grid reaches."""
 

@@ -62,8 +62,8 @@ class PrivateConfigs:
         """Fills in `resolved.dp`.
 
         Raises:
-            TenSafeFault: what `resolve` raises; DATASET_NOT_FOUND; TOKEN_OUT_OF_RANGE or
-                CONTEXT_EXCEEDED if the model cannot read the dataset.
+            TenSafeFault: what `resolve` and `Budgets.check_unit` raise; DATASET_NOT_FOUND;
+                TOKEN_OUT_OF_RANGE or CONTEXT_EXCEEDED if the model cannot read the dataset.
         """
         if not given.HasField("dp"):
             return
@@ -78,6 +78,8 @@ class PrivateConfigs:
             dataset = DatasetSize(found.examples, unit_ids)
         spent = await self._budgets.spent(tenant_id, given.dp.dataset_id)
         await resolve(given, resolved, dataset, spent, self._accountant)
+        unit = PrivateRun.of("", resolved).line.unit
+        await self._budgets.check_unit(tenant_id, resolved.dp.dataset_id, unit)
 
     def expected_tokens(self, run: RunState) -> float:
         """Tokens of a batch that the server draws, on average."""

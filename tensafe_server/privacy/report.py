@@ -6,6 +6,7 @@ import math
 
 from tensafe.v1 import privacy_pb2 as pb
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RunState
 from tensafe_server.privacy import accounting
 from tensafe_server.privacy.budgets import Budgets
@@ -31,9 +32,17 @@ _TUNING = (
     "results on this data costs more than is counted here"
 )
 _TIMING = "timing: how long a step takes depends on its batch, and was not hidden"
+_PUBLIC = (
+    "public: how many units the dataset has, its hash, and so the sample rate and the noise that "
+    "were computed from its size, are taken for known; they tell one dataset from its neighbours"
+)
+_RAW = (
+    "raw metrics of a run on this dataset are told to its owner: neither they nor what was decided "
+    "by looking at them is covered"
+)
 _MIXED = (
-    "releases on this dataset differ in their parameters: added up by RDP, a valid filter also where "
-    "parameters are chosen by looking at results"
+    "releases on this dataset differ in their parameters: added up by RDP, a valid filter also "
+    "where parameters are chosen by looking at results"
 )
 _MUCH = "so much was released that no PLD can be computed: ε is an upper bound, by RDP"
 _STORAGE = (
@@ -45,7 +54,10 @@ _STORAGE = (
 class Reports:
     """Makes reports."""
 
-    def __init__(self, store: Store, budgets: Budgets, datasets: DatasetDesk) -> None:
+    def __init__(
+        self, store: Store, ledger: Ledger, budgets: Budgets, datasets: DatasetDesk
+    ) -> None:
+        self._ledger = ledger
         self._store = store
         self._budgets = budgets
         self._datasets = datasets
@@ -104,8 +116,18 @@ class Reports:
             by_id = private.units is Units.UNIT_ID
             report.dataset_units = dataset.unit_ids if by_id else dataset.examples
         _explain(report, private, lines)
+        if self._any_raw(run.tenant_id, private.dataset_id):
+            report.caveats.append(_RAW)
         report.headline = _headline(report, private)
         return report
+
+    def _any_raw(self, tenant_id: str, dataset_id: str) -> bool:
+        """Whether a run on the dataset, also a deleted one, tells its owner what was not noised."""
+        return any(
+            run.private is not None and run.private.raw_metrics
+            for run in self._ledger.runs.values()
+            if run.tenant_id == tenant_id and run.config.dp.dataset_id == dataset_id
+        )
 
 
 def _uses(rows: list[LedgerRow]) -> dict[Line, int]:
@@ -175,10 +197,8 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> Non
     else:
         _explain_attested(report, private)
     report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
-    if private.raw_metrics:
-        report.caveats.append(
-            "raw metrics were told to the owner: what was decided by looking at them is not covered"
-        )
+    if private.server_poisson:
+        report.caveats.append(_PUBLIC)
     if report.accountant_used != report.accountant:
         report.caveats.append(_MIXED if len(enforced(lines)) > 1 else _MUCH)
 
@@ -197,6 +217,9 @@ def _explain_attested(report: pb.PrivacyReport, private: PrivateRun) -> None:
         "unit ids: that one person has one unit_id"
         if private.units is Units.UNIT_ID
         else "examples: that near-duplicates, whose hashes differ, are not one and the same"
+    )
+    report.attested.append(
+        "batches: that an example's tokens and weights were made of that example alone"
     )
     if private.line.sample_rate is not None:
         report.attested.append(

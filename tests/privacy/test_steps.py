@@ -225,6 +225,25 @@ def test_units_are_named_where_they_are_protected(
         other.forward_backward([Datum([1], [2], unit_id="a")]).result(60)
 
 
+def test_a_ledger_protects_units_of_one_kind(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient
+) -> None:
+    """A bound on each example's part is none on a person's, so that the two do not add up."""
+    people = [Datum([1, 2], [2, 3], unit_id="a"), Datum([7], [8], unit_id="a")]
+    early = private_run(client, privacy_unit="unit_id")
+    one_step(private_run(client)).result(60)
+    with pytest.raises(UnsupportedOptionError, match="protects examples") as caught:
+        private_run(client, privacy_unit="unit_id")
+    assert caught.value.metadata["field"] == "config.dp.privacy_unit"
+    with pytest.raises(UnsupportedOptionError, match="protects examples"):
+        one_step(early, people).result(60)
+    assert events(cluster) == ["reserve", "commit"]
+    other = private_run(client, privacy_unit="unit_id", dataset_id="people")
+    assert one_step(other, people).result(60).applied
+    with pytest.raises(UnsupportedOptionError, match="protects unit ids"):
+        private_run(client, dataset_id="people")
+
+
 @pytest.mark.parametrize("loss", ["ppo", "dpo", "kl", "my_own"])
 def test_a_loss_that_may_mix_examples_is_refused_by_its_name(
     cluster: Cluster, worker: PrivateWorker, client: ServiceClient, loss: str
