@@ -33,8 +33,9 @@ _TUNING = (
 )
 _TIMING = "timing: how long a step takes depends on its batch, and was not hidden"
 _PUBLIC = (
-    "public: how many units the dataset has, its hash, and so the sample rate and the noise that "
-    "were computed from its size, are taken for known; they tell one dataset from its neighbours"
+    "public: what is told of the dataset itself (its hash, how many units and tokens it has, its "
+    "longest row and largest token), and the sample rate and noise that were computed from its "
+    "size; ε does not cover them"
 )
 _RAW = (
     "raw metrics of a run on this dataset are told to its owner: neither they nor what was decided "

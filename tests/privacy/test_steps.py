@@ -88,6 +88,14 @@ def test_the_owner_sees_nothing_that_was_not_noised(
         tc.forward(BATCH).result(60)
 
 
+def test_a_prompts_log_probabilities_are_a_loss_too(
+    worker: PrivateWorker, client: ServiceClient
+) -> None:
+    tc = private_run(client)
+    with pytest.raises(UnsupportedOptionError, match="are its loss"):
+        tc.sample([[1, 2, 3]], max_tokens=1, prompt_logprobs=True)
+
+
 def test_raw_metrics_are_for_owners_who_ask_for_them(
     worker: PrivateWorker, client: ServiceClient
 ) -> None:
