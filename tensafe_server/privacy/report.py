@@ -32,6 +32,10 @@ _TUNING = (
     "results on this data costs more than is counted here"
 )
 _TIMING = "timing: how long a step takes depends on its batch, and was not hidden"
+_NOTHING_ELSE = (
+    "other training: that neither the base model nor a state that this run began from or loaded "
+    "was trained on this data outside of this ledger"
+)
 _PUBLIC = (
     "public: what is told of the dataset itself (its hash, how many units and tokens it has, its "
     "longest row and largest token), and the sample rate and noise that were computed from its "
@@ -197,6 +201,7 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> Non
         )
     else:
         _explain_attested(report, private)
+    report.attested.append(_NOTHING_ELSE)
     report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
     if private.server_poisson:
         report.caveats.append(_PUBLIC)

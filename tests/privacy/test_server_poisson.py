@@ -321,6 +321,7 @@ def test_the_report_of_attested_batches_has_both_epsilons(
     attested = " ".join(report.attested)
     assert "dataset_id" in attested
     assert "tokens and weights were made of that example alone" in attested
+    assert "trained on this data outside of this ledger" in attested
     assert "sampling_verified: false" in attested
     assert any("at most 2 steps" in text for text in report.enforced)
 
@@ -372,6 +373,18 @@ def test_changed_parameters_are_added_up_by_rdp_and_said(
     assert any("RDP" in text for text in report.caveats)
     mixed = {Mechanism(4.0, 0.25): 3, Mechanism(5.0, 0.25): 2}
     assert report.epsilon == pytest.approx(epsilon(mixed, Terms(1e-5)))
+
+
+def test_hardly_any_noise_costs_the_coordinator_nothing_and_has_an_upper_bound(
+    worker: PrivateWorker, client: ServiceClient, rows: list[Datum]
+) -> None:
+    """A distribution of its losses would take tens of gigabytes."""
+    tc = poisson_run(client, client.upload_dataset(rows).id, noise_multiplier=0.001)
+    tc.train_private(2)
+    report = client.privacy_report(tc.run_id)
+    assert (report.accountant, report.accountant_used) == ("pld", "rdp")
+    assert 1e5 < report.epsilon < 1e7
+    assert any("upper bound" in text for text in report.caveats)
 
 
 def test_a_run_that_is_not_private_has_no_report(
