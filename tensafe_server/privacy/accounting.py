@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,9 +23,16 @@ from tensafe_server.privacy.mechanisms import (
 )
 
 _SIGMA_TOLERANCE = 1e-5
+LEAST_SIGMA = 1e-6
+"""Less noise than that is none, and is refused."""
 MOST_SIGMA = 1e6
 MOST_STEPS = 2**24
 """More steps than anybody makes: what is within budget up to here is never refused."""
+_FARTHEST_OF_ONE, _FARTHEST = 130.0, 5000.0
+"""How far the grid of a PLD may reach, of one release and of all together. Its points lie 1e-4
+apart: at these ends it takes a gigabyte and half a minute, and beyond them all that there is."""
+_AT_THE_END = 1e-12
+"""The δ at which ε tells about how far a grid reaches."""
 
 
 class UnsupportedCompositionError(ValueError):
@@ -33,6 +41,9 @@ class UnsupportedCompositionError(ValueError):
 
 def epsilon(composition: Composition, terms: Terms) -> float:
     """ε of everything in a composition together; infinite without noise.
+
+    Where so much is released that a PLD would not fit into memory, it is an upper bound: by RDP, or
+    of the same without sampling where there is no RDP.
 
     Raises:
         UnsupportedCompositionError: different mechanisms with sampling, under REPLACE_ONE.
@@ -47,18 +58,19 @@ def epsilon(composition: Composition, terms: Terms) -> float:
             return _gaussian_epsilon(used, terms)
         if len(used) == 1:
             [(mechanism, n)] = used.items()
-            return _pld_epsilon(mechanism, n, terms)
+            if _has_pld(mechanism, n, terms.adjacency):
+                return _pld_epsilon(mechanism, n, terms)
+            if not _has_rdp(terms.adjacency, mechanism.sample_rate):
+                return _gaussian_epsilon({Mechanism(mechanism.noise_multiplier): n}, terms)
     return _rdp_epsilon(used, terms)
 
 
 def is_exact(composition: Composition, terms: Terms) -> bool:
     """Whether `epsilon` is by the accountant that the terms name: by RDP else."""
-    used = [mechanism for mechanism, n in composition.items() if n and mechanism.sample_rate]
-    return (
-        terms.accountant is AccountantType.RDP
-        or len(used) < 2
-        or all(mechanism.sample_rate == 1 for mechanism in used)
-    )
+    used = {mechanism: n for mechanism, n in composition.items() if n and mechanism.sample_rate}
+    if terms.accountant is AccountantType.RDP or all(one.sample_rate == 1 for one in used):
+        return True
+    return len(used) == 1 and all(_has_pld(*one, terms.adjacency) for one in used.items())
 
 
 def is_slow(composition: Composition, terms: Terms) -> bool:
@@ -192,7 +204,20 @@ def _pld_epsilon(mechanism: Mechanism, n: int, terms: Terms) -> float:
     return float(composed.get_epsilon_for_delta(terms.delta))
 
 
-@lru_cache(maxsize=32)
+def _has_pld(mechanism: Mechanism, n: int, adjacency: Adjacency) -> bool:
+    """Whether the grid of so many sampled releases fits into memory."""
+    import dp_accounting
+
+    sigma = mechanism.noise_multiplier
+    if adjacency is Adjacency.REPLACE_ONE:
+        sigma /= 2
+    if dp_accounting.get_epsilon_gaussian(sigma, _AT_THE_END) > _FARTHEST_OF_ONE:
+        return False
+    reach = _rdp_epsilon({replace(mechanism, noise_multiplier=sigma): n}, Terms(_AT_THE_END))
+    return reach <= _FARTHEST
+
+
+@lru_cache(maxsize=8)
 def _pld(mechanism: Mechanism, adjacency: Adjacency) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 

@@ -10,11 +10,13 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.ids import new_id
 from tensafe_server.privacy.accountant import Accountant
 from tensafe_server.privacy.accounting import MOST_STEPS, UnsupportedCompositionError
-from tensafe_server.privacy.lines import Line, Lines, enforced, if_poisson
+from tensafe_server.privacy.lines import Line, Lines, Unit, enforced, if_poisson
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
 from tensafe_server.privacy.runs import PrivateRun
 from tensafe_server.store.base import Store
 from tensafe_server.store.charges import ChargeEnd, LedgerEvent, LedgerRow, Reservation
+
+_MANY: dict[Unit, str] = {"example": "examples", "unit_id": "unit ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,14 @@ class Budgets:
         """What was released of a dataset, with no more assumed than was enforced."""
         return enforced((await self.dataset(tenant_id, dataset_id)).lines)
 
+    async def check_unit(self, tenant_id: str, dataset_id: str, unit: Unit) -> None:
+        """Refuses a privacy unit that is not that of the ledger's releases.
+
+        Raises:
+            TenSafeFault: UNSUPPORTED_OPTION.
+        """
+        _check_unit(dataset_id, (await self.dataset(tenant_id, dataset_id)).lines, unit)
+
     async def reserve(
         self,
         tenant_id: str,
@@ -131,8 +141,8 @@ class Budgets:
         A step that would pass the target waits while a charge is open that may be released.
 
         Raises:
-            TenSafeFault: DP_BUDGET_EXCEEDED; UNSUPPORTED_OPTION if the ledger cannot be added up;
-                STORAGE_FULL or STORAGE_UNAVAILABLE.
+            TenSafeFault: DP_BUDGET_EXCEEDED; UNSUPPORTED_OPTION if the ledger cannot be added up,
+                or protects other units; STORAGE_FULL or STORAGE_UNAVAILABLE.
         """
         budget = await self.dataset(tenant_id, private.dataset_id)
         reservation = Reservation(
@@ -149,6 +159,7 @@ class Budgets:
         )
         while True:
             async with budget.deciding:
+                _check_unit(private.dataset_id, budget.lines, private.line.unit)
                 uses = budget.lines.get(private.line, 0) + 1
                 at_most = await self._at_most(private, budget.lines)
                 if at_most is None or uses <= at_most:
@@ -249,6 +260,20 @@ class Budgets:
             dataset_id=private.dataset_id,
             current_epsilon=spent,
             max_epsilon=private.target_epsilon,
+        )
+
+
+def _check_unit(dataset_id: str, lines: Lines, unit: Unit) -> None:
+    # An example's bound is none for a person with many of them; and a person's sum, clipped, may
+    # move by 2C with one example of theirs.
+    other = next((line.unit for line, uses in lines.items() if uses and line.unit != unit), None)
+    if other is not None:
+        raise TenSafeFault(
+            "UNSUPPORTED_OPTION",
+            f"config.dp.privacy_unit: what was released of dataset {dataset_id} protects "
+            f"{_MANY[other]} and says nothing about {_MANY[unit]}; use {other}, so that it adds up",
+            field="config.dp.privacy_unit",
+            dataset_id=dataset_id,
         )
 
 

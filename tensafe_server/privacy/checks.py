@@ -46,6 +46,12 @@ def check_private(spec: training.OperationSpec, private: PrivateRun | None, run_
                 f"run {run_id} tells private metrics only, and a loss is none; to evaluate on data "
                 "that is not private, save the run and load it into one without dp_config",
             )
+    elif kind == "sample" and spec.sample.params.prompt_logprobs and not private.raw_metrics:
+        raise _unsupported(
+            "sample.params.prompt_logprobs",
+            f"run {run_id} tells private metrics only, and a prompt's log-probabilities are its "
+            "loss; leave prompt_logprobs out, or sample from an artifact of it",
+        )
     elif kind == "forward_backward":
         if private.server_poisson:
             raise _drawn(kind, run_id)

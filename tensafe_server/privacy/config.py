@@ -13,7 +13,11 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import RunState
 from tensafe_server.operations.validation import refused
 from tensafe_server.privacy.accountant import Accountant
-from tensafe_server.privacy.accounting import UnsupportedCompositionError, check_supported
+from tensafe_server.privacy.accounting import (
+    LEAST_SIGMA,
+    UnsupportedCompositionError,
+    check_supported,
+)
 from tensafe_server.privacy.budgets import Budgets
 from tensafe_server.privacy.datasets import DatasetDesk
 from tensafe_server.privacy.mechanisms import Composition
@@ -58,8 +62,8 @@ class PrivateConfigs:
         """Fills in `resolved.dp`.
 
         Raises:
-            TenSafeFault: what `resolve` raises; DATASET_NOT_FOUND; TOKEN_OUT_OF_RANGE or
-                CONTEXT_EXCEEDED if the model cannot read the dataset.
+            TenSafeFault: what `resolve` and `Budgets.check_unit` raise; DATASET_NOT_FOUND;
+                TOKEN_OUT_OF_RANGE or CONTEXT_EXCEEDED if the model cannot read the dataset.
         """
         if not given.HasField("dp"):
             return
@@ -74,6 +78,8 @@ class PrivateConfigs:
             dataset = DatasetSize(found.examples, unit_ids)
         spent = await self._budgets.spent(tenant_id, given.dp.dataset_id)
         await resolve(given, resolved, dataset, spent, self._accountant)
+        unit = PrivateRun.of("", resolved).line.unit
+        await self._budgets.check_unit(tenant_id, resolved.dp.dataset_id, unit)
 
     def expected_tokens(self, run: RunState) -> float:
         """Tokens of a batch that the server draws, on average."""
@@ -150,6 +156,9 @@ def _check_fields(given: training.RunConfig, dp: pb.DpConfig) -> None:
         broken["noise_multiplier"] = (
             "can be computed from target_epsilon only for a known max_steps; give either"
         )
+    for name in ("noise_multiplier", "loss_noise_multiplier"):
+        if 0 < getattr(dp, name) < LEAST_SIGMA:
+            broken[name] = f"must be at least {LEAST_SIGMA:g}: less is no noise"
     if broken:
         raise refused((f"config.dp.{name}", rule) for name, rule in broken.items())
 

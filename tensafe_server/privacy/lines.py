@@ -11,6 +11,7 @@ from typing import Literal
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
 
 Sampling = Literal["server_poisson", "client_attested"]
+Unit = Literal["example", "unit_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Line:
         run_id: the run; empty for server_poisson.
         max_participation: steps that a unit may be in; None: any number.
         test_mode: the noise came from a seed that somebody knows.
+        unit: whose contribution was bounded.
     """
 
     sampling: Sampling
@@ -34,10 +36,14 @@ class Line:
     run_id: str = ""
     max_participation: int | None = None
     test_mode: bool = False
+    unit: Unit = "example"
 
     def to_json(self) -> str:
         """One text for one line, as it stands in the ledger."""
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if self.unit == "example":  # as it was written before there was another
+            del values["unit"]
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Line:

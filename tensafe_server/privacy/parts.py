@@ -33,7 +33,7 @@ class PrivacyParts:
         self.accountant = Accountant()
         self.budgets = Budgets(store, self.accountant)
         self.datasets = DatasetDesk(store, blobs, ledger)
-        self.reports = Reports(store, self.budgets, self.datasets)
+        self.reports = Reports(store, ledger, self.budgets, self.datasets)
         self.draws = Draws(blobs, ledger)
         self.configs = PrivateConfigs(self.datasets, self.budgets, self.accountant)
         self.steps = PrivateSteps(store, payloads, self.budgets)

@@ -6,11 +6,12 @@ import math
 
 from tensafe.v1 import privacy_pb2 as pb
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RunState
 from tensafe_server.privacy import accounting
 from tensafe_server.privacy.budgets import Budgets
 from tensafe_server.privacy.datasets import DatasetDesk
-from tensafe_server.privacy.lines import Line, enforced
+from tensafe_server.privacy.lines import Line, Lines, enforced
 from tensafe_server.privacy.mechanisms import AccountantType
 from tensafe_server.privacy.runs import PrivateRun, Units
 from tensafe_server.store.base import Store
@@ -31,6 +32,24 @@ _TUNING = (
     "results on this data costs more than is counted here"
 )
 _TIMING = "timing: how long a step takes depends on its batch, and was not hidden"
+_NOTHING_ELSE = (
+    "other training: that neither the base model nor a state that this run began from or loaded "
+    "was trained on this data outside of this ledger"
+)
+_PUBLIC = (
+    "public: what is told of the dataset itself (its hash, how many units and tokens it has, its "
+    "longest row and largest token), and the sample rate and noise that were computed from its "
+    "size; ε does not cover them"
+)
+_RAW = (
+    "raw metrics of a run on this dataset are told to its owner: neither they nor what was decided "
+    "by looking at them is covered"
+)
+_MIXED = (
+    "releases on this dataset differ in their parameters: added up by RDP, a valid filter also "
+    "where parameters are chosen by looking at results"
+)
+_MUCH = "so much was released that no PLD can be computed: ε is an upper bound, by RDP"
 _STORAGE = (
     "storage: uploads lie in the tenant's own folder with owner-only permissions, not encrypted; "
     "operators and workers see the data"
@@ -40,7 +59,10 @@ _STORAGE = (
 class Reports:
     """Makes reports."""
 
-    def __init__(self, store: Store, budgets: Budgets, datasets: DatasetDesk) -> None:
+    def __init__(
+        self, store: Store, ledger: Ledger, budgets: Budgets, datasets: DatasetDesk
+    ) -> None:
+        self._ledger = ledger
         self._store = store
         self._budgets = budgets
         self._datasets = datasets
@@ -98,9 +120,19 @@ class Reports:
             report.dataset_sha256 = dataset.sha256
             by_id = private.units is Units.UNIT_ID
             report.dataset_units = dataset.unit_ids if by_id else dataset.examples
-        _explain(report, private)
+        _explain(report, private, lines)
+        if self._any_raw(run.tenant_id, private.dataset_id):
+            report.caveats.append(_RAW)
         report.headline = _headline(report, private)
         return report
+
+    def _any_raw(self, tenant_id: str, dataset_id: str) -> bool:
+        """Whether a run on the dataset, also a deleted one, tells its owner what was not noised."""
+        return any(
+            run.private is not None and run.private.raw_metrics
+            for run in self._ledger.runs.values()
+            if run.tenant_id == tenant_id and run.config.dp.dataset_id == dataset_id
+        )
 
 
 def _uses(rows: list[LedgerRow]) -> dict[Line, int]:
@@ -144,7 +176,7 @@ def _line(line: Line, uses: int) -> pb.LedgerLine:
     return message
 
 
-def _explain(report: pb.PrivacyReport, private: PrivateRun) -> None:
+def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> None:
     unit = "unit" if private.units is Units.UNIT_ID else "example"
     report.enforced.append(
         f"each {unit} adds at most {report.max_grad_norm:g} (L2) to a step's sum, and to one sum a "
@@ -169,16 +201,12 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun) -> None:
         )
     else:
         _explain_attested(report, private)
+    report.attested.append(_NOTHING_ELSE)
     report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
-    if private.raw_metrics:
-        report.caveats.append(
-            "raw metrics were told to the owner: what was decided by looking at them is not covered"
-        )
+    if private.server_poisson:
+        report.caveats.append(_PUBLIC)
     if report.accountant_used != report.accountant:
-        report.caveats.append(
-            "releases on this dataset differ in their parameters: added up by RDP, a valid filter "
-            "also where parameters are chosen by looking at results"
-        )
+        report.caveats.append(_MIXED if len(enforced(lines)) > 1 else _MUCH)
 
 
 def _explain_attested(report: pb.PrivacyReport, private: PrivateRun) -> None:
@@ -195,6 +223,9 @@ def _explain_attested(report: pb.PrivacyReport, private: PrivateRun) -> None:
         "unit ids: that one person has one unit_id"
         if private.units is Units.UNIT_ID
         else "examples: that near-duplicates, whose hashes differ, are not one and the same"
+    )
+    report.attested.append(
+        "batches: that an example's tokens and weights were made of that example alone"
     )
     if private.line.sample_rate is not None:
         report.attested.append(

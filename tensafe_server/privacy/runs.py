@@ -63,6 +63,7 @@ class PrivateRun:
         dp = config.dp
         poisson = dp.sampling == pb.DP_SAMPLING_SERVER_POISSON
         loss = dp.loss_noise_multiplier if dp.HasField("loss_noise_multiplier") else None
+        unit_ids = dp.privacy_unit == pb.PRIVACY_UNIT_UNIT_ID
         line = Line(
             sampling="server_poisson" if poisson else "client_attested",
             noise_multiplier=joint_noise_multiplier(dp.noise_multiplier, loss),
@@ -70,8 +71,8 @@ class PrivateRun:
             run_id="" if poisson else run_id,
             max_participation=dp.max_participation if dp.HasField("max_participation") else None,
             test_mode=dp.HasField("test_seed"),
+            unit="unit_id" if unit_ids else "example",
         )
-        unit_ids = dp.privacy_unit == pb.PRIVACY_UNIT_UNIT_ID
         return cls(
             dataset_id=dp.dataset_id,
             line=line,

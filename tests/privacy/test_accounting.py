@@ -213,3 +213,35 @@ def test_more_steps_more_data_or_less_noise_never_cost_less(
     assert spent >= epsilon({Mechanism(1.5 * sigma, q): steps}, pld)
     assert spent <= epsilon({Mechanism(sigma, 1.5 * q): steps}, pld)
     assert spent <= epsilon({Mechanism(sigma): steps}, pld) + 1e-6
+
+
+@pytest.mark.parametrize("adjacency", Adjacency)
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps"),
+    [
+        (0.001, 0.01, 1),  # a grid of 38 GiB
+        (1e-6, 0.5, 1),
+        (0.3, 0.02, 1_000_000),
+        (1.0, 0.5, MOST_STEPS),
+    ],
+)
+def test_what_no_grid_can_hold_has_an_upper_bound(
+    adjacency: Adjacency, sigma: float, q: float, steps: int
+) -> None:
+    """Anybody may ask for it, and the coordinator's memory is everybody's."""
+    terms, used = Terms(1e-5, PLD, adjacency), {Mechanism(sigma, q): steps}
+    unsampled = epsilon({Mechanism(sigma): steps}, terms)
+    if adjacency is Adjacency.REPLACE_ONE:
+        assert epsilon(used, terms) == unsampled
+    else:
+        assert not is_exact(used, terms)
+        assert epsilon(used, terms) == epsilon(used, Terms(1e-5, RDP, adjacency))
+        # Nothing that was not drawn costs more; RDP's own bound is a little above a Gaussian's.
+        assert 100 < epsilon(used, terms) < 1.1 * unsampled + 1
+
+
+def test_a_target_that_forbids_nothing_is_found_a_sigma_for() -> None:
+    terms = Terms(1e-5)
+    found = noise_multiplier(1e6, 1000, terms, 0.5)
+    assert epsilon({Mechanism(found, 0.5): 1000}, terms) <= 1e6
+    assert most_uses({}, Mechanism(found, 0.5), 1e6, terms) >= 1000

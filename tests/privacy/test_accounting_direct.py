@@ -121,3 +121,16 @@ def test_the_least_noise_for_a_target(
     sigma = noise_multiplier(target, steps, Terms(delta, accountant), q)
     assert direct(accountant, q, sigma, steps, delta) <= target + 1e-9
     assert direct(accountant, q, sigma - 1e-3, steps, delta) > target
+
+
+def test_sampled_releases_that_differ() -> None:
+    """By RDP, whatever is asked for: all of them count."""
+    used = {(0.01, 1.0): 500, (0.02, 1.5): 300, (1.0, 20.0): 40}
+    counted = RdpAccountant()
+    for (q, sigma), steps in used.items():
+        event = dp_accounting.GaussianDpEvent(sigma)
+        counted.compose(dp_accounting.PoissonSampledDpEvent(q, event), steps)
+    mixed = {Mechanism(sigma, q): steps for (q, sigma), steps in used.items()}
+    for accountant in ACCOUNTANTS:
+        found = epsilon(mixed, Terms(1e-5, accountant))
+        assert found == pytest.approx(counted.get_epsilon(1e-5), abs=1e-3)

@@ -98,6 +98,8 @@ def test_what_was_given_stays(resolved: Any) -> None:
         ("noise_multiplier", {"noise_multiplier": None, "target_epsilon": 3.0}),
         ("noise_multiplier", {"noise_multiplier": 0.0, "target_epsilon": 3.0}),
         ("max_participation", {"max_participation": 3, "sampling": "server_poisson"}),
+        ("noise_multiplier", {"noise_multiplier": 1e-300}),
+        ("loss_noise_multiplier", {"loss_noise_multiplier": 1e-7}),
         ("max_loss", {"max_loss": 5.0}),
         ("target_delta", {"target_delta": 1e-3, "sampling": "server_poisson"}),
         (

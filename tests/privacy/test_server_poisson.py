@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from harness.cluster import Cluster
-from harness.private_clients import events, ledger, one_step, private_run
+from harness.private_clients import BATCH, events, ledger, one_step, private_run
 from harness.private_worker import PrivateWorker, VanishedError, is_kind
 
 from tensafe_client import (
@@ -292,7 +292,7 @@ def test_the_report_says_what_was_verified(
     assert (report.ledger_entries, report.ledger_sha256) == (8, entries[-1].sha256)
     assert [(line.uses, line.sample_rate) for line in report.lines] == [(4, 0.25)]
     caveats = " ".join(report.caveats)
-    for words in ("Mironov", "tuning not included", "timing", "not encrypted"):
+    for words in ("Mironov", "tuning not included", "timing", "not encrypted", "its hash"):
         assert words in caveats
     text = str(report)
     assert text.startswith(report.headline)
@@ -320,6 +320,8 @@ def test_the_report_of_attested_batches_has_both_epsilons(
     assert "no assumption about sampling" in report.headline
     attested = " ".join(report.attested)
     assert "dataset_id" in attested
+    assert "tokens and weights were made of that example alone" in attested
+    assert "trained on this data outside of this ledger" in attested
     assert "sampling_verified: false" in attested
     assert any("at most 2 steps" in text for text in report.enforced)
 
@@ -338,6 +340,26 @@ def test_test_mode_marks_every_report_on_the_dataset(
         assert report.headline == "privacy: none (test mode)"
 
 
+def test_raw_metrics_mark_every_report_on_the_dataset(
+    worker: PrivateWorker, client: ServiceClient
+) -> None:
+    """Also if the run that told them has made no step, and is deleted."""
+
+    def says_so(tc: TrainingClient) -> bool:
+        return any("raw metrics" in text for text in client.privacy_report(tc.run_id).caveats)
+
+    quiet, elsewhere = private_run(client), private_run(client, dataset_id="another")
+    one_step(quiet).result(60)
+    assert not says_so(quiet)
+    raw = private_run(client, metrics="raw_to_owner")
+    raw.forward_backward(BATCH).result(60)
+    assert says_so(raw)
+    assert says_so(quiet)
+    client.delete_run(raw.run_id)
+    assert says_so(quiet)
+    assert not says_so(elsewhere)
+
+
 def test_changed_parameters_are_added_up_by_rdp_and_said(
     worker: PrivateWorker, client: ServiceClient, rows: list[Datum]
 ) -> None:
@@ -351,6 +373,18 @@ def test_changed_parameters_are_added_up_by_rdp_and_said(
     assert any("RDP" in text for text in report.caveats)
     mixed = {Mechanism(4.0, 0.25): 3, Mechanism(5.0, 0.25): 2}
     assert report.epsilon == pytest.approx(epsilon(mixed, Terms(1e-5)))
+
+
+def test_hardly_any_noise_costs_the_coordinator_nothing_and_has_an_upper_bound(
+    worker: PrivateWorker, client: ServiceClient, rows: list[Datum]
+) -> None:
+    """A distribution of its losses would take tens of gigabytes."""
+    tc = poisson_run(client, client.upload_dataset(rows).id, noise_multiplier=0.001)
+    tc.train_private(2)
+    report = client.privacy_report(tc.run_id)
+    assert (report.accountant, report.accountant_used) == ("pld", "rdp")
+    assert 1e5 < report.epsilon < 1e7
+    assert any("upper bound" in text for text in report.caveats)
 
 
 def test_a_run_that_is_not_private_has_no_report(

@@ -88,6 +88,14 @@ def test_the_owner_sees_nothing_that_was_not_noised(
         tc.forward(BATCH).result(60)
 
 
+def test_a_prompts_log_probabilities_are_a_loss_too(
+    worker: PrivateWorker, client: ServiceClient
+) -> None:
+    tc = private_run(client)
+    with pytest.raises(UnsupportedOptionError, match="are its loss"):
+        tc.sample([[1, 2, 3]], max_tokens=1, prompt_logprobs=True)
+
+
 def test_raw_metrics_are_for_owners_who_ask_for_them(
     worker: PrivateWorker, client: ServiceClient
 ) -> None:
@@ -223,6 +231,25 @@ def test_units_are_named_where_they_are_protected(
     other = private_run(client)
     with pytest.raises(UnsupportedOptionError, match="unit_ids"):
         other.forward_backward([Datum([1], [2], unit_id="a")]).result(60)
+
+
+def test_a_ledger_protects_units_of_one_kind(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient
+) -> None:
+    """A bound on each example's part is none on a person's, so that the two do not add up."""
+    people = [Datum([1, 2], [2, 3], unit_id="a"), Datum([7], [8], unit_id="a")]
+    early = private_run(client, privacy_unit="unit_id")
+    one_step(private_run(client)).result(60)
+    with pytest.raises(UnsupportedOptionError, match="protects examples") as caught:
+        private_run(client, privacy_unit="unit_id")
+    assert caught.value.metadata["field"] == "config.dp.privacy_unit"
+    with pytest.raises(UnsupportedOptionError, match="protects examples"):
+        one_step(early, people).result(60)
+    assert events(cluster) == ["reserve", "commit"]
+    other = private_run(client, privacy_unit="unit_id", dataset_id="people")
+    assert one_step(other, people).result(60).applied
+    with pytest.raises(UnsupportedOptionError, match="protects unit ids"):
+        private_run(client, dataset_id="people")
 
 
 @pytest.mark.parametrize("loss", ["ppo", "dpo", "kl", "my_own"])

@@ -11,6 +11,7 @@ from unit.server.small_store import Small, operation
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.training_pb2 import RUN_STATUS_DELETED
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.model import PendingOperation
 
 
@@ -146,5 +147,23 @@ def test_a_sample_that_goes_on_holds_none_up_and_keeps_those_that_it_may_need(tm
         small.ledger.retire(sample)
         assert await small.book.retire(small.run_state) == 9
         assert [row.seq for row in await small.store.snapshots("run-1")] == [10, 9]
+
+    Small.run(tmp_path, body)
+
+
+def test_nothing_goes_back_before_a_private_step_that_was_told(tmp_path: Path):
+    """Its sum would be noised again: with its snapshot damaged, the run's state is lost."""
+
+    async def body(small: Small) -> None:
+        small.settle(9)
+        for seq in (4, 8):
+            assert await small.upload(seq) is None
+        newest = (await small.store.snapshots("run-1"))[0]
+        small.run_state.released_seq = 8
+        assert (await small.restorer.newest(small.run_state)).seq == 8
+        (small.home / "blobs" / "snapshots" / newest.id / "data.bin").write_bytes(b"other")
+        with pytest.raises(TenSafeFault) as caught:
+            await small.restorer.newest(small.run_state)
+        assert caught.value.detail.reason == "RUN_STATE_LOST"
 
     Small.run(tmp_path, body)
