@@ -14,7 +14,8 @@ from google.rpc.status_pb2 import Status
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.worker_pb2 import Plan
-from tensafe.wire.status import from_status
+from tensafe.wire.status import TenSafeFault, from_status
+from tensafe_server.fleet import dispatcher
 from tensafe_server.fleet.link import WorkerLink
 
 GRADIENT: dict[str, Any] = {"forward_backward": forward_backward()}
@@ -84,27 +85,30 @@ def test_a_hole_that_is_told_twice_poisons_one_window(world: World, run: str):
     assert outcomes(world, run) == expected
 
 
-@pytest.mark.parametrize("back", ["before", "after"])
-def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(
-    world: World, run: str, back: str
-):
+def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(world: World, run: str):
     _, step = submit(world, run, GRADIENT, UPDATE)
     world.do(world.deliver())
     while world.worker.execute():
         pass  # it has stepped, and nobody has heard of it
     world.do(world.cut())
-    if back == "before":
-        usual, world.worker.backend.credits = world.worker.backend.credits, 0
-        world.do(world.connect())  # … and is not asked again, since it takes nothing now
-        world.do(world.cancel(step))
-        assert world.link is not None
-        world.link.credits = world.worker.backend.credits = usual
-    else:
-        world.do(world.cancel(step))
+    world.do(world.cancel(step))
     submit(world, run, UPDATE, {"sample": sample(3)})
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED", "SUCCEEDED"]
     assert world.result(world.rows(run)[-1]).sample.model_step == 1
+
+
+def test_whoever_is_back_is_asked_at_once_and_a_cancel_comes_too_late(world: World, run: str):
+    _, step = submit(world, run, GRADIENT, UPDATE)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    world.do(world.cut())
+    world.worker.backend.credits = 0  # it takes nothing else
+    world.do(world.connect())
+    world.do(world.cancel(step))
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "SUCCEEDED"]
 
 
 def test_nor_is_it_by_the_coordinator_after_that(world: World, run: str):
@@ -355,6 +359,84 @@ def test_what_is_answered_twice_in_one_report_has_one_outcome(world: World):
     assert world.store.outcomes[lane] == 1
     world.finish()
     assert [operation.id for operation in world.told()] == [lane]
+
+
+@pytest.mark.parametrize("lost", ["the stream", "the coordinator"])
+@pytest.mark.parametrize("done", [True, False], ids=["executed", "not begun"])
+def test_what_a_worker_did_while_away_is_asked_for_before_others_take_its_memory(
+    lost: str, done: bool
+):
+    world = World(runs=2)
+    run, other = world.next_seq
+    large = {"forward_backward": forward_backward(range(1, 200))}
+    submit(world, run, large, UPDATE, large, UPDATE)
+    world.do(world.deliver())
+    while done and world.worker.execute():
+        pass
+    world.worker.report()  # is lost
+    world.do(world.restart() if lost == "the coordinator" else world.cut())
+    many = 2 * world.worker.backend.credits
+    submit(world, other, *[GRADIENT, UPDATE] * many)  # each costs far less than one of the large
+    world.do(world.connect())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 4
+    assert outcomes(world, other) == ["SUCCEEDED"] * 2 * many
+    assert world.result(world.rows(run)[-1]).optim_step.step == 2
+    world.close()
+
+
+@pytest.mark.parametrize("where", ["opening", "replay"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_that_does_not_come_to_its_log_is_brought_anew(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch, where: str, times: int
+):
+    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
+    submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE, GRADIENT)
+    flow(world, 10)
+    world.do(world.kill_worker())
+    fail_often(world, where, times)
+    submit(world, run, UPDATE, {"sample": sample(1)})
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 7
+    assert [world.result(row).optim_step.step for row in world.rows(run)] == [0, 1, 0, 2, 0, 3, 0]
+    assert world.coordinator.replays.mismatches == 0
+
+
+@pytest.mark.parametrize("where", ["opening", "replay"])
+def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it_was(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
+    submit(world, run, GRADIENT, UPDATE, GRADIENT)
+    flow(world)
+    world.do(world.kill_worker())
+    fail_often(world, where, 4)
+    [failed] = submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[3:] == ["OUT_OF_MEMORY"]
+    [row] = [row for row in world.rows(run) if row.id == failed]
+    assert "3 times" in Status.FromString(row.error or b"").message
+    submit(world, run, UPDATE)  # is tried once more, and the fourth time is the last
+    world.finish()
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[3:] == ["OUT_OF_MEMORY", "OUT_OF_MEMORY", "SUCCEEDED"]
+    assert world.result(world.rows(run)[-1]).optim_step.step == 2
+
+
+def fail_often(world: World, where: str, times: int) -> None:
+    """The worker has no memory for opening a run, or for a gradient, so many times."""
+    backend: Any = world.worker.backend
+    name = {"opening": "open_run", "replay": "forward_backward"}[where]
+    usual, left = getattr(backend, name), [times]
+
+    def scarce(*arguments: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise TenSafeFault("OUT_OF_MEMORY", "too little memory; use less")
+        return usual(*arguments)
+
+    setattr(backend, name, scarce)
 
 
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
