@@ -430,7 +430,7 @@ class Executor:
             return  # it has heard of it: it was told again over a new stream
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
-        elif planned.void and run.private:
+        elif planned.void:
             self._backend.drop_window(run_id)
         run.last_seq = spec.seq
 

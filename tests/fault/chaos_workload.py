@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tensafe_client import Datum, OperationFuture, ServiceClient
+from tensafe_client import Datum, OperationFuture, ServiceClient, TenSafeError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 300.0
 _IN_FLIGHT_STEPS = 6
@@ -56,6 +59,8 @@ class Story:
         results: of each future that ended, in order: the loss, the step, or the artifact's sums.
         resolutions: how often each future resolved, by seq.
         steps: how many optim_steps it takes.
+        told: cursor and step of each update that one stream of metrics, begun before the first,
+            has told of.
     """
 
     run_id: str = ""
@@ -63,6 +68,12 @@ class Story:
     results: list[tuple[Any, ...]] = field(default_factory=list)
     resolutions: dict[int, int] = field(default_factory=dict)
     steps: int = 0
+    told: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def applied(self) -> list[int]:
+        """The steps of its applied updates."""
+        return [result[1] for result in self.results if result[0] == "optim_step" and result[2]]
 
 
 class Trainer:
@@ -100,6 +111,7 @@ class Trainer:
     def start(self, steps: int | None = None) -> None:
         """Trains so many steps; None: until `finish`."""
         self._thread = threading.Thread(target=self._work, args=(steps,), daemon=True)
+        threading.Thread(target=self._watch, daemon=True).start()
         self._thread.start()
 
     def finish(self) -> None:
@@ -112,7 +124,22 @@ class Trainer:
         assert not self._thread.is_alive(), f"{self._tenant.name} hangs: {self._open[0]!r}"
         if self.error is not None:
             raise self.error
+        with self._progress:
+            everything = self._progress.wait_for(
+                lambda: len(self.story.told) >= len(self.story.applied), TIMEOUT_S
+            )
+        assert everything, f"the metrics end with {self.story.told[-3:]}"
         return self.story
+
+    def _watch(self) -> None:
+        """Follows the run's metrics until the client is closed."""
+        try:
+            for item in self._run.metrics(follow=True):
+                with self._progress:
+                    self.story.told.append((item.cursor, item.step))
+                    self._progress.notify_all()
+        except TenSafeError as error:
+            log.info("the metrics of %s end: %s", self._run.run_id, error)
 
     def _work(self, steps: int | None) -> None:
         try:

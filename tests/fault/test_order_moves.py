@@ -424,10 +424,27 @@ def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it
     assert world.result(world.rows(run)[-1]).optim_step.step == 2
 
 
+def test_an_update_that_failed_for_the_moment_does_not_succeed_when_it_is_replayed(
+    world: World, run: str
+):
+    submit(world, run, GRADIENT)
+    flow(world)
+    fail_often(world, "update", 1)
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    flow(world, 10)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OUT_OF_MEMORY", *["SUCCEEDED"] * 4]
+    assert [world.result(row).optim_step.step for row in world.rows(run)[3::2]] == [1, 2]
+    assert world.coordinator.replays.mismatches == 0
+
+
 def fail_often(world: World, where: str, times: int) -> None:
-    """The worker has no memory for opening a run, or for a gradient, so many times."""
+    """The worker has no memory for opening a run, a gradient or an update, so many times."""
     backend: Any = world.worker.backend
-    name = {"opening": "open_run", "replay": "forward_backward"}[where]
+    names = {"opening": "open_run", "replay": "forward_backward", "update": "optim_step"}
+    name = names[where]
     usual, left = getattr(backend, name), [times]
 
     def scarce(*arguments: Any) -> Any:

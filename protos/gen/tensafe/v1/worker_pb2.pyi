@@ -778,9 +778,9 @@ class PlannedOperation(_message.Message):
     """
     void: _builtins.bool
     """It failed or was cancelled before it ran: only mark the window as poisoned
-    (FORWARD_BACKWARD) and report nothing. OPTIM_STEP, of private runs only: it
-    failed, or was lost with its worker after it was charged; close the window,
-    dropping what it holds, and change nothing else.
+    (FORWARD_BACKWARD) and report nothing. OPTIM_STEP: it failed for a reason that
+    another try may not find, or, of a private run, was lost with its worker after it
+    was charged; close the window, dropping what it holds, and change nothing else.
     """
     artifact_id: _builtins.str
     """Id of the artifact to make (SAVE_STATE) or to sample from (pinned version)."""
