@@ -332,17 +332,18 @@ class Dispatcher:
     def _take_next(
         self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment
     ) -> None:
-        while run.queue and run.queue[0].void:
-            _add_void(run.queue.popleft(), run, message, place.group)
-        if not run.queue:
+        following = next((p for p in run.queue if not p.void), None)
+        if following is None:
             return
-        if run.queue[0].spec is None:
+        if following.spec is None:
             self._fetch(run)
             return
-        if not self._private.may_send(run, run.queue[0]):
+        if not self._private.may_send(run, following):
             self.kick()  # it was placed for this, and is prepared now
             return
-        operation = run.queue.popleft()
+        # Only now, and into the same group, which may be another one the next time.
+        while (operation := run.queue.popleft()) is not following:
+            _add_void(operation, run, message, place.group)
         run.in_flight.append(operation)
         if place.group:
             work = work_of(operation, run)
@@ -354,7 +355,8 @@ class Dispatcher:
                 self._fetch(run)
 
     def _fetch(self, run: RunState) -> None:
-        self._specs.fetch([p for p in islice(run.queue, 4 * _FETCH_AHEAD) if not p.void])
+        waiting = (p for p in run.queue if not p.void)
+        self._specs.fetch(list(islice(waiting, 4 * _FETCH_AHEAD)))
 
     def _take_lane(
         self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, place: Assignment

@@ -440,6 +440,31 @@ def test_an_update_that_failed_for_the_moment_does_not_succeed_when_it_is_replay
     assert world.coordinator.replays.mismatches == 0
 
 
+def test_a_hole_is_sent_with_what_comes_behind_it(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Sent ahead, while that is still read from the store, it would be in a group of its own; and
+    what is behind it may be placed into an earlier one."""
+    plans: list[list[bool]] = []
+    send_plan = WorkerLink.send_plan
+
+    def send(link: WorkerLink, plan: Plan) -> None:
+        plans.append([operation.void for operation in plan.operations if operation.group])
+        send_plan(link, plan)
+
+    submit(world, run, {"sample": sample(9)}, GRADIENT)
+    flow(world)  # the sample runs on
+    world.do(world.cut())
+    world.do(world.send([world.next(run, forward_backward=forward_backward([])) for _ in "many"]))
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.do(world.restart())  # what waits is in the store only
+    monkeypatch.setattr(WorkerLink, "send_plan", send)
+    world.finish()
+    assert any(any(holes) for holes in plans), "the hole was told"
+    assert not any(holes and all(holes) for holes in plans)
+    assert outcomes(world, run)[6:] == ["WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+
+
 def fail_often(world: World, where: str, times: int) -> None:
     """The worker has no memory for opening a run, a gradient or an update, so many times."""
     backend: Any = world.worker.backend
