@@ -172,7 +172,7 @@ def test_a_bad_batch_poisons_its_window_and_the_next_is_clean(driver):
     assert outcomes[4].result.optim_step.step == 1
 
 
-def test_void_poisons_and_says_nothing(driver):
+def test_void_poisons_or_closes_and_says_nothing(driver):
     outcomes = driver.run(
         operation(1, **forward_backward(), void=True),
         operation(2, **OPTIM),
@@ -183,7 +183,7 @@ def test_void_poisons_and_says_nothing(driver):
     )
     assert outcomes[0] is outcomes[3] is None
     assert reason(outcomes[1]) == "WINDOW_POISONED"
-    assert outcomes[4].result.optim_step.step == 1
+    assert reason(outcomes[4]) == "EMPTY_WINDOW"
 
 
 def test_replay_rebuilds_the_state_and_reports_what_it_gave(driver, transfers):
