@@ -465,6 +465,23 @@ def test_a_hole_is_sent_with_what_comes_behind_it(
     assert outcomes(world, run)[6:] == ["WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
 
 
+@pytest.mark.parametrize("of", ["a run", "no run"])
+def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run: str, of: str):
+    """Also while nobody else has the run, and its assignment is the same."""
+    if of == "a run":
+        submit(world, run, GRADIENT)
+    else:
+        world.do(world.submit_lane(2))
+    world.do(world.deliver())
+    world.do(world.fence())
+    while world.worker.execute() or world.worker.draw():
+        pass
+    world.do(world.report())
+    assert not world.store.outcomes
+    world.finish()
+    assert list(world.store.outcomes.values()) == [1]
+
+
 def fail_often(world: World, where: str, times: int) -> None:
     """The worker has no memory for opening a run, a gradient or an update, so many times."""
     backend: Any = world.worker.backend
