@@ -14,7 +14,7 @@ from google.rpc.status_pb2 import Status
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1.worker_pb2 import Plan
-from tensafe.wire.status import TenSafeFault, from_status
+from tensafe.wire.status import from_status
 from tensafe_server.fleet import dispatcher
 from tensafe_server.fleet.link import WorkerLink
 
@@ -385,16 +385,16 @@ def test_what_a_worker_did_while_away_is_asked_for_before_others_take_its_memory
     world.close()
 
 
-@pytest.mark.parametrize("where", ["opening", "replay"])
+@pytest.mark.usefixtures("no_rest")
+@pytest.mark.parametrize("scarce", ["open_run", "forward_backward"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_run_that_does_not_come_to_its_log_is_brought_anew(
-    world: World, run: str, monkeypatch: pytest.MonkeyPatch, where: str, times: int
+    world: World, run: str, scarce: str, times: int
 ):
-    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
     submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE, GRADIENT)
     flow(world, 10)
     world.do(world.kill_worker())
-    fail_often(world, where, times)
+    world.worker.backend.scarce[scarce] = times
     submit(world, run, UPDATE, {"sample": sample(1)})
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED"] * 7
@@ -402,15 +402,15 @@ def test_a_run_that_does_not_come_to_its_log_is_brought_anew(
     assert world.coordinator.replays.mismatches == 0
 
 
-@pytest.mark.parametrize("where", ["opening", "replay"])
+@pytest.mark.usefixtures("no_rest")
+@pytest.mark.parametrize("scarce", ["open_run", "forward_backward"])
 def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it_was(
-    world: World, run: str, monkeypatch: pytest.MonkeyPatch, where: str
+    world: World, run: str, scarce: str
 ):
-    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
     submit(world, run, GRADIENT, UPDATE, GRADIENT)
     flow(world)
     world.do(world.kill_worker())
-    fail_often(world, where, 4)
+    world.worker.backend.scarce[scarce] = 4
     [failed] = submit(world, run, UPDATE)
     world.finish()
     assert outcomes(world, run)[3:] == ["OUT_OF_MEMORY"]
@@ -429,7 +429,7 @@ def test_an_update_that_failed_for_the_moment_does_not_succeed_when_it_is_replay
 ):
     submit(world, run, GRADIENT)
     flow(world)
-    fail_often(world, "update", 1)
+    world.worker.backend.scarce["optim_step"] = 1
     submit(world, run, UPDATE, GRADIENT, UPDATE)
     flow(world, 10)
     world.do(world.kill_worker())
@@ -482,20 +482,10 @@ def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run:
     assert list(world.store.outcomes.values()) == [1]
 
 
-def fail_often(world: World, where: str, times: int) -> None:
-    """The worker has no memory for opening a run, a gradient or an update, so many times."""
-    backend: Any = world.worker.backend
-    names = {"opening": "open_run", "replay": "forward_backward", "update": "optim_step"}
-    name = names[where]
-    usual, left = getattr(backend, name), [times]
-
-    def scarce(*arguments: Any) -> Any:
-        if left[0]:
-            left[0] -= 1
-            raise TenSafeFault("OUT_OF_MEMORY", "too little memory; use less")
-        return usual(*arguments)
-
-    setattr(backend, name, scarce)
+@pytest.fixture
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was given up is tried again at once."""
+    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
 
 
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:
