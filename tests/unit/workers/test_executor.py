@@ -365,6 +365,21 @@ def test_release_forgets_a_run_after_what_was_planned(driver):
     assert driver.executor.held_runs() == []
 
 
+def test_the_runs_held_are_told_with_what_was_sent_of_them(gated):
+    gated.executor.submit(
+        plan(
+            *(operation(seq, **forward_backward()) for seq in (1, 2, 3)),
+            runs=[assignment(), assignment("run-2")],
+        )
+    )
+    assert gated.backend.entered.acquire(timeout=10)
+    told = {held.run_id: (held.last_seq, held.planned_seq) for held in gated.executor.held_runs()}
+    assert told == {"run-1": (0, 3), "run-2": (0, 0)}
+    gated.backend.gate.release(3)
+    gated.until(lambda: gated.executor.idle)
+    assert [held.planned_seq for held in gated.executor.held_runs()] == [3, 0]
+
+
 def test_only_what_still_runs_is_reported_started(gated):
     gated.executor.submit(
         plan(
