@@ -22,9 +22,14 @@ from workers.operations import ArtifactWeights, RunSettings, SampleRequest, Step
 log = logging.getLogger(__name__)
 
 _USELESS = frozenset({"CHECKSUM_MISMATCH", "ARTIFACT_MISMATCH", "ARTIFACT_NOT_FOUND"})
-_PASSES_BY = frozenset(
-    {"INTERNAL", "OUT_OF_MEMORY", "STORAGE_FULL", "STORAGE_UNAVAILABLE", "DRAINING"}
-)
+# The recovery point that the next assignment names is looked at anew, and may be another one.
+_PASSES_BY = _USELESS - {"ARTIFACT_MISMATCH"} | {
+    "INTERNAL",
+    "OUT_OF_MEMORY",
+    "STORAGE_FULL",
+    "STORAGE_UNAVAILABLE",
+    "DRAINING",
+}
 
 
 class SnapshotLoadError(Exception):

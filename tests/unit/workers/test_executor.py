@@ -12,7 +12,7 @@ import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
 
 from tensafe.v1 import artifacts_pb2, training_pb2
-from tensafe.wire.status import from_status
+from tensafe.wire.status import TenSafeFault, from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
 from workers.snapshots import SnapshotPolicy
@@ -314,6 +314,18 @@ def test_a_run_that_cannot_be_opened_fails_its_own_operations_only(driver):
     assert (refused.run_id, refused.snapshot_id) == ("run-lost", "")
     assert outcomes[3].HasField("result")
     assert [held.run_id for held in driver.executor.held_runs()] == ["run-1"]
+
+
+@pytest.mark.parametrize("reason", ["CHECKSUM_MISMATCH", "STORAGE_UNAVAILABLE"])
+def test_a_run_whose_saved_state_did_not_arrive_is_given_up(driver, transfers, monkeypatch, reason):
+    def fetch(artifact_id, directory):
+        raise TenSafeFault(reason, "it arrived with other bytes; try again", retry_delay_s=1.0)
+
+    monkeypatch.setattr(transfers, "fetch", fetch)
+    lost = assignment(artifact_id="art-1")
+    assert driver.run(operation(1, **forward_backward()), runs=[lost]) == [None]
+    (refused,) = driver.executor.collect_refused()
+    assert from_status(refused.error).reason == reason
 
 
 def test_unknown_runs_and_stale_epochs_fail_without_harm(driver, caplog):
