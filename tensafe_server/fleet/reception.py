@@ -11,7 +11,7 @@ from typing import Any
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
-from tensafe.wire.status import TenSafeFault, from_status
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.blame import Blame, Suspect
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
@@ -272,7 +272,7 @@ class Reception:
             self._dispatcher.give_back(run)
             self._dispatcher.kick()
             return
-        detail = from_status(refused.error)
+        detail = as_error(refused.error)
         log.error("%s did not come to where its log has it: %s", run.id, detail.message)
         self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message))
 

@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
-from tensafe.v1.worker_pb2 import Plan
+from tensafe.v1.worker_pb2 import Plan, RefusedSnapshot, Report
 from tensafe.wire.status import from_status
 from tensafe_server.fleet import dispatcher
 from tensafe_server.fleet.link import WorkerLink
@@ -480,6 +480,19 @@ def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run:
     assert not world.store.outcomes
     world.finish()
     assert list(world.store.outcomes.values()) == [1]
+
+
+@pytest.mark.usefixtures("no_rest")
+def test_a_run_that_is_given_up_for_an_unknown_reason_is_brought_anew(world: World, run: str):
+    submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    epoch = world.coordinator.ledger.runs[run].epoch
+    refused = RefusedSnapshot(run_id=run, epoch=epoch, error=Status(code=13, message="?"))
+    assert world.link is not None
+    world.do(world.coordinator.reception.report(world.link, Report(refused=[refused])))
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+    assert world.coordinator.ledger.runs[run].epoch == epoch + 1
 
 
 @pytest.fixture
