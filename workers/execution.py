@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import secrets
 import tempfile
@@ -21,6 +22,14 @@ from workers.operations import ArtifactWeights, RunSettings, SampleRequest, Step
 log = logging.getLogger(__name__)
 
 _USELESS = frozenset({"CHECKSUM_MISMATCH", "ARTIFACT_MISMATCH", "ARTIFACT_NOT_FOUND"})
+# The recovery point that the next assignment names is looked at anew, and may be another one.
+_PASSES_BY = _USELESS - {"ARTIFACT_MISMATCH"} | {
+    "INTERNAL",
+    "OUT_OF_MEMORY",
+    "STORAGE_FULL",
+    "STORAGE_UNAVAILABLE",
+    "DRAINING",
+}
 
 
 class SnapshotLoadError(Exception):
@@ -77,9 +86,11 @@ class Execution:
                 if fault.detail.reason in _USELESS:
                     raise SnapshotLoadError(assignment, _useless(assignment, fault)) from fault
                 raise
-            except grpc.aio.AioRpcError:
+            except (grpc.aio.AioRpcError, MemoryError):
                 raise
             except Exception as error:
+                if isinstance(error, OSError) and error.errno != errno.ENOENT:
+                    raise  # of this machine's disk; a missing file is the snapshot's
                 log.exception("snapshot %s cannot be loaded", assignment.snapshot_id)
                 raise SnapshotLoadError(assignment, _useless(assignment, error)) from error
 
@@ -188,6 +199,16 @@ def write_step(
     done.charge_unused = planned.HasField("charge") and not step.applied
     if step.applied:
         done.step_metrics.extend(wire.step_metrics(step))
+
+
+def passes_by(fault: TenSafeFault) -> bool:
+    """Whether a run that could not be taken on may be at another time, or by another worker."""
+    return fault.detail.reason in _PASSES_BY
+
+
+def given_up(run_id: str, epoch: int, fault: TenSafeFault) -> worker_pb2.RefusedSnapshot:
+    """What the coordinator is told of a run that did not come to where the log has it."""
+    return worker_pb2.RefusedSnapshot(run_id=run_id, epoch=epoch, error=to_status(fault.detail))
 
 
 def _useless(assignment: worker_pb2.RunAssignment, error: Exception) -> TenSafeFault:

@@ -20,7 +20,14 @@ from workers import wire
 from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
-from workers.execution import Execution, SnapshotLoadError, as_fault, fail
+from workers.execution import (
+    Execution,
+    SnapshotLoadError,
+    as_fault,
+    fail,
+    given_up,
+    passes_by,
+)
 from workers.grouping import (
     Member,
     PassCount,
@@ -124,9 +131,16 @@ class Executor:
         return done and not (self._samples.busy or self._farewell_due)
 
     def held_runs(self) -> list[worker_pb2.HeldRun]:
-        """The runs held and how far each is."""
+        """The runs held, how far each is, and what else was sent of it."""
+        # Asked first: what ends meanwhile is in `last_seq`.
+        planned = self._progress.planned_seqs()
         return [
-            worker_pb2.HeldRun(run_id=run_id, epoch=run.epoch, last_seq=run.last_seq)
+            worker_pb2.HeldRun(
+                run_id=run_id,
+                epoch=run.epoch,
+                last_seq=run.last_seq,
+                planned_seq=max(run.last_seq, planned.get((run_id, run.epoch), 0)),
+            )
             for run_id, run in list(self._runs.items())
             if run.is_held
         ]
@@ -284,9 +298,13 @@ class Executor:
         except SnapshotLoadError as error:
             self._give_up(error.refused)
         except Exception as error:
+            fault = as_fault(error, f"taking on run {assignment.run_id}")
+            if passes_by(fault):
+                self._give_up(given_up(assignment.run_id, assignment.epoch, fault))
+                return
             # The run's operations fail with this; the worker and its other runs go on.
             self._backend.close_run(assignment.run_id)
-            run.fault = as_fault(error, f"taking on run {assignment.run_id}")
+            run.fault = fault
         finally:
             self.activity.end()
 
@@ -348,6 +366,11 @@ class Executor:
         except _RefusedRunError:
             return
         except Exception as error:
+            if not (planned.failed or self._runs[done.run_id].check):
+                # What comes after it would be computed from another state than the logged one.
+                fault = as_fault(error, f"replaying operation {planned.operation_id}")
+                self._give_up(given_up(done.run_id, planned.epoch, fault))
+                return
             fail(done, error, planned)
         done.compute_ms = (time.perf_counter() - begin) * 1e3
         if done.WhichOneof("outcome"):  # some kinds change nothing and are passed over
@@ -407,7 +430,7 @@ class Executor:
             return  # it has heard of it: it was told again over a new stream
         if spec.HasField("forward_backward"):
             self._backend.poison(run_id)
-        elif planned.void and run.private:
+        elif planned.void:
             self._backend.drop_window(run_id)
         run.last_seq = spec.seq
 

@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from enum import Enum
 
-from tensafe.v1 import worker_pb2
+from tensafe.v1 import training_pb2, worker_pb2
 from workers.operations import SampleChunk
 
 _Key = tuple[str, int]
@@ -58,6 +58,16 @@ class Progress:
         for planned in operations:
             if not (planned.replay or planned.void):
                 self._waiting[_key(planned)] = planned
+
+    def planned_seqs(self) -> dict[tuple[str, int], int]:
+        """The last seq of each run that waits or runs, by run and epoch."""
+        found: dict[tuple[str, int], int] = {}
+        # In the order in which an operation goes through them, so that none is missed.
+        for planned in [*self._waiting.values(), *self._running.values()]:
+            spec = training_pb2.OperationSpec.FromString(planned.spec)
+            key = spec.run_id, planned.epoch
+            found[key] = max(found.get(key, 0), spec.seq)
+        return found
 
     def repeat(self, operations: Iterable[worker_pb2.PlannedOperation]) -> None:
         """Tells anew of what runs already, and what it has streamed: it was sent again over a new

@@ -52,8 +52,12 @@ def _print_report(report: VerifyReport) -> None:
         click.echo("Earlier operations are pruned and were not replayed.")
     for one in report.details:
         click.echo(f"  seq {one.seq} ({one.operation_id}): {one.difference}")
-    click.echo(
-        "It gives the recorded results."
-        if report.reproduces
-        else f"It does not give the recorded results: {report.mismatches} differ."
-    )
+    click.echo(_verdict(report))
+
+
+def _verdict(report: VerifyReport) -> str:
+    if not report.reproduces:
+        return f"It does not give the recorded results: {report.mismatches} differ."
+    if not report.replayed:
+        return "Nothing has changed the run since then, so that this shows nothing."
+    return "It gives the recorded results."

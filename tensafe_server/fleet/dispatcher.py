@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _LOOK_AHEAD = 1024
 _RETRY_S = 1.0
 _FETCH_AHEAD = 8
+_MOST_GIVEN_UP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,20 @@ class Dispatcher:
         if link is not None:
             link.runs.discard(run.id)
 
+    def rest(self, run: RunState, fault: TenSafeFault) -> None:
+        """Takes a run back that its worker did not bring to where the log has it: it is tried again
+        in a moment. After several times what waits of it fails; nothing of the run changes."""
+        self.give_back(run)
+        run.given_up += 1
+        run.resting = True
+        asyncio.get_running_loop().call_later(_RETRY_S, self._go_on, run)
+        if run.given_up >= _MOST_GIVEN_UP:
+            self.on_unrestorable(list(run.queue), _not_brought(run, fault))
+
+    def _go_on(self, run: RunState) -> None:
+        run.resting = False
+        self.kick()
+
     def dispute(self, run: RunState) -> None:
         """Takes a run back from whoever holds it, or comes back with it, also after a restart: its
         epoch is over."""
@@ -184,7 +199,7 @@ class Dispatcher:
         self, look_ahead: int
     ) -> tuple[list[QueueView], dict[str, RunState], dict[str, PendingOperation]]:
         ready = self._ledger.ready_runs()
-        runs = {run.id: run for run in ready if not (run.restoring or run.on_trial)}
+        runs = {run.id: run for run in ready if not _is_away(run)}
         views = []
         for run in runs.values():
             # However many before it are void: nothing comes after them by itself.
@@ -317,17 +332,18 @@ class Dispatcher:
     def _take_next(
         self, run: RunState, link: WorkerLink, message: pb.Plan, place: Assignment
     ) -> None:
-        while run.queue and run.queue[0].void:
-            _add_void(run.queue.popleft(), run, message, place.group)
-        if not run.queue:
+        following = next((p for p in run.queue if not p.void), None)
+        if following is None:
             return
-        if run.queue[0].spec is None:
+        if following.spec is None:
             self._fetch(run)
             return
-        if not self._private.may_send(run, run.queue[0]):
+        if not self._private.may_send(run, following):
             self.kick()  # it was placed for this, and is prepared now
             return
-        operation = run.queue.popleft()
+        # Only now, and into the same group, which may be another one the next time.
+        while (operation := run.queue.popleft()) is not following:
+            _add_void(operation, run, message, place.group)
         run.in_flight.append(operation)
         if place.group:
             work = work_of(operation, run)
@@ -339,7 +355,8 @@ class Dispatcher:
                 self._fetch(run)
 
     def _fetch(self, run: RunState) -> None:
-        self._specs.fetch([p for p in islice(run.queue, 4 * _FETCH_AHEAD) if not p.void])
+        waiting = (p for p in run.queue if not p.void)
+        self._specs.fetch(list(islice(waiting, 4 * _FETCH_AHEAD)))
 
     def _take_lane(
         self, operation: PendingOperation, link: WorkerLink, message: pb.Plan, place: Assignment
@@ -377,6 +394,22 @@ class Dispatcher:
             group=group,
         )
         self._private.dress(operation, planned)
+
+
+def _is_away(run: RunState) -> bool:
+    """Whether nothing of a run may be sent just now."""
+    return run.restoring or run.on_trial or run.resting
+
+
+def _not_brought(run: RunState, fault: TenSafeFault) -> TenSafeFault:
+    detail = fault.detail
+    return TenSafeFault(
+        detail.reason,
+        f"the state of run {run.id} could not be rebuilt on a worker, {run.given_up} times, the "
+        f"last time since: {detail.message}. Nothing of it is lost: once the operator has found "
+        "why, send what has failed again",
+        run_id=run.id,
+    )
 
 
 def _add_void(operation: PendingOperation, run: RunState, message: pb.Plan, group: int) -> None:

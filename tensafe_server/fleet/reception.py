@@ -245,6 +245,7 @@ class Reception:
             run = self._ledger.runs.get(operation.row.run_id or "")
             if run is not None and run.worker_id == link.id:
                 self._blame.arrived(run)
+                run.given_up = 0
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
@@ -257,18 +258,23 @@ class Reception:
         self._uploads[artifact_id] = list(files)
 
     async def _refused(self, link: WorkerLink, refused: pb.RefusedSnapshot) -> None:
-        """A worker could not load a run's snapshot: the run gets an earlier one, and a new epoch,
-        so that nothing counts that was sent after this one."""
+        """A worker did not bring a run to where the log has it. It gets a new epoch, so that
+        nothing counts that was sent after this one, and an earlier snapshot if that was why."""
         if self._verifications.refused(link, refused):
             return
         run = self._ledger.runs.get(refused.run_id)
         if run is None or run.worker_id != link.id or run.epoch != refused.epoch:
             return
-        await self._replays.refused(run, refused)
         self._blame.arrived(run)
         self._blame.forget_arrivals()
-        self._dispatcher.give_back(run)
-        self._dispatcher.kick()
+        if refused.snapshot_id:
+            self._replays.refused(run, refused)
+            self._dispatcher.give_back(run)
+            self._dispatcher.kick()
+            return
+        detail = as_error(refused.error)
+        log.error("%s did not come to where its log has it: %s", run.id, detail.message)
+        self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message))
 
     def _ending(
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
@@ -320,7 +326,7 @@ class Reception:
         if run is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
-        onward = await self._restorer.catch_up(run, held.last_seq)
+        onward = await self._restorer.catch_up(run, held)
         if self._holds_rightly(run, held):
             run.worker_id = link.id
             link.runs.add(run.id)

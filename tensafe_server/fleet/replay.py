@@ -116,7 +116,7 @@ class ReplayWatch:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
-    async def refused(self, run: RunState, refused: pb.RefusedSnapshot) -> None:
+    def refused(self, run: RunState, refused: pb.RefusedSnapshot) -> None:
         """Notes that a worker could not load a snapshot, so that the one before it is used."""
         fault = from_status(refused.error)
         run.useless_snapshots.add(refused.snapshot_id)

@@ -118,10 +118,13 @@ class Restorer:
         )
         return onward
 
-    async def catch_up(self, run: RunState, seq: int) -> Onward:
-        """What a worker may lack that still has the run as of `seq`: the holes after it."""
+    async def catch_up(self, run: RunState, held: pb.HeldRun) -> Onward:
+        """What a worker may lack that still has the run: the holes after it, and what is to be
+        asked again before the outcomes of other runs take the place of the answers."""
         await self.settled(run)
-        return await self._onward(run, seq, run.epoch)
+        # Those of a private run are sent when each is prepared.
+        planned = held.planned_seq if run.private is None else 0
+        return await self._onward(run, held.last_seq, run.epoch, planned)
 
     async def _begin(
         self, run: RunState
@@ -143,8 +146,8 @@ class Restorer:
         waiting = [op for op in run.queue if (op.row.seq or 0) <= point.seq and not op.void]
         return point, [(operation, fault) for operation in waiting]
 
-    async def _onward(self, run: RunState, after: int, epoch: int) -> Onward:
-        reached = run.reached_seq
+    async def _onward(self, run: RunState, after: int, epoch: int, at_least: int = 0) -> Onward:
+        reached = max(run.reached_seq, min(at_least, run.next_seq - 1))
         waiting = [op for op in run.queue if (op.row.seq or 0) <= reached]
         specs = await self._specs(waiting)
         logged = [pair async for pair in self._logged(run, after, epoch, reached)]
@@ -269,6 +272,7 @@ class Restorer:
             epoch=epoch,
             spec=spec,
             replay=True,
+            failed=row.state != SUCCEEDED,
             artifact_id=row.artifact_id or "",
         )
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1 import worker_pb2 as pb
-from tensafe.wire.status import TenSafeFault, from_status
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.replay import Comparer, Lineage
 from tensafe_server.fleet.restore import Restorer, settled_seq
 from tensafe_server.ids import new_id
 from tensafe_server.operations.model import RunState
+from tensafe_server.operations.outcomes import as_error
 
 _AHEAD = 4
 _MOST_DETAILS = 100
@@ -61,11 +62,13 @@ class Verifications:
         return done.run_id.startswith("check-")
 
     def refused(self, link: WorkerLink, refused: pb.RefusedSnapshot) -> bool:
-        """Takes in that a snapshot could not be loaded; False if no verification needed it."""
+        """Takes in that the copy of a run could not be taken on; False if it is none of a
+        verification's."""
         check = self._checks.get(refused.run_id)
         if check is not None and check.link is link:
-            message = from_status(refused.error).message
-            check.news.put_nowait(TenSafeFault("RUN_STATE_LOST", message))
+            detail = as_error(refused.error)
+            reason = "RUN_STATE_LOST" if refused.snapshot_id else detail.reason
+            check.news.put_nowait(TenSafeFault(reason, detail.message))
         return refused.run_id.startswith("check-")
 
     def lost(self, link: WorkerLink) -> bool:
@@ -84,7 +87,7 @@ class Verifications:
 
         Raises:
             TenSafeFault: RUN_DELETED, NO_WORKER, RUN_STATE_LOST; UNSUPPORTED_OPTION for a private
-                run.
+                run; why the worker could not take its copy on, such as OUT_OF_MEMORY.
         """
         if run.deleted:
             raise TenSafeFault(

@@ -197,6 +197,8 @@ class RunState:
         replay_mismatches: replayed operations whose results were not those in the log.
         arriving: its state was brought to its worker, which has not begun with what is new.
         losses, attempted, on_trial: of bringing it, as of an operation.
+        given_up: how many workers in a row did not bring it to where the log has it.
+        resting: it was given up a moment ago, and goes to no worker just now.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         private: what makes it a private run; None for any other.
         released_seq: its newest private step that was told; nothing before it is replayed.
@@ -238,6 +240,8 @@ class RunState:
     losses: Losses = field(default_factory=Losses)
     attempted: bool = False
     on_trial: bool = False
+    given_up: int = 0
+    resting: bool = False
     private: PrivateRun | None = None
     released_seq: int = 0
     window: OpenWindow | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,13 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tensafe_client import (
-    ClientClosedError,
-    Datum,
-    OperationFuture,
-    ServiceClient,
-    StepMetrics,
-)
+from tensafe_client import Datum, OperationFuture, ServiceClient, TenSafeError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_S = 300.0
 _IN_FLIGHT_STEPS = 6
@@ -62,7 +59,8 @@ class Story:
         results: of each future that ended, in order: the loss, the step, or the artifact's sums.
         resolutions: how often each future resolved, by seq.
         steps: how many optim_steps it takes.
-        watched: what one stream of metrics brought, from before the first step on.
+        told: cursor and step of each update that one stream of metrics, begun before the first,
+            has told of.
     """
 
     run_id: str = ""
@@ -70,12 +68,12 @@ class Story:
     results: list[tuple[Any, ...]] = field(default_factory=list)
     resolutions: dict[int, int] = field(default_factory=dict)
     steps: int = 0
-    watched: list[StepMetrics] = field(default_factory=list)
+    told: list[tuple[int, int]] = field(default_factory=list)
 
     @property
-    def applied(self) -> int:
-        """How many updates its optim_steps applied."""
-        return sum(kind == "optim_step" and rest[1] for kind, *rest in self.results)
+    def applied(self) -> list[int]:
+        """The steps of its applied updates."""
+        return [result[1] for result in self.results if result[0] == "optim_step" and result[2]]
 
 
 class Trainer:
@@ -100,8 +98,6 @@ class Trainer:
         self.story.run_id = self._run.run_id
         self._open: deque[OperationFuture[Any]] = deque()
         self._thread: threading.Thread | None = None
-        self._watching = threading.Thread(target=self._watch, daemon=True)
-        self._watch_error: BaseException | None = None
 
     @property
     def in_flight(self) -> int:
@@ -115,8 +111,8 @@ class Trainer:
     def start(self, steps: int | None = None) -> None:
         """Trains so many steps; None: until `finish`."""
         self._thread = threading.Thread(target=self._work, args=(steps,), daemon=True)
+        threading.Thread(target=self._watch, daemon=True).start()
         self._thread.start()
-        self._watching.start()
 
     def finish(self) -> None:
         """Ends after the step at hand, with a save."""
@@ -129,26 +125,21 @@ class Trainer:
         if self.error is not None:
             raise self.error
         with self._progress:
-            came = self._progress.wait_for(
-                lambda: len(self.story.watched) >= self.story.applied or self._watch_error,
-                TIMEOUT_S,
+            everything = self._progress.wait_for(
+                lambda: len(self.story.told) >= len(self.story.applied), TIMEOUT_S
             )
-        if self._watch_error is not None:
-            raise self._watch_error
-        assert came, f"of {self.story.applied} metrics {len(self.story.watched)} have come"
+        assert everything, f"the metrics end with {self.story.told[-3:]}"
         return self.story
 
     def _watch(self) -> None:
-        """Follows the run's metrics, over whatever breaks, until the client is closed."""
+        """Follows the run's metrics until the client is closed."""
         try:
             for item in self._run.metrics(follow=True):
                 with self._progress:
-                    self.story.watched.append(item)
+                    self.story.told.append((item.cursor, item.step))
                     self._progress.notify_all()
-        except ClientClosedError:
-            return
-        except BaseException as error:
-            self._watch_error = error
+        except TenSafeError as error:
+            log.info("the metrics of %s end: %s", self._run.run_id, error)
 
     def _work(self, steps: int | None) -> None:
         try:

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from tensafe.v1 import types_pb2 as types
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import EventHub
@@ -46,17 +47,53 @@ from workers import wire
 from workers.agenda import Item
 from workers.executor import Executor
 from workers.mock import MockBackend
+from workers.operations import LossOutcome, StepOutcome, StepRequest
 from workers.progress import Claim
 from workers.transfers import file_chunks
 
 
 class _Backend(MockBackend):
-    """Takes part in all that a real one does, and little at a time."""
+    """Takes part in all that a real one does, and little at a time.
+
+    Attributes:
+        scarce: calls for which it has no memory, and how often.
+    """
 
     instant = False
     credits = 6
     group_tokens = 64
     sample_tokens = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scarce: Counter[str] = Counter()
+
+    def open_run(self, run_id: str, *arguments: Any) -> None:
+        self._allocate("open_run")
+        super().open_run(run_id, *arguments)
+
+    def forward_backward(self, run_id: str, *arguments: Any) -> LossOutcome:
+        try:
+            self._allocate("forward_backward")
+        except TenSafeFault:
+            self.poison(run_id)
+            raise
+        return super().forward_backward(run_id, *arguments)
+
+    def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
+        window = self._runs[run_id].window
+        if window.is_open and not window.poisoned:
+            try:
+                self._allocate("optim_step")
+            except TenSafeFault:
+                self.drop_window(run_id)
+                raise
+        return super().optim_step(run_id, request)
+
+    def _allocate(self, what: str) -> None:
+        if self.scarce[what]:
+            self.scarce[what] -= 1
+            raise TenSafeFault("OUT_OF_MEMORY", "too little memory; use less")
 
 
 class _Transfers:

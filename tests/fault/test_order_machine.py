@@ -17,15 +17,17 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import from_status
+from tensafe_server.fleet import dispatcher
 
 SUCCEEDED, FAILED = ops.OPERATION_STATE_SUCCEEDED, ops.OPERATION_STATE_FAILED
 CANCELLED = ops.OPERATION_STATE_CANCELLED
 RUNS = 2
 WORKERS = 2
-MOCK_REASONS = ("WINDOW_POISONED", "EMPTY_WINDOW")
+MOCK_REASONS = ("WINDOW_POISONED", "EMPTY_WINDOW", "OUT_OF_MEMORY")
 
 OPERATIONS: dict[str, dict[str, Any]] = {
     "gradient": {"forward_backward": forward_backward()},
+    "large": {"forward_backward": forward_backward(range(1, 100))},
     "update": {"optim_step": training.OptimStep()},
     "sample": {"sample": sample(3)},
     "refused": {"forward_backward": forward_backward([])},
@@ -68,8 +70,10 @@ class Follower:
             assert self.world.result(row).optim_step.step == self.step
         elif not row.executed:
             return
+        elif (reason := reason_of(row)) == "OUT_OF_MEMORY":
+            assert self.gradients
+            assert not self.poisoned
         else:
-            reason = reason_of(row)
             assert reason == ("WINDOW_POISONED" if self.poisoned else "EMPTY_WINDOW"), reason
             assert self.poisoned or not self.gradients
         self.gradients, self.poisoned = 0, False
@@ -102,6 +106,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self._retry_s, dispatcher._RETRY_S = dispatcher._RETRY_S, 0.0
         self.world = World(RUNS, WORKERS)
         self.runs = list(self.world.next_seq)
         self.accepted: set[str] = set()
@@ -139,7 +144,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         run=run_numbers,
-        what=st.sampled_from(["gradient", "gradient", "update", "sample", "refused"]),
+        what=st.sampled_from(["gradient", "gradient", "large", "update", "sample", "refused"]),
         deadline=st.booleans(),
         target=operations,
     )
@@ -289,6 +294,11 @@ class Machine(RuleBasedStateMachine):
             self.world.do(self.world.restart())
         self.world.do(self.world.kill_worker(at))
 
+    @rule(at=worker_numbers, what=st.sampled_from(["open_run", "forward_backward", "optim_step"]))
+    def lack_memory(self, at: int, what: str) -> None:
+        """The worker's next call of this kind fails, be it in a replay or not."""
+        self.world.hosts[at].worker.backend.scarce[what] = 1
+
     @rule(at=worker_numbers, executed=st.integers(0, 3), away=st.booleans())
     def take_for_dead(self, at: int, executed: int, away: bool) -> None:
         """It goes on with what it has, and tells of it over the stream that is fenced off."""
@@ -334,6 +344,7 @@ class Machine(RuleBasedStateMachine):
                 Follower(self.world).follow(run_id)
             assert self.world.coordinator.replays.mismatches == 0
         finally:
+            dispatcher._RETRY_S = self._retry_s
             self.world.close()
 
     def _ended_rightly(self, row) -> None:
@@ -351,8 +362,9 @@ class Machine(RuleBasedStateMachine):
         elif row.executed:
             assert reason in MOCK_REASONS, row
         else:
-            # It was running when several workers were lost; or it, or one before it, never came.
-            assert reason in ("INTERNAL", "SEQ_GAP"), reason
+            # It was running when several workers were lost; or it, or one before it, never came;
+            # or no worker had the memory to bring its run to it.
+            assert reason in ("INTERNAL", "SEQ_GAP", "OUT_OF_MEMORY"), reason
 
 
 TestOrder = Machine.TestCase

@@ -13,8 +13,9 @@ from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
-from tensafe.v1.worker_pb2 import Plan
+from tensafe.v1.worker_pb2 import Plan, RefusedSnapshot, Report
 from tensafe.wire.status import from_status
+from tensafe_server.fleet import dispatcher
 from tensafe_server.fleet.link import WorkerLink
 
 GRADIENT: dict[str, Any] = {"forward_backward": forward_backward()}
@@ -84,27 +85,30 @@ def test_a_hole_that_is_told_twice_poisons_one_window(world: World, run: str):
     assert outcomes(world, run) == expected
 
 
-@pytest.mark.parametrize("back", ["before", "after"])
-def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(
-    world: World, run: str, back: str
-):
+def test_whoever_ran_what_was_cancelled_meanwhile_is_not_believed(world: World, run: str):
     _, step = submit(world, run, GRADIENT, UPDATE)
     world.do(world.deliver())
     while world.worker.execute():
         pass  # it has stepped, and nobody has heard of it
     world.do(world.cut())
-    if back == "before":
-        usual, world.worker.backend.credits = world.worker.backend.credits, 0
-        world.do(world.connect())  # … and is not asked again, since it takes nothing now
-        world.do(world.cancel(step))
-        assert world.link is not None
-        world.link.credits = world.worker.backend.credits = usual
-    else:
-        world.do(world.cancel(step))
+    world.do(world.cancel(step))
     submit(world, run, UPDATE, {"sample": sample(3)})
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED", "OPERATION_CANCELLED", "SUCCEEDED", "SUCCEEDED"]
     assert world.result(world.rows(run)[-1]).sample.model_step == 1
+
+
+def test_whoever_is_back_is_asked_at_once_and_a_cancel_comes_too_late(world: World, run: str):
+    _, step = submit(world, run, GRADIENT, UPDATE)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    world.do(world.cut())
+    world.worker.backend.credits = 0  # it takes nothing else
+    world.do(world.connect())
+    world.do(world.cancel(step))
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "SUCCEEDED"]
 
 
 def test_nor_is_it_by_the_coordinator_after_that(world: World, run: str):
@@ -355,6 +359,146 @@ def test_what_is_answered_twice_in_one_report_has_one_outcome(world: World):
     assert world.store.outcomes[lane] == 1
     world.finish()
     assert [operation.id for operation in world.told()] == [lane]
+
+
+@pytest.mark.parametrize("lost", ["the stream", "the coordinator"])
+@pytest.mark.parametrize("done", [True, False], ids=["executed", "not begun"])
+def test_what_a_worker_did_while_away_is_asked_for_before_others_take_its_memory(
+    lost: str, done: bool
+):
+    world = World(runs=2)
+    run, other = world.next_seq
+    large = {"forward_backward": forward_backward(range(1, 200))}
+    submit(world, run, large, UPDATE, large, UPDATE)
+    world.do(world.deliver())
+    while done and world.worker.execute():
+        pass
+    world.worker.report()  # is lost
+    world.do(world.restart() if lost == "the coordinator" else world.cut())
+    many = 2 * world.worker.backend.credits
+    submit(world, other, *[GRADIENT, UPDATE] * many)  # each costs far less than one of the large
+    world.do(world.connect())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 4
+    assert outcomes(world, other) == ["SUCCEEDED"] * 2 * many
+    assert world.result(world.rows(run)[-1]).optim_step.step == 2
+    world.close()
+
+
+@pytest.mark.usefixtures("no_rest")
+@pytest.mark.parametrize("scarce", ["open_run", "forward_backward"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_run_that_does_not_come_to_its_log_is_brought_anew(
+    world: World, run: str, scarce: str, times: int
+):
+    submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE, GRADIENT)
+    flow(world, 10)
+    world.do(world.kill_worker())
+    world.worker.backend.scarce[scarce] = times
+    submit(world, run, UPDATE, {"sample": sample(1)})
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 7
+    assert [world.result(row).optim_step.step for row in world.rows(run)] == [0, 1, 0, 2, 0, 3, 0]
+    assert world.coordinator.replays.mismatches == 0
+
+
+@pytest.mark.usefixtures("no_rest")
+@pytest.mark.parametrize("scarce", ["open_run", "forward_backward"])
+def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it_was(
+    world: World, run: str, scarce: str
+):
+    submit(world, run, GRADIENT, UPDATE, GRADIENT)
+    flow(world)
+    world.do(world.kill_worker())
+    world.worker.backend.scarce[scarce] = 4
+    [failed] = submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[3:] == ["OUT_OF_MEMORY"]
+    [row] = [row for row in world.rows(run) if row.id == failed]
+    assert "3 times" in Status.FromString(row.error or b"").message
+    submit(world, run, UPDATE)  # is tried once more, and the fourth time is the last
+    world.finish()
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[3:] == ["OUT_OF_MEMORY", "OUT_OF_MEMORY", "SUCCEEDED"]
+    assert world.result(world.rows(run)[-1]).optim_step.step == 2
+
+
+def test_an_update_that_failed_for_the_moment_does_not_succeed_when_it_is_replayed(
+    world: World, run: str
+):
+    submit(world, run, GRADIENT)
+    flow(world)
+    world.worker.backend.scarce["optim_step"] = 1
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    flow(world, 10)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED", "OUT_OF_MEMORY", *["SUCCEEDED"] * 4]
+    assert [world.result(row).optim_step.step for row in world.rows(run)[3::2]] == [1, 2]
+    assert world.coordinator.replays.mismatches == 0
+
+
+def test_a_hole_is_sent_with_what_comes_behind_it(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Sent ahead, while that is still read from the store, it would be in a group of its own; and
+    what is behind it may be placed into an earlier one."""
+    plans: list[list[bool]] = []
+    send_plan = WorkerLink.send_plan
+
+    def send(link: WorkerLink, plan: Plan) -> None:
+        plans.append([operation.void for operation in plan.operations if operation.group])
+        send_plan(link, plan)
+
+    submit(world, run, {"sample": sample(9)}, GRADIENT)
+    flow(world)  # the sample runs on
+    world.do(world.cut())
+    world.do(world.send([world.next(run, forward_backward=forward_backward([])) for _ in "many"]))
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.do(world.restart())  # what waits is in the store only
+    monkeypatch.setattr(WorkerLink, "send_plan", send)
+    world.finish()
+    assert any(any(holes) for holes in plans), "the hole was told"
+    assert not any(holes and all(holes) for holes in plans)
+    assert outcomes(world, run)[6:] == ["WINDOW_POISONED", "SUCCEEDED", "SUCCEEDED"]
+
+
+@pytest.mark.parametrize("of", ["a run", "no run"])
+def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run: str, of: str):
+    """Also while nobody else has the run, and its assignment is the same."""
+    if of == "a run":
+        submit(world, run, GRADIENT)
+    else:
+        world.do(world.submit_lane(2))
+    world.do(world.deliver())
+    world.do(world.fence())
+    while world.worker.execute() or world.worker.draw():
+        pass
+    world.do(world.report())
+    assert not world.store.outcomes
+    world.finish()
+    assert list(world.store.outcomes.values()) == [1]
+
+
+@pytest.mark.usefixtures("no_rest")
+def test_a_run_that_is_given_up_for_an_unknown_reason_is_brought_anew(world: World, run: str):
+    submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    epoch = world.coordinator.ledger.runs[run].epoch
+    refused = RefusedSnapshot(run_id=run, epoch=epoch, error=Status(code=13, message="?"))
+    assert world.link is not None
+    world.do(world.coordinator.reception.report(world.link, Report(refused=[refused])))
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+    assert world.coordinator.ledger.runs[run].epoch == epoch + 1
+
+
+@pytest.fixture
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was given up is tried again at once."""
+    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
 
 
 def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: list[str]) -> None:

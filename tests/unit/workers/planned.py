@@ -42,7 +42,7 @@ def operation(seq: int | None, run: str | None = "run-1", *, epoch: int = 1, **k
 
 
 _PLANNED = {
-    *("group", "replay", "void", "artifact_id", "model_ref", "operation_id"),
+    *("group", "replay", "failed", "void", "artifact_id", "model_ref", "operation_id"),
     *("charge", "units"),
 }
 

@@ -12,7 +12,7 @@ import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
 
 from tensafe.v1 import artifacts_pb2, training_pb2
-from tensafe.wire.status import from_status
+from tensafe.wire.status import TenSafeFault, from_status
 from workers.executor import Executor
 from workers.mock import MockBackend
 from workers.snapshots import SnapshotPolicy
@@ -172,7 +172,7 @@ def test_a_bad_batch_poisons_its_window_and_the_next_is_clean(driver):
     assert outcomes[4].result.optim_step.step == 1
 
 
-def test_void_poisons_and_says_nothing(driver):
+def test_void_poisons_or_closes_and_says_nothing(driver):
     outcomes = driver.run(
         operation(1, **forward_backward(), void=True),
         operation(2, **OPTIM),
@@ -183,7 +183,7 @@ def test_void_poisons_and_says_nothing(driver):
     )
     assert outcomes[0] is outcomes[3] is None
     assert reason(outcomes[1]) == "WINDOW_POISONED"
-    assert outcomes[4].result.optim_step.step == 1
+    assert reason(outcomes[4]) == "EMPTY_WINDOW"
 
 
 def test_replay_rebuilds_the_state_and_reports_what_it_gave(driver, transfers):
@@ -202,10 +202,37 @@ def test_replay_rebuilds_the_state_and_reports_what_it_gave(driver, transfers):
     assert losses["loss"] == 2.48
 
 
-def test_a_replay_that_fails_is_reported(driver):
-    (outcome,) = driver.run(operation(1, **OPTIM, replay=True), runs=[assignment()])
+def test_a_replay_that_fails_as_it_did_is_reported(driver):
+    replayed = operation(1, **OPTIM, replay=True, failed=True)
+    (outcome,) = driver.run(replayed, runs=[assignment()])
     assert reason(outcome) == "EMPTY_WINDOW"
     assert outcome.replay
+
+
+def test_a_run_whose_replay_fails_is_given_up(driver):
+    outcomes = driver.run(
+        operation(1, **OPTIM, replay=True),
+        operation(2, **forward_backward(), replay=True),
+        operation(3, **forward_backward()),
+        runs=[assignment()],
+    )
+    assert outcomes == [None] * 3, "what comes after it is left to the next assignment"
+    (refused,) = driver.executor.collect_refused()
+    assert (refused.run_id, refused.epoch, refused.snapshot_id) == ("run-1", 1, "")
+    assert from_status(refused.error).reason == "EMPTY_WINDOW"
+    assert driver.executor.held_runs() == []
+
+
+def test_a_check_of_a_log_goes_on_past_a_replay_that_fails(driver):
+    check = assignment()
+    check.check = True
+    outcomes = driver.run(
+        operation(1, **OPTIM, replay=True),
+        operation(2, **forward_backward(), replay=True),
+        runs=[check],
+    )
+    assert reason(outcomes[0]) == "EMPTY_WINDOW"
+    assert outcomes[1].HasField("result")
 
 
 def test_save_and_load_and_open_from_an_artifact(driver, transfers):
@@ -279,10 +306,26 @@ def test_a_run_that_cannot_be_opened_fails_its_own_operations_only(driver):
             assignment(),
         ],
     )
-    reasons = [reason(outcome) for outcome in outcomes[:3]]
-    assert reasons == ["UNSUPPORTED_OPTION", "UNSUPPORTED_OPTION", "INTERNAL"]
+    reasons = [reason(outcome) for outcome in outcomes[:2]]
+    assert reasons == ["UNSUPPORTED_OPTION", "UNSUPPORTED_OPTION"]
+    # What may pass is no fault of the run: another worker may have more luck.
+    assert outcomes[2] is None
+    (refused,) = driver.executor.collect_refused()
+    assert (refused.run_id, refused.snapshot_id) == ("run-lost", "")
     assert outcomes[3].HasField("result")
     assert [held.run_id for held in driver.executor.held_runs()] == ["run-1"]
+
+
+@pytest.mark.parametrize("reason", ["CHECKSUM_MISMATCH", "STORAGE_UNAVAILABLE"])
+def test_a_run_whose_saved_state_did_not_arrive_is_given_up(driver, transfers, monkeypatch, reason):
+    def fetch(artifact_id, directory):
+        raise TenSafeFault(reason, "it arrived with other bytes; try again", retry_delay_s=1.0)
+
+    monkeypatch.setattr(transfers, "fetch", fetch)
+    lost = assignment(artifact_id="art-1")
+    assert driver.run(operation(1, **forward_backward()), runs=[lost]) == [None]
+    (refused,) = driver.executor.collect_refused()
+    assert from_status(refused.error).reason == reason
 
 
 def test_unknown_runs_and_stale_epochs_fail_without_harm(driver, caplog):
@@ -332,6 +375,21 @@ def test_release_forgets_a_run_after_what_was_planned(driver):
     driver.until(lambda: driver.executor.idle)
     assert driver.done["op-run-1-1"].HasField("result")
     assert driver.executor.held_runs() == []
+
+
+def test_the_runs_held_are_told_with_what_was_sent_of_them(gated):
+    gated.executor.submit(
+        plan(
+            *(operation(seq, **forward_backward()) for seq in (1, 2, 3)),
+            runs=[assignment(), assignment("run-2")],
+        )
+    )
+    assert gated.backend.entered.acquire(timeout=10)
+    told = {held.run_id: (held.last_seq, held.planned_seq) for held in gated.executor.held_runs()}
+    assert told == {"run-1": (0, 3), "run-2": (0, 0)}
+    gated.backend.gate.release(3)
+    gated.until(lambda: gated.executor.idle)
+    assert [held.planned_seq for held in gated.executor.held_runs()] == [3, 0]
 
 
 def test_only_what_still_runs_is_reported_started(gated):

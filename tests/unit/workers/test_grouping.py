@@ -102,9 +102,17 @@ def test_a_member_that_fails_leaves_the_others(driver, caplog):
 
 
 def test_a_run_that_could_not_be_taken_on_fails_by_itself(driver):
+    unfit = assignment("run-2", lora=training_pb2.LoraConfig(bias="all"))
+    outcomes = driver.run(*gradients(), runs=[assignment("run-1"), unfit, assignment("run-3")])
+    assert reason(outcomes[1]) == "UNSUPPORTED_OPTION"
+    assert losses([outcomes[0], outcomes[2]]) == [2.49] * 2
+
+
+def test_a_run_that_is_given_up_leaves_the_others_alone(driver):
     lost = assignment("run-2", artifact_id="art-none")
     outcomes = driver.run(*gradients(), runs=[assignment("run-1"), lost, assignment("run-3")])
-    assert reason(outcomes[1]) == "INTERNAL"
+    assert outcomes[1] is None
+    assert [one.run_id for one in driver.executor.collect_refused()] == ["run-2"]
     assert losses([outcomes[0], outcomes[2]]) == [2.49] * 2
 
 

@@ -177,7 +177,7 @@ def test_a_replay_counts_calls_and_updates_nothing(driver):
         gradient(1, **replay),
         operation(2, **OPTIM, **replay),
         gradient(3, **replay),
-        operation(4, **OPTIM, **replay),
+        operation(4, **OPTIM, **replay, failed=True),  # for want of a charge, as now
         runs=[private(gradient_accumulation_steps=2)],
     )
     window = driver.executor._backend._runs["run-1"].window

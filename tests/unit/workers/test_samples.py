@@ -251,7 +251,9 @@ def test_leaving_finishes_what_is_sampled(driver, tmp_path):
 
 def test_a_sample_in_a_replay_is_passed_over(driver):
     outcomes = driver.run(
-        operation(1, **SAMPLE, replay=True), operation(2, **OPTIM, replay=True), runs=[assignment()]
+        operation(1, **SAMPLE, replay=True),
+        operation(2, **OPTIM, replay=True, failed=True),
+        runs=[assignment()],
     )
     assert outcomes[0] is None
     assert outcomes[1].replay

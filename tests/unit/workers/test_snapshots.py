@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,32 @@ def test_one_that_cannot_be_loaded_is_refused_and_its_operations_left_alone(driv
     assert driver.executor.held_runs() == []
     after = driver.run(*updates(1, 1, epoch=3), runs=[assignment(epoch=3)])
     assert after[1].result.optim_step.step == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "useless"),
+    [
+        (OSError(errno.ENOSPC, "no space left on this worker's disk"), False),
+        (MemoryError(), False),
+        (FileNotFoundError(errno.ENOENT, "state.json"), True),
+    ],
+)
+def test_what_this_machine_lacks_is_no_fault_of_the_snapshot(
+    driver, transfers, monkeypatch, error, useless
+):
+    driver.run(*updates(1, 2), runs=[assignment()])
+    settled(driver)
+
+    def fetch(snapshot_id, directory):
+        raise error
+
+    monkeypatch.setattr(transfers, "fetch_snapshot", fetch)
+    moved = assignment(epoch=2)
+    moved.snapshot_id, moved.seq = "snap-run-1-4", 4
+    driver.run(*updates(5, 1, epoch=2), runs=[moved])
+    (refused,) = driver.executor.collect_refused()
+    assert (refused.run_id, refused.epoch) == ("run-1", 2)
+    assert refused.snapshot_id == ("snap-run-1-4" if useless else "")
 
 
 def test_the_copy_of_a_check_gets_none_and_is_not_held(driver, transfers):

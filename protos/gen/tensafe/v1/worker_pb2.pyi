@@ -107,6 +107,7 @@ class HeldRun(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
+    PLANNED_SEQ_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     epoch: _builtins.int
@@ -115,16 +116,22 @@ class HeldRun(_message.Message):
     """The last operation of the run that it has executed, or begun if it is a
     SAMPLE. What it has begun before and not ended it still is at.
     """
+    planned_seq: _builtins.int
+    """The last operation of the run that it was sent under this assignment and has
+    executed, or will. It remembers the outcomes of these until they are asked
+    for: they are sent again before anything else. Not below last_seq.
+    """
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         last_seq: _builtins.int = ...,
+        planned_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_seq", b"last_seq", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_seq", b"last_seq", "planned_seq", b"planned_seq", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,7 +377,7 @@ Global___SampleChunk: _TypeAlias = SampleChunk  # noqa: Y015
 
 @_typing.final
 class RefusedSnapshot(_message.Message):
-    """A run whose snapshot could not be loaded: the worker does not hold it."""
+    """A run that a worker did not bring to where its log has it, and does not hold."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -383,7 +390,10 @@ class RefusedSnapshot(_message.Message):
     epoch: _builtins.int
     """The assignment."""
     snapshot_id: _builtins.str
-    """RunAssignment.snapshot_id."""
+    """RunAssignment.snapshot_id, of a snapshot that is of no use. Empty: nothing is
+    wrong with what the run was to be brought back from, but the worker did not
+    come to where the log has it, and holds nothing of it now.
+    """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Why."""
@@ -744,6 +754,7 @@ class PlannedOperation(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     REPLAY_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     VOID_FIELD_NUMBER: _builtins.int
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     MODEL_REF_FIELD_NUMBER: _builtins.int
@@ -761,11 +772,15 @@ class PlannedOperation(_message.Message):
     """Its result is known already: execute it for its effect and report it as a
     replay, to be compared.
     """
+    failed: _builtins.bool
+    """Of a replay: the log has it as failed. Any other one that fails leaves a run
+    that is not the logged one: the worker gives it up (RefusedSnapshot).
+    """
     void: _builtins.bool
     """It failed or was cancelled before it ran: only mark the window as poisoned
-    (FORWARD_BACKWARD) and report nothing. OPTIM_STEP, of private runs only: it
-    failed, or was lost with its worker after it was charged; close the window,
-    dropping what it holds, and change nothing else.
+    (FORWARD_BACKWARD) and report nothing. OPTIM_STEP: it failed for a reason that
+    another try may not find, or, of a private run, was lost with its worker after it
+    was charged; close the window, dropping what it holds, and change nothing else.
     """
     artifact_id: _builtins.str
     """Id of the artifact to make (SAVE_STATE) or to sample from (pinned version)."""
@@ -804,6 +819,7 @@ class PlannedOperation(_message.Message):
         epoch: _builtins.int = ...,
         spec: _builtins.bytes = ...,
         replay: _builtins.bool = ...,
+        failed: _builtins.bool = ...,
         void: _builtins.bool = ...,
         artifact_id: _builtins.str = ...,
         model_ref: _builtins.str = ...,
@@ -814,7 +830,7 @@ class PlannedOperation(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "units", b"units"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "charge", b"charge", "epoch", b"epoch", "group", b"group", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "units", b"units", "void", b"void"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "charge", b"charge", "epoch", b"epoch", "failed", b"failed", "group", b"group", "model_ref", b"model_ref", "operation_id", b"operation_id", "replay", b"replay", "run_id", b"run_id", "spec", b"spec", "units", b"units", "void", b"void"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
