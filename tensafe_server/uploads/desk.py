@@ -15,7 +15,7 @@ from tensafe.v1 import artifacts_pb2 as pb
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobStore
-from tensafe_server.events.translate import timestamp
+from tensafe_server.events.translate import expires_at, timestamp
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.artifacts import ArtifactBook, artifact_prefix
@@ -282,5 +282,5 @@ def _artifact(
         adapter=shape,
     )
     if request.HasField("ttl"):
-        artifact.expires_at.CopyFrom(timestamp(now + request.ttl.ToNanoseconds()))
+        artifact.expires_at.CopyFrom(expires_at(now, request.ttl))
     return artifact

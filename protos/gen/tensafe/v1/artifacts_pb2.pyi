@@ -423,7 +423,9 @@ class BeginUploadRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the artifact is kept once it is there. Unset: until it is deleted."""
+        """How long the artifact is kept once it is there, a hundred years at most.
+        Unset: until it is deleted.
+        """
 
     def __init__(
         self,

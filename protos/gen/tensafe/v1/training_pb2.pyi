@@ -967,8 +967,9 @@ class SaveState(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the artifact is kept. Unset: until it is deleted. What the run's
-        own recovery needs of it is kept longer, but is no longer shown.
+        """How long the artifact is kept, a hundred years at most. Unset: until it is
+        deleted. What the run's own recovery needs of it is kept longer, but is no
+        longer shown.
         """
 
     def __init__(
