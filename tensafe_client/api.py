@@ -119,7 +119,7 @@ class Api:
         check_bool("include_deleted", include_deleted)
         stubs = await self._session.stubs()
 
-        def request(size: int, token: str) -> Any:
+        def request(size: int, token: str | None) -> Any:
             return training_pb2.ListRunsRequest(
                 page_size=size, page_token=token, include_deleted=include_deleted
             )
@@ -150,10 +150,10 @@ class Api:
 
     async def operations(self, run_id: str | None, limit: int | None) -> list[OperationInfo]:
         """Lists operations, newest first."""
-        of_run = _or_empty("run_id", run_id)
+        of_run = _if_given("run_id", run_id)
         stubs = await self._session.stubs()
 
-        def request(size: int, token: str) -> Any:
+        def request(size: int, token: str | None) -> Any:
             return operations_pb2.ListOperationsRequest(
                 run_id=of_run, page_size=size, page_token=token
             )
@@ -167,7 +167,7 @@ class Api:
         """Cancels an operation; True only if it never ran."""
         stubs = await self._session.stubs()
         request = operations_pb2.CancelOperationRequest(
-            operation_id=check_string("operation_id", operation_id)
+            operation_id=check_string("operation_id", operation_id), request_id=new_request_id()
         )
         response = await self._session.call(stubs.operations.CancelOperation, request)
         cancelled: bool = response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED
@@ -228,10 +228,10 @@ class Api:
 
     async def artifacts(self, run_id: str | None, limit: int | None) -> list[ArtifactInfo]:
         """Lists artifacts, newest first."""
-        of_run = _or_empty("run_id", run_id)
+        of_run = _if_given("run_id", run_id)
         stubs = await self._session.stubs()
 
-        def request(size: int, token: str) -> Any:
+        def request(size: int, token: str | None) -> Any:
             return artifacts_pb2.ListArtifactsRequest(
                 run_id=of_run, page_size=size, page_token=token
             )
@@ -332,11 +332,11 @@ class AdminApi:
         self, tenant: str | None, include_deleted: bool, limit: int | None
     ) -> list[RunSummary]:
         """Lists runs of all tenants or of one, newest first."""
-        of_tenant = _or_empty("tenant", tenant)
+        of_tenant = _if_given("tenant", tenant)
         deleted = check_bool("include_deleted", include_deleted)
         stubs = await self._session.stubs()
 
-        def request(size: int, token: str) -> Any:
+        def request(size: int, token: str | None) -> Any:
             return admin_pb2.AdminServiceListRunsRequest(
                 tenant=of_tenant, include_deleted=deleted, page_size=size, page_token=token
             )
@@ -367,7 +367,7 @@ class AdminApi:
         request = admin_pb2.CreateKeyRequest(
             request_id=new_request_id(),
             kind=kinds[kind],
-            tenant=_or_empty("tenant", tenant),
+            tenant=_if_given("tenant", tenant),
             name=check_string("name", name),
         )
         response = await self._session.call(stubs.admin.CreateKey, request)
@@ -376,7 +376,7 @@ class AdminApi:
     async def keys(self, tenant: str | None) -> list[KeyInfo]:
         """Lists keys."""
         stubs = await self._session.stubs()
-        request = admin_pb2.ListKeysRequest(tenant=_or_empty("tenant", tenant))
+        request = admin_pb2.ListKeysRequest(tenant=_if_given("tenant", tenant))
         response = await self._session.call(stubs.admin.ListKeys, request)
         return [KeyInfo.from_proto(message) for message in response.keys]
 
@@ -390,21 +390,21 @@ class AdminApi:
         return KeyInfo.from_proto(response.key)
 
 
-def _or_empty(field: str, value: str | None) -> str:
-    return "" if value is None else check_string(field, value)
+def _if_given(field: str, value: str | None) -> str | None:
+    return None if value is None else check_string(field, value)
 
 
 async def _pages(
     session: Session,
     method: Any,
-    request: Callable[[int, str], Any],
+    request: Callable[[int, str | None], Any],
     field: str,
     limit: int | None,
 ) -> list[Any]:
     if limit is not None and check_count("limit", limit, bits=63) < 1:
         raise InvalidArgumentError.of("limit", f"must be 1 or more, got {limit}")
     found: list[Any] = []
-    token = ""
+    token: str | None = None
     while True:
         size = _PAGE if limit is None else min(_PAGE, limit - len(found))
         response = await session.call(method, request(size, token))

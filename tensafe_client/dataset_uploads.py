@@ -101,7 +101,7 @@ class Datasets:
 
     async def _finished(self, upload_id: str, file: artifacts_pb2.ArtifactFile) -> DatasetInfo:
         stubs = await self._session.stubs()
-        request = pb.FinishDatasetUploadRequest(upload_id=upload_id)
+        request = pb.FinishDatasetUploadRequest(upload_id=upload_id, request_id=new_request_id())
         # The server reads all of it, twice.
         limit_s = self._session.connection.timeout_s + file.size_bytes / _CHECKED_BYTES_PER_S
         response = await self._session.call(

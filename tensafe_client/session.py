@@ -218,7 +218,9 @@ class Session:
         stubs = await self.stubs()
         response = await self.call(
             stubs.operations.CancelOperation,
-            operations_pb2.CancelOperationRequest(operation_id=operation_id),
+            operations_pb2.CancelOperationRequest(
+                operation_id=operation_id, request_id=new_request_id()
+            ),
         )
         if response.operation.state == operations_pb2.OPERATION_STATE_CANCELLED:
             self.ended(future, response.operation)

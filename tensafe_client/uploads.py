@@ -22,7 +22,7 @@ from tensafe_client.errors import (
     from_rpc_error,
 )
 from tensafe_client.infos import ArtifactInfo
-from tensafe_client.session import Session
+from tensafe_client.session import Session, new_request_id
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 _ATTEMPTS_DAMAGED = 3
@@ -111,7 +111,9 @@ class Uploads:
         self, upload_id: str, upload: artifacts_pb2.BeginUploadRequest
     ) -> ArtifactInfo:
         stubs = await self._session.stubs()
-        request = artifacts_pb2.FinishUploadRequest(upload_id=upload_id)
+        request = artifacts_pb2.FinishUploadRequest(
+            upload_id=upload_id, request_id=new_request_id()
+        )
         # The server reads all of it.
         size_bytes = sum(file.size_bytes for file in upload.files)
         limit_s = self._session.connection.timeout_s + size_bytes / _CHECKED_BYTES_PER_S

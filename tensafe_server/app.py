@@ -95,6 +95,10 @@ _SERVICES = [
 ]
 
 
+# What is listened on at every address of this machine is at loopback too.
+_EVERY_HOST = frozenset({"0.0.0.0", "[::]", "*"})  # noqa: S104  (nothing is bound here)
+
+
 class AddressInUseError(RuntimeError):
     """The address to listen on is taken or not ours."""
 
@@ -339,8 +343,8 @@ class Coordinator:
         listen, certificate = self._settings.listen, self._settings.certificate
         self.address = self._add_port(listen, "--listen", certificate)
         if certificate is None:
-            port = self.address.rpartition(":")[2]
-            self.local_address = f"grpc://127.0.0.1:{port}"
+            host, _, port = self.address.removeprefix("grpc://").rpartition(":")
+            self.local_address = f"grpc://{'127.0.0.1' if host in _EVERY_HOST else host}:{port}"
         elif self._settings.local_listen is not None:
             self.local_address = self._add_port(self._settings.local_listen, "--local-listen", None)
         await self._server.start()

@@ -19,6 +19,7 @@ from tensafe_server.tenants.identity import Identity
 log = logging.getLogger(__name__)
 
 _LOCAL_TENANT = "local"
+_WORKERS_KEY = "local workers"
 # Of the grace period: what workers may take to finish, and after which they are killed. The rest is
 # the coordinator's own.
 _WORKERS_SHARE = 0.7
@@ -77,7 +78,7 @@ async def serve_locally(
     coordinator = await Coordinator.start(settings.coordinator)
     launcher = LocalLauncher()
     try:
-        _, key = await coordinator.identity.create_key(admin.KEY_KIND_WORKER, None, "local workers")
+        key = await _workers_key(coordinator.identity)
         for number, arguments in enumerate(settings.worker_arguments):
             name = f"worker-{number}"
             connect = ["--connect", coordinator.local_address, "--name", name]
@@ -88,9 +89,8 @@ async def serve_locally(
             return
         launcher.served.update(link.name for link in coordinator.dispatcher.links)
         if settings.profile is not None:
-            await _write_profiles(
-                coordinator.identity, _profile_address(coordinator), settings.profile
-            )
+            # With TLS too: the certificate need not be made out to this machine's loopback.
+            await _write_profiles(coordinator.identity, coordinator.local_address, settings.profile)
         else:
             await _first_admin_key(coordinator.identity, tell_secret)
         announce(coordinator.address)
@@ -99,6 +99,16 @@ async def serve_locally(
         await coordinator.drain()
         await launcher.stop(_KILL_SHARE * grace_s)
         await coordinator.stop((1 - _KILL_SHARE) * grace_s)
+
+
+async def _workers_key(identity: Identity) -> str:
+    """A key for the workers of this start; those of earlier starts end with their workers."""
+    for key in identity.keys(None):
+        of_workers = key.kind == admin.KEY_KIND_WORKER and key.name == _WORKERS_KEY
+        if of_workers and key.revoked_ns is None:
+            await identity.revoke_key(key.id)
+    _, secret = await identity.create_key(admin.KEY_KIND_WORKER, None, _WORKERS_KEY)
+    return secret
 
 
 async def _write_profiles(identity: Identity, address: str, profile: str) -> None:
@@ -114,12 +124,6 @@ async def _write_profiles(identity: Identity, address: str, profile: str) -> Non
         if principal is None or principal.kind != kind:
             _, secret = await identity.create_key(kind, owner, f"profile {name}")
         save_profile(name, address, secret, make_default=name == profile)
-
-
-def _profile_address(coordinator: Coordinator) -> str:
-    """With TLS the local one: the certificate need not be made out to this machine's loopback."""
-    secure = coordinator.address.startswith("grpcs://")
-    return coordinator.local_address if secure else coordinator.address
 
 
 async def _until_stopped(*ends: Awaitable[None]) -> bool:

@@ -121,6 +121,11 @@ def _read(path: Path) -> Iterator[Example]:
                 yield replace(parse_example(record), line=number)
             except BatchError as error:
                 raise BatchError(f"{path}, line {number}: {error.message}") from error
+            except json.JSONDecodeError as error:  # whose own text counts lines within the line
+                where = f"{path}, line {number}"
+                raise BatchError(
+                    f"{where}: is no JSON: {error.msg}, at character {error.pos + 1}"
+                ) from error
             except ValueError as error:
                 raise BatchError(f"{path}, line {number}: is no JSON: {error}") from error
             except RecursionError:  # its traceback is as deep as the line: not chained

@@ -60,7 +60,7 @@ class AdminServicer(rpc.AdminServiceServicer):
     async def CreateKey(self, request: pb.CreateKeyRequest, context: Any) -> pb.CreateKeyResponse:
         for_tenant = request.kind == pb.KEY_KIND_TENANT
         if for_tenant != bool(request.tenant):
-            raise refused([("tenant", "is required for a tenant key and must be empty for others")])
+            raise refused([("tenant", "is required for a tenant key and must be unset for others")])
         tenant_id = self._identity.tenant(request.tenant).id if for_tenant else None
         row, secret = await uninterrupted(self._new_key(request, tenant_id))
         return pb.CreateKeyResponse(key=_key(row), secret=secret)

@@ -63,7 +63,7 @@ class ArtifactsServicer(rpc.ArtifactsServiceServicer):
         if not files:
             names = ", ".join(file.name for file in artifact.files)
             raise refused([("file", f"{artifact.id} has no {request.file!r}; it has {names}")])
-        if request.offset and not request.file:
+        if request.HasField("offset") and not request.HasField("file"):
             raise refused([("offset", "needs `file`, since offsets are within one file")])
         if request.offset > files[0].size_bytes:
             raise TenSafeFault(
@@ -103,7 +103,7 @@ class ArtifactsServicer(rpc.ArtifactsServiceServicer):
     async def FinishUpload(
         self, request: pb.FinishUploadRequest, context: Any
     ) -> pb.FinishUploadResponse:
-        artifact = await self._uploads.finish(caller().tenant_id, request.upload_id)
+        artifact = await self._uploads.finish(caller().tenant_id, request)
         return pb.FinishUploadResponse(artifact=artifact)
 
     async def _artifact(self, artifact_id: str) -> pb.Artifact:

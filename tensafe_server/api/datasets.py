@@ -36,7 +36,7 @@ class DatasetsServicer(rpc.DatasetsServiceServicer):
     async def FinishDatasetUpload(
         self, request: pb.FinishDatasetUploadRequest, context: Any
     ) -> pb.FinishDatasetUploadResponse:
-        dataset = await self._datasets.finish(caller().tenant_id, request.upload_id)
+        dataset = await self._datasets.finish(caller().tenant_id, request)
         return pb.FinishDatasetUploadResponse(dataset=dataset)
 
     async def GetDataset(

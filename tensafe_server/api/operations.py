@@ -17,6 +17,7 @@ from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
 from tensafe_server.operations.streaming import SampleStreams
 from tensafe_server.store.base import EventScope, Store
+from tensafe_server.store.requests import first_request, new_request
 
 _DEFAULT_WAIT_S = 30.0
 
@@ -76,10 +77,13 @@ class OperationsServicer(rpc.OperationsServiceServicer):
         self, request: pb.CancelOperationRequest, context: Any
     ) -> pb.CancelOperationResponse:
         tenant_id = caller().tenant_id
+        first = await first_request(self._store, tenant_id, request) is None
         pending = self._reader.unfinished(tenant_id, request.operation_id)
         if pending is not None:
             await self._cancellation.cancel(pending)
         operation = await self._reader.operation(tenant_id, request.operation_id)
+        if first:
+            await self._store.remember(new_request(tenant_id, request, operation.id))
         return pb.CancelOperationResponse(operation=operation)
 
     async def Watch(

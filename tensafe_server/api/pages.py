@@ -9,6 +9,7 @@ from tensafe_server.store.base import Page
 
 _DEFAULT_SIZE = 100
 _POSITION = re.compile(r"[0-9]{1,19}")
+_LAST_POSITION = 2**63 - 1
 
 
 def page(size: int, token: str) -> Page:
@@ -20,7 +21,7 @@ def page(size: int, token: str) -> Page:
     if not token:
         return Page(size or _DEFAULT_SIZE)
     kind, _, position = token.partition(".")
-    if kind != "p1" or not _POSITION.fullmatch(position):
+    if kind != "p1" or not _POSITION.fullmatch(position) or int(position) > _LAST_POSITION:
         raise TenSafeFault(
             "INVALID_PAGE_TOKEN",
             "page_token is not one that this server made; begin without one",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 
@@ -44,6 +45,14 @@ def bare_operation(row: OperationRow) -> pb.Operation:
     if row.finished_ns is not None:
         message.finished_at.CopyFrom(timestamp(row.finished_ns))
     return message
+
+
+_LONGEST_TTL_NS = 3_153_600_000 * 10**9
+
+
+def expires_at(now_ns: int, ttl: Duration) -> Timestamp:
+    """When a time to live is over; one from before it had a bound is cut to it, 100 years."""
+    return timestamp(now_ns + min(ttl.ToNanoseconds(), _LONGEST_TTL_NS))
 
 
 def timestamp(nanoseconds: int) -> Timestamp:

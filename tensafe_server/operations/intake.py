@@ -6,9 +6,10 @@ two calls with the same seq cannot both be first.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from google.rpc.status_pb2 import Status
@@ -35,6 +36,7 @@ from tensafe_server.store.base import OperationRow, Store
 
 # Kinds that use an artifact beside or in place of a run's own weights.
 _ON_ONE_MODEL = frozenset({"load_state", "forward", "forward_backward"})
+_PROMPTS_AT_A_TIME = 4096
 
 
 @dataclass(slots=True)
@@ -98,12 +100,25 @@ class Intake:
         """
         if self.draining is not None:
             raise self.draining
+        outcomes: list[Outcome] = []
+        full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
+        overtaken: dict[str, TenSafeFault] = {}  # by run: nor go on where another client is
+        for part in _parts(specs):
+            outcomes += await self._take(tenant_id, part, session_id, full, overtaken)
+        return outcomes
+
+    async def _take(
+        self,
+        tenant_id: str,
+        specs: Sequence[training.OperationSpec],
+        session_id: str,
+        full: dict[str, TenSafeFault],
+        overtaken: dict[str, TenSafeFault],
+    ) -> list[Outcome]:
         candidates = [await self._prepare(tenant_id, spec) for spec in specs]
         outcomes: list[Outcome] = []
         accepted: list[PendingOperation] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
-        full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
-        overtaken: dict[str, TenSafeFault] = {}  # by run: nor go on where another client is
         for candidate in candidates:
             outcome = Outcome()
             outcomes.append(outcome)
@@ -141,6 +156,7 @@ class Intake:
             _check_spec(spec, len(data))
         except TenSafeFault as fault:
             candidate.fault = fault
+            await asyncio.sleep(0)  # a thousand faulty ones shall not keep all others waiting
             return candidate
         artifact_id = _artifact_read(spec)
         if artifact_id:
@@ -336,6 +352,20 @@ class Intake:
             outcome.repeated = True
             if row.state == FAILED and not row.executed and row.error is not None:
                 outcome.error = Status.FromString(row.error)
+
+
+def _parts(
+    specs: Sequence[training.OperationSpec],
+) -> Iterator[Sequence[training.OperationSpec]]:
+    """Cuts a call where its prompts become many: others get their turn between the parts."""
+    begin, prompts = 0, 0
+    for index, spec in enumerate(specs):
+        own = len(spec.sample.prompts)
+        if prompts and prompts + own > _PROMPTS_AT_A_TIME:
+            yield specs[begin:index]
+            begin, prompts = index, 0
+        prompts += own
+    yield specs[begin:]
 
 
 class _SeenBeforeError(Exception):

@@ -20,7 +20,7 @@ from tensafe.v1.types_pb2 import REDUCTION_SUM, Metric
 from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_status, to_status
 from tensafe_server.blobs.payloads import Payloads
 from tensafe_server.events.hub import Event, EventHub
-from tensafe_server.events.translate import bare_operation, timestamp
+from tensafe_server.events.translate import bare_operation, expires_at, timestamp
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import (
     CANCELLED,
@@ -308,7 +308,7 @@ def _complete(ending: Ending, run: RunState, spec: training.OperationSpec) -> No
     now = time.time_ns()
     artifact.created_at.CopyFrom(timestamp(now))
     if spec.save_state.HasField("ttl"):
-        artifact.expires_at.CopyFrom(timestamp(now + spec.save_state.ttl.ToNanoseconds()))
+        artifact.expires_at.CopyFrom(expires_at(now, spec.save_state.ttl))
     lora = run.config.lora
     artifact.adapter.CopyFrom(
         AdapterShape(

@@ -127,13 +127,22 @@ class DatasetDesk:
             raise refused([("start.name", f"must be {file.name}")])
         return await receive(self._parts(row), start, file.size_bytes, chunks)
 
-    async def finish(self, tenant_id: str, upload_id: str) -> pb.Dataset:
+    async def finish(self, tenant_id: str, request: pb.FinishDatasetUploadRequest) -> pb.Dataset:
         """Makes the dataset, or gives the one that was made.
 
         Raises:
             TenSafeFault: UPLOAD_NOT_FOUND, CHECKSUM_MISMATCH, INVALID_DATASET.
         """
-        return await uninterrupted(self._finish(tenant_id, upload_id))
+        return await uninterrupted(self._finish_once(tenant_id, request))
+
+    async def _finish_once(
+        self, tenant_id: str, request: pb.FinishDatasetUploadRequest
+    ) -> pb.Dataset:
+        first = await first_request(self._store, tenant_id, request) is None
+        made = await self._finish(tenant_id, request.upload_id)
+        if first:
+            await self._store.remember(new_request(tenant_id, request, made.id))
+        return made
 
     async def _finish(self, tenant_id: str, upload_id: str) -> pb.Dataset:
         async with self._busy:

@@ -15,7 +15,7 @@ from tensafe.v1 import artifacts_pb2 as pb
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobStore
-from tensafe_server.events.translate import timestamp
+from tensafe_server.events.translate import expires_at, timestamp
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.artifacts import ArtifactBook, artifact_prefix
@@ -125,13 +125,20 @@ class UploadDesk:
             raise refused([("start.name", f"must be one of {', '.join(_NAMES)}")])
         return await receive(Parts(self._blobs, row.id, start.name), start, size, chunks)
 
-    async def finish(self, tenant_id: str, upload_id: str) -> pb.Artifact:
+    async def finish(self, tenant_id: str, request: pb.FinishUploadRequest) -> pb.Artifact:
         """Makes the artifact, or gives the one that was made.
 
         Raises:
             TenSafeFault: UPLOAD_NOT_FOUND, CHECKSUM_MISMATCH, or why the adapter is refused.
         """
-        return await uninterrupted(self._finish(tenant_id, upload_id))
+        return await uninterrupted(self._finish_once(tenant_id, request))
+
+    async def _finish_once(self, tenant_id: str, request: pb.FinishUploadRequest) -> pb.Artifact:
+        first = await first_request(self._store, tenant_id, request) is None
+        made = await self._finish(tenant_id, request.upload_id)
+        if first:
+            await self._store.remember(new_request(tenant_id, request, made.id))
+        return made
 
     async def _finish(self, tenant_id: str, upload_id: str) -> pb.Artifact:
         async with self._busy:
@@ -275,5 +282,5 @@ def _artifact(
         adapter=shape,
     )
     if request.HasField("ttl"):
-        artifact.expires_at.CopyFrom(timestamp(now + request.ttl.ToNanoseconds()))
+        artifact.expires_at.CopyFrom(expires_at(now, request.ttl))
     return artifact

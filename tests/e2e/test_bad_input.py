@@ -168,6 +168,14 @@ def unknown_artifact(run: TrainingClient) -> Any:
     return run.load_state("art-no-such-artifact")
 
 
+def text_beyond_context(run: TrainingClient) -> Any:
+    return run.sample("a" * 1_000_000)
+
+
+def chat_beyond_context(run: TrainingClient) -> Any:
+    return run.sample([[{"role": "user", "content": "a" * 1_000_000}]])
+
+
 def unknown_loss(run: TrainingClient) -> Any:
     return run.forward_backward(GOOD_BATCH, loss_fn="no_such_loss").result()
 
@@ -186,6 +194,12 @@ BAD_OPERATIONS = {
     beyond_context: Expected(
         "OUT_OF_RANGE", "CONTEXT_EXCEEDED", str(CONTEXT_LENGTH), r"truncate|shorten|split"
     ),
+    text_beyond_context: Expected(
+        "OUT_OF_RANGE", "CONTEXT_EXCEEDED", r"prompts\[0\] has 1000000 characters", r"shorten"
+    ),
+    chat_beyond_context: Expected(
+        "OUT_OF_RANGE", "CONTEXT_EXCEEDED", r"prompts\[0\] has \d+ characters", r"shorten"
+    ),
     beyond_message_limit: Expected(
         "INVALID_ARGUMENT", "MESSAGE_TOO_LARGE", str(MAX_MESSAGE_BYTES), r"split|smaller"
     ),
@@ -201,6 +215,14 @@ BAD_OPERATIONS = {
 }
 
 
+LEAVE_THE_WINDOW = {
+    nan_learning_rate,
+    unknown_artifact,
+    text_beyond_context,
+    chat_beyond_context,
+}
+
+
 @pytest.mark.parametrize("act", BAD_OPERATIONS, ids=lambda act: act.__name__)
 def test_bad_operation(new_tenant: NewTenant, act: Callable[[TrainingClient], Any]):
     run = make_run(new_tenant())
@@ -208,7 +230,7 @@ def test_bad_operation(new_tenant: NewTenant, act: Callable[[TrainingClient], An
     with pytest.raises(TenSafeError) as caught:
         act(run)
     check(caught.value, BAD_OPERATIONS[act])
-    if act.__name__ not in {"nan_learning_rate", "unknown_artifact"}:
+    if act not in LEAVE_THE_WINDOW:
         drop_window(run)
     goes_on(run)
 

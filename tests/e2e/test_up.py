@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,45 @@ def test_up_says_that_the_port_is_taken(service: LocalService, tmp_path: Path):
 def _start_on(listen: str, directory: Path) -> None:
     with local_service(directory=directory, options=["--listen", listen]):
         pass
+
+
+def own_address() -> str | None:
+    """An address of this machine that is not loopback; None if it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return None
+        found = str(probe.getsockname()[0])
+    return None if found.startswith("127.") else found
+
+
+@pytest.mark.parametrize("host", ["[::1]", "localhost", "0.0.0.0", "[::]", "an address"])
+def test_up_is_found_wherever_it_listens(tmp_path: Path, host: str):
+    """By its workers, which dial in before it is ready, and by its profile."""
+    if host == "an address":
+        host = own_address() or pytest.skip("this machine has no address but loopback")
+    if "::" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    options = ["--listen", f"{host}:0"]
+    with local_service(directory=tmp_path, options=options, ready_timeout_s=60) as service:
+        assert service.target.startswith(f"grpc://{host}:")
+        assert run_json(service, "models", "list")[0]["name"] == "mock"
+        target = run_json(service, "profiles", "list")[0]["target"]
+        assert "0.0.0.0" not in target
+        assert "[::]" not in target
+
+
+def test_a_start_ends_the_workers_key_of_the_one_before(tmp_path: Path):
+    for start in (1, 2):
+        with local_service(directory=tmp_path) as service:
+            keys = [
+                key
+                for key in run_json(service, "admin", "keys", "list")
+                if key["name"] == "local workers"
+            ]
+            assert len(keys) == start
+            assert [key["revoked_at"] is None for key in keys] == [False] * (start - 1) + [True]
 
 
 def test_a_terminals_ctrl_c_reaches_the_workers_through_up_alone(tmp_path: Path):

@@ -130,7 +130,9 @@ def cancel_many(raw: RawClient, channel: grpc.Channel, run: str, first: int, cou
     stub = operations_pb2_grpc.OperationsServiceStub(channel)
     cancels = [
         stub.CancelOperation.future(
-            operations_pb2.CancelOperationRequest(operation_id=outcome.operation_id),
+            operations_pb2.CancelOperationRequest(
+                operation_id=outcome.operation_id, request_id=uuid.uuid4().hex
+            ),
             metadata=raw.metadata,
         )
         for outcome in submit_many(raw, run, first, count).outcomes

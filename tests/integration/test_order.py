@@ -16,6 +16,7 @@ from tensafe.v1 import training_pb2 as pb
 from tensafe_client import (
     BatchError,
     Datum,
+    InvalidArgumentError,
     SequenceConflictError,
     ServiceClient,
     WindowPoisonedError,
@@ -320,3 +321,27 @@ def test_a_request_id_deletes_one_run_only(raw: RawClient):
             pb.DeleteRunRequest(run_id=other, request_id=request_id), metadata=raw.metadata
         )
     assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+
+
+def test_a_request_id_cancels_one_operation_only(raw: RawClient, service: LocalService):
+    """Both wait for a seq that is missing."""
+    run_id, request_id = new_run(raw), uuid.uuid4().hex
+    first, other = submit(raw, stepping(run_id, 3), stepping(run_id, 4))
+
+    def cancel(operation_id: str) -> ops.Operation:
+        request = ops.CancelOperationRequest(operation_id=operation_id, request_id=request_id)
+        with grpc.insecure_channel(service.target.removeprefix("grpc://")) as channel:
+            stub = operations_pb2_grpc.OperationsServiceStub(channel)
+            return stub.CancelOperation(request, metadata=raw.metadata).operation
+
+    for _ in range(2):
+        assert cancel(first.operation_id).state == ops.OPERATION_STATE_CANCELLED
+    with pytest.raises(grpc.RpcError) as raised:
+        cancel(other.operation_id)
+    assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+
+
+def test_a_filter_that_is_empty_is_refused_and_not_passed_over(client: ServiceClient):
+    for listing in (client.operations, client.artifacts):
+        with pytest.raises(InvalidArgumentError, match="run_id"):
+            listing("")

@@ -23,7 +23,10 @@ from tensafe.wire.status import from_status
 
 SERVICES = {
     f"tensafe.v1.{name}Service"
-    for name in ("Admin", "Artifacts", "Metrics", "Models", "Operations", "Training", "Worker")
+    for name in (
+        *("Admin", "Artifacts", "Datasets", "Metrics", "Models"),
+        *("Operations", "Privacy", "Training", "Worker"),
+    )
 }
 
 

@@ -155,6 +155,7 @@ def request_for(name: str, ids: Mapping[str, str]) -> Any:
         start.upload_id, start.name = ids["dataset_upload_id"], "rows.jsonl"
     if short(name) == "DatasetsService/FinishDatasetUpload":
         request.upload_id = ids["dataset_upload_id"]
+        request.request_id = uuid.uuid4().hex
         return request
     if short(name) == "AdminService/CreateKey":
         request.kind = admin_pb2.KEY_KIND_TENANT

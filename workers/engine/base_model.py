@@ -51,6 +51,7 @@ class BaseModel:
         references: other names under which tenants may ask for it.
         tokenizer_files: name → content.
         layer_shapes: what each layer's attention keeps of a token.
+        longest_text: characters of a text beyond which it cannot fit into the context.
     """
 
     name: str
@@ -72,6 +73,7 @@ class BaseModel:
         self.scope = LoraScope()
         self.product: Product = SegmentLoop()
         self.blocks = Blocks(self.body)
+        self.longest_text = self.context_length * _longest_token(self.tokenizer)
         self.layers = _carry_adapters(self.module, self.head, self.scope)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
 
@@ -318,6 +320,11 @@ def _linear_modules(module: nn.Module, head: nn.Linear) -> dict[str, int]:
         if isinstance(part, nn.Linear) and part is not head
     )
     return dict(Counter(names))
+
+
+def _longest_token(tokenizer: Any) -> int:
+    """Characters of the vocabulary's longest token; 0 without tokenizer."""
+    return max(map(len, tokenizer.get_vocab()), default=0) if tokenizer is not None else 0
 
 
 def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:

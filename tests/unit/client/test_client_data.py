@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ CHATML = (
 def lines(path: Path, *records: Any) -> Path:
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
     return path
+
+
+def test_what_is_no_json_is_told_with_one_line_number(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "t"}\n{"text": "t",\n{"text": "t"}\n')
+    with pytest.raises(BatchError) as caught:
+        read_jsonl(path)
+    found = re.findall(r"line \d+", str(caught.value).replace(str(path), ""))
+    assert found == ["line 2"]
+    assert "at character" in str(caught.value)
 
 
 def test_jsonl_forms(tmp_path: Path) -> None:

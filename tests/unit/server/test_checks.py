@@ -8,9 +8,11 @@ import pytest
 from tensafe.v1 import losses_pb2
 from tensafe.v1 import training_pb2 as pb
 from tensafe.v1 import types_pb2 as types
+from tensafe.v1.artifacts_pb2 import BeginUploadRequest
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
+from tensafe_server.events.translate import expires_at
 from tensafe_server.operations import checks
 from tensafe_server.operations.checks import check_identity
 from tensafe_server.operations.validation import check_rules
@@ -223,6 +225,23 @@ def test_the_rules_of_sampling_name_their_field(params: dict[str, float], field:
     with pytest.raises(TenSafeFault) as raised:
         check_rules(sample(IDS, **params))  # type: ignore[arg-type]
     assert raised.value.detail.metadata["field"] == field
+
+
+@pytest.mark.parametrize("seconds", [3_153_600_001, 10**12, 2**62])
+def test_a_time_to_live_has_an_end(seconds: int):
+    """One that passes the calendar's would end the coordinator with the outcome that it cannot
+    write, and at every start again."""
+    saved = pb.OperationSpec(run_id="run-1", seq=1, save_state=pb.SaveState())
+    saved.save_state.ttl.seconds = seconds
+    with pytest.raises(TenSafeFault, match="3153600000s"):
+        check_rules(saved)
+    upload = BeginUploadRequest(request_id="request-1", model_ref="tiny")
+    upload.ttl.seconds = seconds
+    with pytest.raises(TenSafeFault, match="ttl: must be"):
+        check_rules(upload)
+    # One that is in the log already is cut.
+    over = expires_at(1_800_000_000 * 10**9, saved.save_state.ttl)
+    assert over.ToDatetime().year == 2126
 
 
 def test_a_token_that_the_model_lacks_cannot_end_a_sample():

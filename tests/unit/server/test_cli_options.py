@@ -109,7 +109,7 @@ def test_a_mock_takes_no_option_that_it_would_ignore(name: str, tmp_path: Path, 
     assert f"leave {name} out" in ran.output
 
 
-@pytest.mark.parametrize("token", ["p1.٣", "p1.-1", "p2.3", "x", "p1." + "9" * 20])
+@pytest.mark.parametrize("token", ["p1.٣", "p1.-1", "p2.3", "x", "p1." + "9" * 20, f"p1.{2**63}"])
 def test_a_page_token_of_another_make_is_refused(token: str):
     with pytest.raises(TenSafeFault) as raised:
         page(0, token)

@@ -80,6 +80,7 @@ def _from_text(model: BaseModel, prompt: Prompt, where: str) -> tuple[str, Int32
                 field=where,
             ) from error
         # The template has put the special tokens in.
+        _check_length(model, text, where)
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         if tokenizer is None:
@@ -89,8 +90,21 @@ def _from_text(model: BaseModel, prompt: Prompt, where: str) -> tuple[str, Int32
                 field=where,
             )
         text = prompt.text or ""
+        _check_length(model, text, where)
         tokens = tokenizer(text)["input_ids"]
     return text, np.asarray(tokens, np.int32)
+
+
+def _check_length(model: BaseModel, text: str, where: str) -> None:
+    """Refuses what is far too long by its characters: every other run waits while it is encoded."""
+    if len(text) > model.longest_text:
+        raise TenSafeFault(
+            "CONTEXT_EXCEEDED",
+            f"{where} has {len(text)} characters, and the model's context of "
+            f"{model.context_length} tokens holds {model.longest_text} at most; shorten it",
+            field=where,
+            context_length=model.context_length,
+        )
 
 
 def decode(model: BaseModel, tokens: list[int]) -> str:

@@ -82,7 +82,7 @@ class AdminServiceServicer:
     """
 
     def CreateTenant(self, request, context):
-        """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN.
+        """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN or REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -98,21 +98,23 @@ class AdminServiceServicer:
     def CreateKey(self, request, context):
         """Creates a key. The secret is in this answer only: the server keeps its hash,
         so a retry with the same request id gets a new secret and the one before is
-        revoked. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        revoked. Errors: NOT_FOUND TENANT_NOT_FOUND, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListKeys(self, request, context):
-        """Lists a tenant's keys, without secrets.
+        """Lists a tenant's keys, without secrets. Errors: NOT_FOUND TENANT_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RevokeKey(self, request, context):
-        """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND.
+        """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,7 +129,8 @@ class AdminServiceServicer:
 
     def ListRuns(self, request, context):
         """Lists runs of all tenants or of one, newest first, without what tenants wrote
-        into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        into them. Errors: NOT_FOUND TENANT_NOT_FOUND, INVALID_ARGUMENT
+        INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,23 +34,27 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     CreateTenant: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateTenantRequest, _admin_pb2.CreateTenantResponse]
-    """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN."""
+    """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN or REQUEST_ID_CONFLICT."""
     ListTenants: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]
     """Lists the tenants, by name."""
     CreateKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CreateKeyRequest, _admin_pb2.CreateKeyResponse]
     """Creates a key. The secret is in this answer only: the server keeps its hash,
     so a retry with the same request id gets a new secret and the one before is
-    revoked. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    revoked. Errors: NOT_FOUND TENANT_NOT_FOUND, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     ListKeys: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListKeysRequest, _admin_pb2.ListKeysResponse]
-    """Lists a tenant's keys, without secrets."""
+    """Lists a tenant's keys, without secrets. Errors: NOT_FOUND TENANT_NOT_FOUND."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]
-    """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+    """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    """
     GetStorage: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]
     """Tells what takes how much disk."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AdminServiceListRunsRequest, _admin_pb2.AdminServiceListRunsResponse]
     """Lists runs of all tenants or of one, newest first, without what tenants wrote
-    into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    into them. Errors: NOT_FOUND TENANT_NOT_FOUND, INVALID_ARGUMENT
+    INVALID_PAGE_TOKEN.
     """
     VerifyRun: _grpc.UnaryStreamMultiCallable[_admin_pb2.AdminServiceVerifyRunRequest, _admin_pb2.AdminServiceVerifyRunResponse]
     """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
@@ -64,23 +68,27 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateTenantRequest, _admin_pb2.CreateTenantResponse]  # type: ignore[assignment]
-    """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN."""
+    """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN or REQUEST_ID_CONFLICT."""
     ListTenants: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListTenantsRequest, _admin_pb2.ListTenantsResponse]  # type: ignore[assignment]
     """Lists the tenants, by name."""
     CreateKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.CreateKeyRequest, _admin_pb2.CreateKeyResponse]  # type: ignore[assignment]
     """Creates a key. The secret is in this answer only: the server keeps its hash,
     so a retry with the same request id gets a new secret and the one before is
-    revoked. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    revoked. Errors: NOT_FOUND TENANT_NOT_FOUND, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     ListKeys: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListKeysRequest, _admin_pb2.ListKeysResponse]  # type: ignore[assignment]
-    """Lists a tenant's keys, without secrets."""
+    """Lists a tenant's keys, without secrets. Errors: NOT_FOUND TENANT_NOT_FOUND."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_admin_pb2.RevokeKeyRequest, _admin_pb2.RevokeKeyResponse]  # type: ignore[assignment]
-    """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+    """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    """
     GetStorage: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStorageRequest, _admin_pb2.GetStorageResponse]  # type: ignore[assignment]
     """Tells what takes how much disk."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_admin_pb2.AdminServiceListRunsRequest, _admin_pb2.AdminServiceListRunsResponse]  # type: ignore[assignment]
     """Lists runs of all tenants or of one, newest first, without what tenants wrote
-    into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+    into them. Errors: NOT_FOUND TENANT_NOT_FOUND, INVALID_ARGUMENT
+    INVALID_PAGE_TOKEN.
     """
     VerifyRun: _aio.UnaryStreamMultiCallable[_admin_pb2.AdminServiceVerifyRunRequest, _admin_pb2.AdminServiceVerifyRunResponse]  # type: ignore[assignment]
     """TrainingService.VerifyRun for a run of any tenant, after a crash for instance.
@@ -97,7 +105,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.CreateTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CreateTenantResponse, _abc.Awaitable[_admin_pb2.CreateTenantResponse]]:
-        """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN."""
+        """Creates a tenant. Errors: ALREADY_EXISTS NAME_TAKEN or REQUEST_ID_CONFLICT."""
 
     @_abc_1.abstractmethod
     def ListTenants(
@@ -115,7 +123,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.CreateKeyResponse, _abc.Awaitable[_admin_pb2.CreateKeyResponse]]:
         """Creates a key. The secret is in this answer only: the server keeps its hash,
         so a retry with the same request id gets a new secret and the one before is
-        revoked. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        revoked. Errors: NOT_FOUND TENANT_NOT_FOUND, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -124,7 +133,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListKeysResponse, _abc.Awaitable[_admin_pb2.ListKeysResponse]]:
-        """Lists a tenant's keys, without secrets."""
+        """Lists a tenant's keys, without secrets. Errors: NOT_FOUND TENANT_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def RevokeKey(
@@ -132,7 +141,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.RevokeKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.RevokeKeyResponse, _abc.Awaitable[_admin_pb2.RevokeKeyResponse]]:
-        """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND."""
+        """Revokes a key at once; twice is no error. Errors: NOT_FOUND KEY_NOT_FOUND,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
+        """
 
     @_abc_1.abstractmethod
     def GetStorage(
@@ -149,7 +160,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AdminServiceListRunsResponse, _abc.Awaitable[_admin_pb2.AdminServiceListRunsResponse]]:
         """Lists runs of all tenants or of one, newest first, without what tenants wrote
-        into them. Errors: NOT_FOUND TENANT_NOT_FOUND.
+        into them. Errors: NOT_FOUND TENANT_NOT_FOUND, INVALID_ARGUMENT
+        INVALID_PAGE_TOKEN.
         """
 
     @_abc_1.abstractmethod

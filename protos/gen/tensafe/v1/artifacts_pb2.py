@@ -29,7 +29,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tensafe.v1 import types_pb2 as tensafe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atensafe/v1/artifacts.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tensafe/v1/types.proto\"\x83\x01\n\x0c\x41rtifactFile\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12%\n\x06sha256\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\"T\n\x0c\x41\x64\x61pterShape\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"\x91\x03\n\x08\x41rtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x11\n\tmodel_ref\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x15\n\rhas_optimizer\x18\x07 \x01(\x08\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\ncreated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x05\x66iles\x18\n \x03(\x0b\x32\x18.tensafe.v1.ArtifactFile\x12.\n\nexpires_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndeleted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x07\x61\x64\x61pter\x18\r \x01(\x0b\x32\x18.tensafe.v1.AdapterShape\"4\n\x12GetArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"=\n\x13GetArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"j\n\x14ListArtifactsRequest\x12\x17\n\x06run_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12\x1b\n\tpage_size\x18\x02 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"Y\n\x15ListArtifactsResponse\x12\'\n\tartifacts\x18\x01 \x03(\x0b\x32\x14.tensafe.v1.Artifact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"a\n\x17\x44ownloadArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x16\n\x04\x66ile\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"@\n\x18\x44ownloadArtifactResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk\"V\n\x15\x44\x65leteArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"@\n\x16\x44\x65leteArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"\xe6\x01\n\x12\x42\x65ginUploadRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x1d\n\tmodel_ref\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x04\x12\x33\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x18.tensafe.v1.ArtifactFileB\n\xbaH\x07\x92\x01\x04\x08\x02\x10\x02\x12)\n\x08metadata\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x32\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\n\xbaH\x07\xaa\x01\x04\x32\x02\x08\x01\"4\n\x0cUploadedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\"y\n\x13\x42\x65ginUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.tensafe.v1.UploadedFile\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"y\n\x0fUploadFileStart\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x38\n\x04name\x18\x02 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"{\n\x11UploadFileRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tensafe.v1.UploadFileStartH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.FileChunkH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\",\n\x12UploadFileResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"3\n\x13\x46inishUploadRequest\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\">\n\x14\x46inishUploadResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact2\xe4\x04\n\x10\x41rtifactsService\x12N\n\x0bGetArtifact\x12\x1e.tensafe.v1.GetArtifactRequest\x1a\x1f.tensafe.v1.GetArtifactResponse\x12T\n\rListArtifacts\x12 .tensafe.v1.ListArtifactsRequest\x1a!.tensafe.v1.ListArtifactsResponse\x12_\n\x10\x44ownloadArtifact\x12#.tensafe.v1.DownloadArtifactRequest\x1a$.tensafe.v1.DownloadArtifactResponse0\x01\x12W\n\x0e\x44\x65leteArtifact\x12!.tensafe.v1.DeleteArtifactRequest\x1a\".tensafe.v1.DeleteArtifactResponse\x12N\n\x0b\x42\x65ginUpload\x12\x1e.tensafe.v1.BeginUploadRequest\x1a\x1f.tensafe.v1.BeginUploadResponse\x12M\n\nUploadFile\x12\x1d.tensafe.v1.UploadFileRequest\x1a\x1e.tensafe.v1.UploadFileResponse(\x01\x12Q\n\x0c\x46inishUpload\x12\x1f.tensafe.v1.FinishUploadRequest\x1a .tensafe.v1.FinishUploadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atensafe/v1/artifacts.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tensafe/v1/types.proto\"\x83\x01\n\x0c\x41rtifactFile\x12\x38\n\x04name\x18\x01 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12%\n\x06sha256\x18\x03 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\"T\n\x0c\x41\x64\x61pterShape\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x0f\n\x07\x64ropout\x18\x03 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\"\x91\x03\n\x08\x41rtifact\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x11\n\tmodel_ref\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x15\n\rhas_optimizer\x18\x07 \x01(\x08\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\ncreated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x05\x66iles\x18\n \x03(\x0b\x32\x18.tensafe.v1.ArtifactFile\x12.\n\nexpires_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndeleted_at\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x07\x61\x64\x61pter\x18\r \x01(\x0b\x32\x18.tensafe.v1.AdapterShape\"4\n\x12GetArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"=\n\x13GetArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"\xa7\x01\n\x14ListArtifactsRequest\x12\x1e\n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@H\x00\x88\x01\x01\x12\"\n\tpage_size\x18\x02 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x01\x88\x01\x01\x12#\n\npage_token\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x02H\x02\x88\x01\x01\x42\t\n\x07_run_idB\x0c\n\n_page_sizeB\r\n\x0b_page_token\"Y\n\x15ListArtifactsResponse\x12\'\n\tartifacts\x18\x01 \x03(\x0b\x32\x14.tensafe.v1.Artifact\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x81\x01\n\x17\x44ownloadArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\x04\x66ile\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01H\x00\x88\x01\x01\x12\x13\n\x06offset\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\x07\n\x05_fileB\t\n\x07_offset\"@\n\x18\x44ownloadArtifactResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.tensafe.v1.FileChunk\"V\n\x15\x44\x65leteArtifactRequest\x12\x1e\n\x0b\x61rtifact_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"@\n\x16\x44\x65leteArtifactResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"\xee\x01\n\x12\x42\x65ginUploadRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x1d\n\tmodel_ref\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x04\x12\x33\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x18.tensafe.v1.ArtifactFileB\n\xbaH\x07\x92\x01\x04\x08\x02\x10\x02\x12)\n\x08metadata\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12:\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\x0c\"\x06\x08\x80\xbc\xe0\xdf\x0b\x32\x02\x08\x01\"4\n\x0cUploadedFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\"y\n\x13\x42\x65ginUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.tensafe.v1.UploadedFile\x12&\n\x08\x61rtifact\x18\x03 \x01(\x0b\x32\x14.tensafe.v1.Artifact\"y\n\x0fUploadFileStart\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x38\n\x04name\x18\x02 \x01(\tB*\xbaH\'r%2#^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"{\n\x11UploadFileRequest\x12,\n\x05start\x18\x01 \x01(\x0b\x32\x1b.tensafe.v1.UploadFileStartH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.tensafe.v1.FileChunkH\x00\x42\x10\n\x07message\x12\x05\xbaH\x02\x08\x01\",\n\x12UploadFileResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"R\n\x13\x46inishUploadRequest\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\">\n\x14\x46inishUploadResponse\x12&\n\x08\x61rtifact\x18\x01 \x01(\x0b\x32\x14.tensafe.v1.Artifact2\xe4\x04\n\x10\x41rtifactsService\x12N\n\x0bGetArtifact\x12\x1e.tensafe.v1.GetArtifactRequest\x1a\x1f.tensafe.v1.GetArtifactResponse\x12T\n\rListArtifacts\x12 .tensafe.v1.ListArtifactsRequest\x1a!.tensafe.v1.ListArtifactsResponse\x12_\n\x10\x44ownloadArtifact\x12#.tensafe.v1.DownloadArtifactRequest\x1a$.tensafe.v1.DownloadArtifactResponse0\x01\x12W\n\x0e\x44\x65leteArtifact\x12!.tensafe.v1.DeleteArtifactRequest\x1a\".tensafe.v1.DeleteArtifactResponse\x12N\n\x0b\x42\x65ginUpload\x12\x1e.tensafe.v1.BeginUploadRequest\x1a\x1f.tensafe.v1.BeginUploadResponse\x12M\n\nUploadFile\x12\x1d.tensafe.v1.UploadFileRequest\x1a\x1e.tensafe.v1.UploadFileResponse(\x01\x12Q\n\x0c\x46inishUpload\x12\x1f.tensafe.v1.FinishUploadRequest\x1a .tensafe.v1.FinishUploadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,15 +43,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETARTIFACTREQUEST'].fields_by_name['artifact_id']._loaded_options = None
   _globals['_GETARTIFACTREQUEST'].fields_by_name['artifact_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTARTIFACTSREQUEST'].fields_by_name['run_id']._loaded_options = None
-  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\004r\002\030@'
+  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['run_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_size']._loaded_options = None
-  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\005*\003\030\350\007'
+  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007*\005\030\350\007(\001'
   _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_token']._loaded_options = None
-  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_LISTARTIFACTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\007r\005\020\001\030\200\002'
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['artifact_id']._loaded_options = None
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['artifact_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['file']._loaded_options = None
-  _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['file']._serialized_options = b'\272H\005r\003\030\200\001'
+  _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['file']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['artifact_id']._loaded_options = None
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['artifact_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_DELETEARTIFACTREQUEST'].fields_by_name['request_id']._loaded_options = None
@@ -63,7 +63,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BEGINUPLOADREQUEST'].fields_by_name['files']._loaded_options = None
   _globals['_BEGINUPLOADREQUEST'].fields_by_name['files']._serialized_options = b'\272H\007\222\001\004\010\002\020\002'
   _globals['_BEGINUPLOADREQUEST'].fields_by_name['ttl']._loaded_options = None
-  _globals['_BEGINUPLOADREQUEST'].fields_by_name['ttl']._serialized_options = b'\272H\007\252\001\0042\002\010\001'
+  _globals['_BEGINUPLOADREQUEST'].fields_by_name['ttl']._serialized_options = b'\272H\017\252\001\014\"\006\010\200\274\340\337\0132\002\010\001'
   _globals['_UPLOADFILESTART'].fields_by_name['upload_id']._loaded_options = None
   _globals['_UPLOADFILESTART'].fields_by_name['upload_id']._serialized_options = b'\272H\006r\004\020\001\030@'
   _globals['_UPLOADFILESTART'].fields_by_name['name']._loaded_options = None
@@ -72,6 +72,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADFILEREQUEST'].oneofs_by_name['message']._serialized_options = b'\272H\002\010\001'
   _globals['_FINISHUPLOADREQUEST'].fields_by_name['upload_id']._loaded_options = None
   _globals['_FINISHUPLOADREQUEST'].fields_by_name['upload_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_FINISHUPLOADREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_FINISHUPLOADREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\006r\004\020\010\030@'
   _globals['_ARTIFACTFILE']._serialized_start=191
   _globals['_ARTIFACTFILE']._serialized_end=322
   _globals['_ADAPTERSHAPE']._serialized_start=324
@@ -82,34 +84,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETARTIFACTREQUEST']._serialized_end=866
   _globals['_GETARTIFACTRESPONSE']._serialized_start=868
   _globals['_GETARTIFACTRESPONSE']._serialized_end=929
-  _globals['_LISTARTIFACTSREQUEST']._serialized_start=931
-  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1037
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1039
-  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1128
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=1130
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=1227
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=1229
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=1293
-  _globals['_DELETEARTIFACTREQUEST']._serialized_start=1295
-  _globals['_DELETEARTIFACTREQUEST']._serialized_end=1381
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=1383
-  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=1447
-  _globals['_BEGINUPLOADREQUEST']._serialized_start=1450
-  _globals['_BEGINUPLOADREQUEST']._serialized_end=1680
-  _globals['_UPLOADEDFILE']._serialized_start=1682
-  _globals['_UPLOADEDFILE']._serialized_end=1734
-  _globals['_BEGINUPLOADRESPONSE']._serialized_start=1736
-  _globals['_BEGINUPLOADRESPONSE']._serialized_end=1857
-  _globals['_UPLOADFILESTART']._serialized_start=1859
-  _globals['_UPLOADFILESTART']._serialized_end=1980
-  _globals['_UPLOADFILEREQUEST']._serialized_start=1982
-  _globals['_UPLOADFILEREQUEST']._serialized_end=2105
-  _globals['_UPLOADFILERESPONSE']._serialized_start=2107
-  _globals['_UPLOADFILERESPONSE']._serialized_end=2151
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=2153
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=2204
-  _globals['_FINISHUPLOADRESPONSE']._serialized_start=2206
-  _globals['_FINISHUPLOADRESPONSE']._serialized_end=2268
-  _globals['_ARTIFACTSSERVICE']._serialized_start=2271
-  _globals['_ARTIFACTSSERVICE']._serialized_end=2883
+  _globals['_LISTARTIFACTSREQUEST']._serialized_start=932
+  _globals['_LISTARTIFACTSREQUEST']._serialized_end=1099
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_start=1101
+  _globals['_LISTARTIFACTSRESPONSE']._serialized_end=1190
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=1193
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=1322
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=1324
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=1388
+  _globals['_DELETEARTIFACTREQUEST']._serialized_start=1390
+  _globals['_DELETEARTIFACTREQUEST']._serialized_end=1476
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_start=1478
+  _globals['_DELETEARTIFACTRESPONSE']._serialized_end=1542
+  _globals['_BEGINUPLOADREQUEST']._serialized_start=1545
+  _globals['_BEGINUPLOADREQUEST']._serialized_end=1783
+  _globals['_UPLOADEDFILE']._serialized_start=1785
+  _globals['_UPLOADEDFILE']._serialized_end=1837
+  _globals['_BEGINUPLOADRESPONSE']._serialized_start=1839
+  _globals['_BEGINUPLOADRESPONSE']._serialized_end=1960
+  _globals['_UPLOADFILESTART']._serialized_start=1962
+  _globals['_UPLOADFILESTART']._serialized_end=2083
+  _globals['_UPLOADFILEREQUEST']._serialized_start=2085
+  _globals['_UPLOADFILEREQUEST']._serialized_end=2208
+  _globals['_UPLOADFILERESPONSE']._serialized_start=2210
+  _globals['_UPLOADFILERESPONSE']._serialized_end=2254
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=2256
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=2338
+  _globals['_FINISHUPLOADRESPONSE']._serialized_start=2340
+  _globals['_FINISHUPLOADRESPONSE']._serialized_end=2402
+  _globals['_ARTIFACTSSERVICE']._serialized_start=2405
+  _globals['_ARTIFACTSSERVICE']._serialized_end=3017
 # @@protoc_insertion_point(module_scope)

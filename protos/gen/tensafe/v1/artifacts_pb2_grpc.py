@@ -85,7 +85,8 @@ class ArtifactsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListArtifacts(self, request, context):
-        """Lists the tenant's artifacts, newest first.
+        """Lists the tenant's artifacts, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+        INVALID_ARGUMENT INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +107,8 @@ class ArtifactsServiceServicer:
         """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
         Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
         FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
-        replays it, or an unfinished operation reads it.
+        replays it, or an unfinished operation reads it, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,7 +118,8 @@ class ArtifactsServiceServicer:
         """Begins the upload of an adapter in `peft`'s format, or tells how far one has
         come: the same request id gives the same upload back. What is not finished
         within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
-        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,7 +140,8 @@ class ArtifactsServiceServicer:
         artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
         CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
         and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
-        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
+        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE (the upload is given up then),
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,9 @@ class ArtifactsServiceStub:
     NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
     """
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.ListArtifactsRequest, _artifacts_pb2.ListArtifactsResponse]
-    """Lists the tenant's artifacts, newest first."""
+    """Lists the tenant's artifacts, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+    INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+    """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_artifacts_pb2.DownloadArtifactRequest, _artifacts_pb2.DownloadArtifactResponse]
     """Sends an artifact's files in chunks: `adapter_config.json` and
     `adapter_model.safetensors` as `peft` loads them, and what continuing
@@ -50,13 +52,15 @@ class ArtifactsServiceStub:
     """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
     Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
     FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
-    replays it, or an unfinished operation reads it.
+    replays it, or an unfinished operation reads it, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     BeginUpload: _grpc.UnaryUnaryMultiCallable[_artifacts_pb2.BeginUploadRequest, _artifacts_pb2.BeginUploadResponse]
     """Begins the upload of an adapter in `peft`'s format, or tells how far one has
     come: the same request id gives the same upload back. What is not finished
     within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
-    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     UploadFile: _grpc.StreamUnaryMultiCallable[_artifacts_pb2.UploadFileRequest, _artifacts_pb2.UploadFileResponse]
     """Sends one file, or the rest of one. The first message says which and from
@@ -69,7 +73,8 @@ class ArtifactsServiceStub:
     artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
     CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
     and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
-    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
+    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE (the upload is given up then),
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
 
 @_typing.type_check_only
@@ -82,7 +87,9 @@ class ArtifactsServiceAsyncStub(ArtifactsServiceStub):
     NOT_FOUND ARTIFACT_EXPIRED for one that was deleted or whose time is over.
     """
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.ListArtifactsRequest, _artifacts_pb2.ListArtifactsResponse]  # type: ignore[assignment]
-    """Lists the tenant's artifacts, newest first."""
+    """Lists the tenant's artifacts, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+    INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+    """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_artifacts_pb2.DownloadArtifactRequest, _artifacts_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Sends an artifact's files in chunks: `adapter_config.json` and
     `adapter_model.safetensors` as `peft` loads them, and what continuing
@@ -94,13 +101,15 @@ class ArtifactsServiceAsyncStub(ArtifactsServiceStub):
     """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
     Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
     FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
-    replays it, or an unfinished operation reads it.
+    replays it, or an unfinished operation reads it, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     BeginUpload: _aio.UnaryUnaryMultiCallable[_artifacts_pb2.BeginUploadRequest, _artifacts_pb2.BeginUploadResponse]  # type: ignore[assignment]
     """Begins the upload of an adapter in `peft`'s format, or tells how far one has
     come: the same request id gives the same upload back. What is not finished
     within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
-    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     UploadFile: _aio.StreamUnaryMultiCallable[_artifacts_pb2.UploadFileRequest, _artifacts_pb2.UploadFileResponse]  # type: ignore[assignment]
     """Sends one file, or the rest of one. The first message says which and from
@@ -113,7 +122,8 @@ class ArtifactsServiceAsyncStub(ArtifactsServiceStub):
     artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
     CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
     and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
-    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
+    UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE (the upload is given up then),
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
 
 class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -135,7 +145,9 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _artifacts_pb2.ListArtifactsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_artifacts_pb2.ListArtifactsResponse, _abc.Awaitable[_artifacts_pb2.ListArtifactsResponse]]:
-        """Lists the tenant's artifacts, newest first."""
+        """Lists the tenant's artifacts, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+        INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+        """
 
     @_abc_1.abstractmethod
     def DownloadArtifact(
@@ -159,7 +171,8 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes an artifact: its files are removed, its id answers ARTIFACT_EXPIRED.
         Deleting it again is no error. Errors: NOT_FOUND ARTIFACT_NOT_FOUND,
         FAILED_PRECONDITION ARTIFACT_IN_USE while a run's recovery begins at it or
-        replays it, or an unfinished operation reads it.
+        replays it, or an unfinished operation reads it, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -171,7 +184,8 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
         """Begins the upload of an adapter in `peft`'s format, or tells how far one has
         come: the same request id gives the same upload back. What is not finished
         within a day is given up. Errors: NOT_FOUND MODEL_NOT_FOUND,
-        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -196,7 +210,8 @@ class ArtifactsServiceServicer(metaclass=_abc_1.ABCMeta):
         artifact back. Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS
         CHECKSUM_MISMATCH naming a file that is not what was declared (it is dropped
         and can be sent again), INVALID_ARGUMENT with the fields that are wrong, and
-        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE; the upload is given up then.
+        UNSUPPORTED_OPTION or UNKNOWN_TARGET_MODULE (the upload is given up then),
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
 def add_ArtifactsServiceServicer_to_server(servicer: ArtifactsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

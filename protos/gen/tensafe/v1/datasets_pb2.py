@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tensafe.v1 import artifacts_pb2 as tensafe_dot_v1_dot_artifacts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tensafe/v1/datasets.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atensafe/v1/artifacts.proto\"\x95\x02\n\x07\x44\x61taset\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x15\n\x08unit_ids\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07longest\x18\x06 \x01(\r\x12\x15\n\rlargest_token\x18\x07 \x01(\r\x12\x0e\n\x06sha256\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndeleted_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_unit_ids\"\x82\x01\n\x19\x42\x65ginDatasetUploadRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x16\n\x04name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12.\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x18.tensafe.v1.ArtifactFileB\x06\xbaH\x03\xc8\x01\x01\"m\n\x1a\x42\x65ginDatasetUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12$\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"O\n\x18UploadDatasetFileRequest\x12\x33\n\x04part\x18\x01 \x01(\x0b\x32\x1d.tensafe.v1.UploadFileRequestB\x06\xbaH\x03\xc8\x01\x01\"3\n\x19UploadDatasetFileResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\":\n\x1a\x46inishDatasetUploadRequest\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"C\n\x1b\x46inishDatasetUploadResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"3\n\x11GetDatasetRequest\x12\x1e\n\ndataset_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"\x15\n\x13ListDatasetsRequest\"=\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.tensafe.v1.Dataset\"U\n\x14\x44\x65leteDatasetRequest\x12\x1e\n\ndataset_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"=\n\x15\x44\x65leteDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset2\xb8\x04\n\x0f\x44\x61tasetsService\x12\x63\n\x12\x42\x65ginDatasetUpload\x12%.tensafe.v1.BeginDatasetUploadRequest\x1a&.tensafe.v1.BeginDatasetUploadResponse\x12\x62\n\x11UploadDatasetFile\x12$.tensafe.v1.UploadDatasetFileRequest\x1a%.tensafe.v1.UploadDatasetFileResponse(\x01\x12\x66\n\x13\x46inishDatasetUpload\x12&.tensafe.v1.FinishDatasetUploadRequest\x1a\'.tensafe.v1.FinishDatasetUploadResponse\x12K\n\nGetDataset\x12\x1d.tensafe.v1.GetDatasetRequest\x1a\x1e.tensafe.v1.GetDatasetResponse\x12Q\n\x0cListDatasets\x12\x1f.tensafe.v1.ListDatasetsRequest\x1a .tensafe.v1.ListDatasetsResponse\x12T\n\rDeleteDataset\x12 .tensafe.v1.DeleteDatasetRequest\x1a!.tensafe.v1.DeleteDatasetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tensafe/v1/datasets.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1atensafe/v1/artifacts.proto\"\x95\x02\n\x07\x44\x61taset\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x15\n\x08unit_ids\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07longest\x18\x06 \x01(\r\x12\x15\n\rlargest_token\x18\x07 \x01(\r\x12\x0e\n\x06sha256\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12.\n\ncreated_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\ndeleted_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x0b\n\t_unit_ids\"\x90\x01\n\x19\x42\x65ginDatasetUploadRequest\x12\x1d\n\nrequest_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\x12\x1b\n\x04name\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02H\x00\x88\x01\x01\x12.\n\x04\x66ile\x18\x03 \x01(\x0b\x32\x18.tensafe.v1.ArtifactFileB\x06\xbaH\x03\xc8\x01\x01\x42\x07\n\x05_name\"m\n\x1a\x42\x65ginDatasetUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12$\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"O\n\x18UploadDatasetFileRequest\x12\x33\n\x04part\x18\x01 \x01(\x0b\x32\x1d.tensafe.v1.UploadFileRequestB\x06\xbaH\x03\xc8\x01\x01\"3\n\x19UploadDatasetFileResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x04\"Y\n\x1a\x46inishDatasetUploadRequest\x12\x1c\n\tupload_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"C\n\x1b\x46inishDatasetUploadResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"3\n\x11GetDatasetRequest\x12\x1e\n\ndataset_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\":\n\x12GetDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset\"\x15\n\x13ListDatasetsRequest\"=\n\x14ListDatasetsResponse\x12%\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x13.tensafe.v1.Dataset\"U\n\x14\x44\x65leteDatasetRequest\x12\x1e\n\ndataset_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x1d\n\nrequest_id\x18\x02 \x01(\tB\t\xbaH\x06r\x04\x10\x08\x18@\"=\n\x15\x44\x65leteDatasetResponse\x12$\n\x07\x64\x61taset\x18\x01 \x01(\x0b\x32\x13.tensafe.v1.Dataset2\xb8\x04\n\x0f\x44\x61tasetsService\x12\x63\n\x12\x42\x65ginDatasetUpload\x12%.tensafe.v1.BeginDatasetUploadRequest\x1a&.tensafe.v1.BeginDatasetUploadResponse\x12\x62\n\x11UploadDatasetFile\x12$.tensafe.v1.UploadDatasetFileRequest\x1a%.tensafe.v1.UploadDatasetFileResponse(\x01\x12\x66\n\x13\x46inishDatasetUpload\x12&.tensafe.v1.FinishDatasetUploadRequest\x1a\'.tensafe.v1.FinishDatasetUploadResponse\x12K\n\nGetDataset\x12\x1d.tensafe.v1.GetDatasetRequest\x1a\x1e.tensafe.v1.GetDatasetResponse\x12Q\n\x0cListDatasets\x12\x1f.tensafe.v1.ListDatasetsRequest\x1a .tensafe.v1.ListDatasetsResponse\x12T\n\rDeleteDataset\x12 .tensafe.v1.DeleteDatasetRequest\x1a!.tensafe.v1.DeleteDatasetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,6 +44,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADDATASETFILEREQUEST'].fields_by_name['part']._serialized_options = b'\272H\003\310\001\001'
   _globals['_FINISHDATASETUPLOADREQUEST'].fields_by_name['upload_id']._loaded_options = None
   _globals['_FINISHDATASETUPLOADREQUEST'].fields_by_name['upload_id']._serialized_options = b'\272H\006r\004\020\001\030@'
+  _globals['_FINISHDATASETUPLOADREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_FINISHDATASETUPLOADREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\006r\004\020\010\030@'
   _globals['_GETDATASETREQUEST'].fields_by_name['dataset_id']._loaded_options = None
   _globals['_GETDATASETREQUEST'].fields_by_name['dataset_id']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
   _globals['_DELETEDATASETREQUEST'].fields_by_name['dataset_id']._loaded_options = None
@@ -53,29 +55,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DATASET']._serialized_start=132
   _globals['_DATASET']._serialized_end=409
   _globals['_BEGINDATASETUPLOADREQUEST']._serialized_start=412
-  _globals['_BEGINDATASETUPLOADREQUEST']._serialized_end=542
-  _globals['_BEGINDATASETUPLOADRESPONSE']._serialized_start=544
-  _globals['_BEGINDATASETUPLOADRESPONSE']._serialized_end=653
-  _globals['_UPLOADDATASETFILEREQUEST']._serialized_start=655
-  _globals['_UPLOADDATASETFILEREQUEST']._serialized_end=734
-  _globals['_UPLOADDATASETFILERESPONSE']._serialized_start=736
-  _globals['_UPLOADDATASETFILERESPONSE']._serialized_end=787
-  _globals['_FINISHDATASETUPLOADREQUEST']._serialized_start=789
-  _globals['_FINISHDATASETUPLOADREQUEST']._serialized_end=847
-  _globals['_FINISHDATASETUPLOADRESPONSE']._serialized_start=849
-  _globals['_FINISHDATASETUPLOADRESPONSE']._serialized_end=916
-  _globals['_GETDATASETREQUEST']._serialized_start=918
-  _globals['_GETDATASETREQUEST']._serialized_end=969
-  _globals['_GETDATASETRESPONSE']._serialized_start=971
-  _globals['_GETDATASETRESPONSE']._serialized_end=1029
-  _globals['_LISTDATASETSREQUEST']._serialized_start=1031
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1052
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1054
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1115
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1117
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1202
-  _globals['_DELETEDATASETRESPONSE']._serialized_start=1204
-  _globals['_DELETEDATASETRESPONSE']._serialized_end=1265
-  _globals['_DATASETSSERVICE']._serialized_start=1268
-  _globals['_DATASETSSERVICE']._serialized_end=1836
+  _globals['_BEGINDATASETUPLOADREQUEST']._serialized_end=556
+  _globals['_BEGINDATASETUPLOADRESPONSE']._serialized_start=558
+  _globals['_BEGINDATASETUPLOADRESPONSE']._serialized_end=667
+  _globals['_UPLOADDATASETFILEREQUEST']._serialized_start=669
+  _globals['_UPLOADDATASETFILEREQUEST']._serialized_end=748
+  _globals['_UPLOADDATASETFILERESPONSE']._serialized_start=750
+  _globals['_UPLOADDATASETFILERESPONSE']._serialized_end=801
+  _globals['_FINISHDATASETUPLOADREQUEST']._serialized_start=803
+  _globals['_FINISHDATASETUPLOADREQUEST']._serialized_end=892
+  _globals['_FINISHDATASETUPLOADRESPONSE']._serialized_start=894
+  _globals['_FINISHDATASETUPLOADRESPONSE']._serialized_end=961
+  _globals['_GETDATASETREQUEST']._serialized_start=963
+  _globals['_GETDATASETREQUEST']._serialized_end=1014
+  _globals['_GETDATASETRESPONSE']._serialized_start=1016
+  _globals['_GETDATASETRESPONSE']._serialized_end=1074
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1076
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1097
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1099
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1160
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1162
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1247
+  _globals['_DELETEDATASETRESPONSE']._serialized_start=1249
+  _globals['_DELETEDATASETRESPONSE']._serialized_end=1310
+  _globals['_DATASETSSERVICE']._serialized_start=1313
+  _globals['_DATASETSSERVICE']._serialized_end=1881
 # @@protoc_insertion_point(module_scope)

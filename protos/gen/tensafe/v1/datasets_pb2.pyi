@@ -100,7 +100,7 @@ class BeginDatasetUploadRequest(_message.Message):
     request_id: _builtins.str
     """Idempotency key chosen by the caller."""
     name: _builtins.str
-    """Free text for people."""
+    """Free text for people. Unset: empty."""
     @_builtins.property
     def file(self) -> _artifacts_pb2.ArtifactFile:
         """`rows.jsonl`: in each line one object with `tokens` and `target_tokens`, equally
@@ -114,14 +114,16 @@ class BeginDatasetUploadRequest(_message.Message):
         self,
         *,
         request_id: _builtins.str = ...,
-        name: _builtins.str = ...,
+        name: _builtins.str | None = ...,
         file: _artifacts_pb2.ArtifactFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "file", b"file", "name", b"name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_name", b"_name", "file", b"file", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
 
 Global___BeginDatasetUploadRequest: _TypeAlias = BeginDatasetUploadRequest  # noqa: Y015
 
@@ -210,16 +212,20 @@ class FinishDatasetUploadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     UPLOAD_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     """The upload."""
+    request_id: _builtins.str
+    """Idempotency key chosen by the caller."""
     def __init__(
         self,
         *,
         upload_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["upload_id", b"upload_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "upload_id", b"upload_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,8 @@ class DatasetsServiceServicer:
     def BeginDatasetUpload(self, request, context):
         """Begins an upload, or tells how far one has come: the same request id gives the
         same upload back. What is not finished within a day is given up. Errors:
-        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +98,7 @@ class DatasetsServiceServicer:
         back. Equal content is one dataset, whoever of the tenant uploads it how often.
         Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH (the file is
         dropped and can be sent again), INVALID_ARGUMENT INVALID_DATASET naming the
-        line; the upload is given up then.
+        line (the upload is given up then), ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +121,8 @@ class DatasetsServiceServicer:
     def DeleteDataset(self, request, context):
         """Deletes a dataset's content. Its ledger stays for ever, and goes on if the same
         content is uploaded again. Deleting twice is no error. Errors: NOT_FOUND
-        DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it.
+        DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

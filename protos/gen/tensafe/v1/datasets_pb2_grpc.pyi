@@ -38,7 +38,8 @@ class DatasetsServiceStub:
     BeginDatasetUpload: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.BeginDatasetUploadRequest, _datasets_pb2.BeginDatasetUploadResponse]
     """Begins an upload, or tells how far one has come: the same request id gives the
     same upload back. What is not finished within a day is given up. Errors:
-    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     UploadDatasetFile: _grpc.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetFileRequest, _datasets_pb2.UploadDatasetFileResponse]
     """Sends the file, or the rest of it. The first message says from where, the others
@@ -51,7 +52,7 @@ class DatasetsServiceStub:
     back. Equal content is one dataset, whoever of the tenant uploads it how often.
     Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH (the file is
     dropped and can be sent again), INVALID_ARGUMENT INVALID_DATASET naming the
-    line; the upload is given up then.
+    line (the upload is given up then), ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     GetDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]
     """Reads a dataset's description. Errors: NOT_FOUND DATASET_NOT_FOUND."""
@@ -60,7 +61,8 @@ class DatasetsServiceStub:
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]
     """Deletes a dataset's content. Its ledger stays for ever, and goes on if the same
     content is uploaded again. Deleting twice is no error. Errors: NOT_FOUND
-    DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it.
+    DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
 
 @_typing.type_check_only
@@ -73,7 +75,8 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     BeginDatasetUpload: _aio.UnaryUnaryMultiCallable[_datasets_pb2.BeginDatasetUploadRequest, _datasets_pb2.BeginDatasetUploadResponse]  # type: ignore[assignment]
     """Begins an upload, or tells how far one has come: the same request id gives the
     same upload back. What is not finished within a day is given up. Errors:
-    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+    RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+    REQUEST_ID_CONFLICT.
     """
     UploadDatasetFile: _aio.StreamUnaryMultiCallable[_datasets_pb2.UploadDatasetFileRequest, _datasets_pb2.UploadDatasetFileResponse]  # type: ignore[assignment]
     """Sends the file, or the rest of it. The first message says from where, the others
@@ -86,7 +89,7 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     back. Equal content is one dataset, whoever of the tenant uploads it how often.
     Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH (the file is
     dropped and can be sent again), INVALID_ARGUMENT INVALID_DATASET naming the
-    line; the upload is given up then.
+    line (the upload is given up then), ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     GetDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.GetDatasetRequest, _datasets_pb2.GetDatasetResponse]  # type: ignore[assignment]
     """Reads a dataset's description. Errors: NOT_FOUND DATASET_NOT_FOUND."""
@@ -95,7 +98,8 @@ class DatasetsServiceAsyncStub(DatasetsServiceStub):
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_datasets_pb2.DeleteDatasetRequest, _datasets_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
     """Deletes a dataset's content. Its ledger stays for ever, and goes on if the same
     content is uploaded again. Deleting twice is no error. Errors: NOT_FOUND
-    DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it.
+    DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
 
 class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -111,7 +115,8 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.BeginDatasetUploadResponse, _abc.Awaitable[_datasets_pb2.BeginDatasetUploadResponse]]:
         """Begins an upload, or tells how far one has come: the same request id gives the
         same upload back. What is not finished within a day is given up. Errors:
-        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time.
+        RESOURCE_EXHAUSTED QUEUE_FULL for too many uploads at a time, ALREADY_EXISTS
+        REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -136,7 +141,7 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
         back. Equal content is one dataset, whoever of the tenant uploads it how often.
         Errors: NOT_FOUND UPLOAD_NOT_FOUND, DATA_LOSS CHECKSUM_MISMATCH (the file is
         dropped and can be sent again), INVALID_ARGUMENT INVALID_DATASET naming the
-        line; the upload is given up then.
+        line (the upload is given up then), ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -163,7 +168,8 @@ class DatasetsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_datasets_pb2.DeleteDatasetResponse, _abc.Awaitable[_datasets_pb2.DeleteDatasetResponse]]:
         """Deletes a dataset's content. Its ledger stays for ever, and goes on if the same
         content is uploaded again. Deleting twice is no error. Errors: NOT_FOUND
-        DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it.
+        DATASET_NOT_FOUND, FAILED_PRECONDITION DATASET_IN_USE while a run draws from it,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
 def add_DatasetsServiceServicer_to_server(servicer: DatasetsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

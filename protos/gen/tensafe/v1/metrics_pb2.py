@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from tensafe.v1 import types_pb2 as tensafe_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tensafe/v1/metrics.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tensafe/v1/types.proto\"\x9a\x01\n\x0bStepMetrics\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x06values\x18\x05 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12\x0f\n\x07skipped\x18\x06 \x01(\x04\"P\n\x14StreamMetricsRequest\x12\x19\n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\r\n\x05since\x18\x02 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"Q\n\x15StreamMetricsResponse\x12(\n\x07metrics\x18\x01 \x03(\x0b\x32\x17.tensafe.v1.StepMetrics\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x32h\n\x0eMetricsService\x12V\n\rStreamMetrics\x12 .tensafe.v1.StreamMetricsRequest\x1a!.tensafe.v1.StreamMetricsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tensafe/v1/metrics.proto\x12\ntensafe.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16tensafe/v1/types.proto\"\x9a\x01\n\x0bStepMetrics\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\"\n\x06values\x18\x05 \x03(\x0b\x32\x12.tensafe.v1.Metric\x12\x0f\n\x07skipped\x18\x06 \x01(\x04\"o\n\x14StreamMetricsRequest\x12\x19\n\x06run_id\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\x12\x12\n\x05since\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x13\n\x06\x66ollow\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06_sinceB\t\n\x07_follow\"Q\n\x15StreamMetricsResponse\x12(\n\x07metrics\x18\x01 \x03(\x0b\x32\x17.tensafe.v1.StepMetrics\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x32h\n\x0eMetricsService\x12V\n\rStreamMetrics\x12 .tensafe.v1.StreamMetricsRequest\x1a!.tensafe.v1.StreamMetricsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,9 +39,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPMETRICS']._serialized_start=127
   _globals['_STEPMETRICS']._serialized_end=281
   _globals['_STREAMMETRICSREQUEST']._serialized_start=283
-  _globals['_STREAMMETRICSREQUEST']._serialized_end=363
-  _globals['_STREAMMETRICSRESPONSE']._serialized_start=365
-  _globals['_STREAMMETRICSRESPONSE']._serialized_end=446
-  _globals['_METRICSSERVICE']._serialized_start=448
-  _globals['_METRICSSERVICE']._serialized_end=552
+  _globals['_STREAMMETRICSREQUEST']._serialized_end=394
+  _globals['_STREAMMETRICSRESPONSE']._serialized_start=396
+  _globals['_STREAMMETRICSRESPONSE']._serialized_end=477
+  _globals['_METRICSSERVICE']._serialized_start=479
+  _globals['_METRICSSERVICE']._serialized_end=583
 # @@protoc_insertion_point(module_scope)

@@ -84,21 +84,30 @@ class StreamMetricsRequest(_message.Message):
     run_id: _builtins.str
     """The run."""
     since: _builtins.int
-    """Only steps after this cursor; 0 for all."""
+    """Only steps after this cursor. Unset: 0, all."""
     follow: _builtins.bool
-    """Go on with new steps until the caller ends the stream or the run is deleted."""
+    """Go on with new steps until the caller ends the stream or the run is deleted.
+    Unset: false.
+    """
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
-        since: _builtins.int = ...,
-        follow: _builtins.bool = ...,
+        since: _builtins.int | None = ...,
+        follow: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_follow", b"_follow", "_since", b"_since", "follow", b"follow", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "run_id", b"run_id", "since", b"since"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_follow", b"_follow", "_since", b"_since", "follow", b"follow", "run_id", b"run_id", "since", b"since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__follow: _TypeAlias = _typing.Literal["follow"]  # noqa: Y015
+    _WhichOneofArgType__follow: _TypeAlias = _typing.Literal["_follow", b"_follow"]  # noqa: Y015
+    _WhichOneofReturnType__since: _TypeAlias = _typing.Literal["since"]  # noqa: Y015
+    _WhichOneofArgType__since: _TypeAlias = _typing.Literal["_since", b"_since"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__follow) -> _WhichOneofReturnType__follow | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since) -> _WhichOneofReturnType__since | None: ...
 
 Global___StreamMetricsRequest: _TypeAlias = StreamMetricsRequest  # noqa: Y015
 

@@ -664,11 +664,11 @@ class ListOperationsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """Only those of this run; empty for all of the tenant's."""
+    """Only those of this run. Unset: all of the tenant's."""
     page_size: _builtins.int
-    """Most operations in the answer; 0 for 100."""
+    """Most operations in the answer. Unset: 100."""
     page_token: _builtins.str
-    """next_page_token of the page before; empty for the first."""
+    """next_page_token of the page before. Unset: the first page."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___OperationState.ValueType]:
         """Only those in these states; empty for all."""
@@ -676,16 +676,27 @@ class ListOperationsRequest(_message.Message):
     def __init__(
         self,
         *,
-        run_id: _builtins.str = ...,
+        run_id: _builtins.str | None = ...,
         states: _abc.Iterable[Global___OperationState.ValueType] | None = ...,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "_page_token", b"_page_token", "_run_id", b"_run_id", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "_page_token", b"_page_token", "_run_id", b"_run_id", "page_size", b"page_size", "page_token", b"page_token", "run_id", b"run_id", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    _WhichOneofReturnType__page_token: _TypeAlias = _typing.Literal["page_token"]  # noqa: Y015
+    _WhichOneofArgType__page_token: _TypeAlias = _typing.Literal["_page_token", b"_page_token"]  # noqa: Y015
+    _WhichOneofReturnType__run_id: _TypeAlias = _typing.Literal["run_id"]  # noqa: Y015
+    _WhichOneofArgType__run_id: _TypeAlias = _typing.Literal["_run_id", b"_run_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_token) -> _WhichOneofReturnType__page_token | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run_id) -> _WhichOneofReturnType__run_id | None: ...
 
 Global___ListOperationsRequest: _TypeAlias = ListOperationsRequest  # noqa: Y015
 
@@ -719,21 +730,25 @@ Global___ListOperationsResponse: _TypeAlias = ListOperationsResponse  # noqa: Y0
 
 @_typing.final
 class CancelOperationRequest(_message.Message):
-    """Asks to cancel an operation. Needs no request id: twice is the same as once."""
+    """Asks to cancel an operation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     OPERATION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """The operation."""
+    request_id: _builtins.str
+    """Idempotency key chosen by the caller."""
     def __init__(
         self,
         *,
         operation_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -780,28 +795,41 @@ class WatchRequest(_message.Message):
     cursor: _builtins.int
     """Where to begin: events after this cursor. Unset: from now on. 0: all."""
     session_id: _builtins.str
-    """Only operations submitted under this session."""
+    """Only operations submitted under this session. Unset: under any."""
     run_id: _builtins.str
-    """Only this run."""
+    """Only this run. Unset: all of the tenant's."""
     include_metrics: _builtins.bool
     """Also per-step metrics of the scope's runs. Who falls far behind gets some of
-    them (StepMetrics.skipped), and every operation.
+    them (StepMetrics.skipped), and every operation. Unset: false.
     """
     def __init__(
         self,
         *,
         cursor: _builtins.int | None = ...,
-        session_id: _builtins.str = ...,
-        run_id: _builtins.str = ...,
-        include_metrics: _builtins.bool = ...,
+        session_id: _builtins.str | None = ...,
+        run_id: _builtins.str | None = ...,
+        include_metrics: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cursor", b"_cursor", "cursor", b"cursor"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cursor", b"_cursor", "_include_metrics", b"_include_metrics", "_run_id", b"_run_id", "_session_id", b"_session_id", "cursor", b"cursor", "include_metrics", b"include_metrics", "run_id", b"run_id", "session_id", b"session_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cursor", b"_cursor", "cursor", b"cursor", "include_metrics", b"include_metrics", "run_id", b"run_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cursor", b"_cursor", "_include_metrics", b"_include_metrics", "_run_id", b"_run_id", "_session_id", b"_session_id", "cursor", b"cursor", "include_metrics", b"include_metrics", "run_id", b"run_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cursor: _TypeAlias = _typing.Literal["cursor"]  # noqa: Y015
     _WhichOneofArgType__cursor: _TypeAlias = _typing.Literal["_cursor", b"_cursor"]  # noqa: Y015
+    _WhichOneofReturnType__include_metrics: _TypeAlias = _typing.Literal["include_metrics"]  # noqa: Y015
+    _WhichOneofArgType__include_metrics: _TypeAlias = _typing.Literal["_include_metrics", b"_include_metrics"]  # noqa: Y015
+    _WhichOneofReturnType__run_id: _TypeAlias = _typing.Literal["run_id"]  # noqa: Y015
+    _WhichOneofArgType__run_id: _TypeAlias = _typing.Literal["_run_id", b"_run_id"]  # noqa: Y015
+    _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
+    _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cursor) -> _WhichOneofReturnType__cursor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_metrics) -> _WhichOneofReturnType__include_metrics | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run_id) -> _WhichOneofReturnType__run_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
 
 Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 

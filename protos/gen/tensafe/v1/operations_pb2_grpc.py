@@ -88,7 +88,8 @@ class OperationsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListOperations(self, request, context):
-        """Lists operations, newest first.
+        """Lists operations, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+        INVALID_ARGUMENT INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +98,8 @@ class OperationsServiceServicer:
     def CancelOperation(self, request, context):
         """Cancels an operation that has not started, and a SAMPLE also while it runs;
         anything else that has started runs to its end. The returned state tells
-        which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
+        which it was. Cancelling twice is no error. Errors: NOT_FOUND
+        OPERATION_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,8 +108,8 @@ class OperationsServiceServicer:
     def Watch(self, request, context):
         """Pushes each operation of the scope as it finishes, and per-step metrics on
         request: first what finished after the cursor, then what finishes from now
-        on, without gap or repetition, until the caller ends it. Errors:
-        OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+        on, without gap or repetition, until the caller ends it. Errors: NOT_FOUND
+        RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
         call again with the last cursor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

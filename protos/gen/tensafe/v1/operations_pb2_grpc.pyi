@@ -41,17 +41,20 @@ class OperationsServiceStub:
     NOT_FOUND OPERATION_NOT_FOUND.
     """
     ListOperations: _grpc.UnaryUnaryMultiCallable[_operations_pb2.ListOperationsRequest, _operations_pb2.ListOperationsResponse]
-    """Lists operations, newest first."""
+    """Lists operations, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+    INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+    """
     CancelOperation: _grpc.UnaryUnaryMultiCallable[_operations_pb2.CancelOperationRequest, _operations_pb2.CancelOperationResponse]
     """Cancels an operation that has not started, and a SAMPLE also while it runs;
     anything else that has started runs to its end. The returned state tells
-    which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
+    which it was. Cancelling twice is no error. Errors: NOT_FOUND
+    OPERATION_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_operations_pb2.WatchRequest, _operations_pb2.WatchResponse]
     """Pushes each operation of the scope as it finishes, and per-step metrics on
     request: first what finished after the cursor, then what finishes from now
-    on, without gap or repetition, until the caller ends it. Errors:
-    OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+    on, without gap or repetition, until the caller ends it. Errors: NOT_FOUND
+    RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
     call again with the last cursor.
     """
     StreamSample: _grpc.UnaryStreamMultiCallable[_operations_pb2.StreamSampleRequest, _operations_pb2.StreamSampleResponse]
@@ -78,17 +81,20 @@ class OperationsServiceAsyncStub(OperationsServiceStub):
     NOT_FOUND OPERATION_NOT_FOUND.
     """
     ListOperations: _aio.UnaryUnaryMultiCallable[_operations_pb2.ListOperationsRequest, _operations_pb2.ListOperationsResponse]  # type: ignore[assignment]
-    """Lists operations, newest first."""
+    """Lists operations, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+    INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+    """
     CancelOperation: _aio.UnaryUnaryMultiCallable[_operations_pb2.CancelOperationRequest, _operations_pb2.CancelOperationResponse]  # type: ignore[assignment]
     """Cancels an operation that has not started, and a SAMPLE also while it runs;
     anything else that has started runs to its end. The returned state tells
-    which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
+    which it was. Cancelling twice is no error. Errors: NOT_FOUND
+    OPERATION_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     Watch: _aio.UnaryStreamMultiCallable[_operations_pb2.WatchRequest, _operations_pb2.WatchResponse]  # type: ignore[assignment]
     """Pushes each operation of the scope as it finishes, and per-step metrics on
     request: first what finished after the cursor, then what finishes from now
-    on, without gap or repetition, until the caller ends it. Errors:
-    OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+    on, without gap or repetition, until the caller ends it. Errors: NOT_FOUND
+    RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
     call again with the last cursor.
     """
     StreamSample: _aio.UnaryStreamMultiCallable[_operations_pb2.StreamSampleRequest, _operations_pb2.StreamSampleResponse]  # type: ignore[assignment]
@@ -130,7 +136,9 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _operations_pb2.ListOperationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operations_pb2.ListOperationsResponse, _abc.Awaitable[_operations_pb2.ListOperationsResponse]]:
-        """Lists operations, newest first."""
+        """Lists operations, newest first. Errors: NOT_FOUND RUN_NOT_FOUND,
+        INVALID_ARGUMENT INVALID_PAGE_TOKEN.
+        """
 
     @_abc_1.abstractmethod
     def CancelOperation(
@@ -140,7 +148,8 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_operations_pb2.CancelOperationResponse, _abc.Awaitable[_operations_pb2.CancelOperationResponse]]:
         """Cancels an operation that has not started, and a SAMPLE also while it runs;
         anything else that has started runs to its end. The returned state tells
-        which it was. Errors: NOT_FOUND OPERATION_NOT_FOUND.
+        which it was. Cancelling twice is no error. Errors: NOT_FOUND
+        OPERATION_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -151,8 +160,8 @@ class OperationsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_operations_pb2.WatchResponse], _abc.AsyncIterator[_operations_pb2.WatchResponse]]:
         """Pushes each operation of the scope as it finishes, and per-step metrics on
         request: first what finished after the cursor, then what finishes from now
-        on, without gap or repetition, until the caller ends it. Errors:
-        OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
+        on, without gap or repetition, until the caller ends it. Errors: NOT_FOUND
+        RUN_NOT_FOUND, OUT_OF_RANGE CURSOR_OUT_OF_RANGE; UNAVAILABLE DRAINING when the server stops:
         call again with the last cursor.
         """
 

@@ -195,8 +195,10 @@ Global___OptimizerConfig: _TypeAlias = OptimizerConfig  # noqa: Y015
 
 @_typing.final
 class RunConfig(_message.Message):
-    """Everything that defines a run. In a Run every unset field but max_steps has
-    been filled in with its default.
+    """Everything that defines a run. In a Run every field that was left unset and has
+    a default other than none has been filled in with it, those of `lora` and
+    `optimizer` too; max_steps, name, dp and grad_clip_norm stay unset, and so do
+    the options that the optimizer lacks.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -913,7 +915,9 @@ class Sample(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     stream: _builtins.bool
-    """Whether StreamSample gets tokens as they are drawn, and not only at the end."""
+    """Whether StreamSample gets tokens as they are drawn, and not only at the end.
+    Unset: false.
+    """
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """What to continue."""
@@ -932,13 +936,15 @@ class Sample(_message.Message):
         prompts: _abc.Iterable[Global___Prompt] | None = ...,
         params: Global___SamplingParams | None = ...,
         weights: Global___SampleWeights | None = ...,
-        stream: _builtins.bool = ...,
+        stream: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_stream", b"_stream", "params", b"params", "stream", b"stream", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["params", b"params", "prompts", b"prompts", "stream", b"stream", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stream", b"_stream", "params", b"params", "prompts", b"prompts", "stream", b"stream", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__stream: _TypeAlias = _typing.Literal["stream"]  # noqa: Y015
+    _WhichOneofArgType__stream: _TypeAlias = _typing.Literal["_stream", b"_stream"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stream) -> _WhichOneofReturnType__stream | None: ...
 
 Global___Sample: _TypeAlias = Sample  # noqa: Y015
 
@@ -961,8 +967,9 @@ class SaveState(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the artifact is kept. Unset: until it is deleted. What the run's
-        own recovery needs of it is kept longer, but is no longer shown.
+        """How long the artifact is kept, a hundred years at most. Unset: until it is
+        deleted. What the run's own recovery needs of it is kept longer, but is no
+        longer shown.
         """
 
     def __init__(
@@ -1223,23 +1230,34 @@ class ListRunsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     INCLUDE_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most runs in the answer; 0 for 100."""
+    """Most runs in the answer. Unset: 100."""
     page_token: _builtins.str
-    """next_page_token of the page before; empty for the first."""
+    """next_page_token of the page before. Unset: the first page."""
     include_deleted: _builtins.bool
-    """Also deleted runs."""
+    """Also deleted runs. Unset: false."""
     def __init__(
         self,
         *,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
-        include_deleted: _builtins.bool = ...,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str | None = ...,
+        include_deleted: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_include_deleted", b"_include_deleted", "_page_size", b"_page_size", "_page_token", b"_page_token", "include_deleted", b"include_deleted", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_deleted", b"include_deleted", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_include_deleted", b"_include_deleted", "_page_size", b"_page_size", "_page_token", b"_page_token", "include_deleted", b"include_deleted", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__include_deleted: _TypeAlias = _typing.Literal["include_deleted"]  # noqa: Y015
+    _WhichOneofArgType__include_deleted: _TypeAlias = _typing.Literal["_include_deleted", b"_include_deleted"]  # noqa: Y015
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    _WhichOneofReturnType__page_token: _TypeAlias = _typing.Literal["page_token"]  # noqa: Y015
+    _WhichOneofArgType__page_token: _TypeAlias = _typing.Literal["_page_token", b"_page_token"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_deleted) -> _WhichOneofReturnType__include_deleted | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_token) -> _WhichOneofReturnType__page_token | None: ...
 
 Global___ListRunsRequest: _TypeAlias = ListRunsRequest  # noqa: Y015
 
@@ -1376,7 +1394,9 @@ class SubmitRequest(_message.Message):
     OPERATION_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Tags the operation for Watch, usually one random id per client process."""
+    """Tags the operation for Watch, usually one random id per client process.
+    Unset: no tag.
+    """
     @_builtins.property
     def operation(self) -> Global___OperationSpec:
         """The operation. Its rules are checked by the call itself, so that a refused
@@ -1387,13 +1407,15 @@ class SubmitRequest(_message.Message):
         self,
         *,
         operation: Global___OperationSpec | None = ...,
-        session_id: _builtins.str = ...,
+        session_id: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_session_id", b"_session_id", "operation", b"operation", "session_id", b"session_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_session_id", b"_session_id", "operation", b"operation", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
+    _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
 
 Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
 
@@ -1430,7 +1452,9 @@ class SubmitBatchRequest(_message.Message):
     OPERATIONS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Tags the operations for Watch, usually one random id per client process."""
+    """Tags the operations for Watch, usually one random id per client process.
+    Unset: no tag.
+    """
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperationSpec]:
         """The operations; their rules are checked one by one."""
@@ -1439,13 +1463,15 @@ class SubmitBatchRequest(_message.Message):
         self,
         *,
         operations: _abc.Iterable[Global___OperationSpec] | None = ...,
-        session_id: _builtins.str = ...,
+        session_id: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_session_id", b"_session_id", "session_id", b"session_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_session_id", b"_session_id", "operations", b"operations", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
+    _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
 
 Global___SubmitBatchRequest: _TypeAlias = SubmitBatchRequest  # noqa: Y015
 

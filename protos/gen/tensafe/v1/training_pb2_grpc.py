@@ -99,7 +99,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Lists the tenant's runs, newest first.
+        """Lists the tenant's runs, newest first. Errors: INVALID_ARGUMENT
+        INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,14 +109,16 @@ class TrainingServiceServicer:
     def DeleteRun(self, request, context):
         """Deletes a run: queued operations are cancelled, later ones are refused with
         RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-        NOT_FOUND RUN_NOT_FOUND.
+        NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AttachRun(self, request, context):
-        """Tells the next seq, so that another process can go on with the run.
+        """Tells the next seq, so that another process can go on with the run. Seqs that
+        are missing before operations that came early are recorded as FAILED, so that
+        those wait for nobody any more. Needs no request id: twice is the same as once.
         Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -42,14 +42,18 @@ class TrainingServiceStub:
     GetRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetRunRequest, _training_pb2.GetRunResponse]
     """Reads one run. Errors: NOT_FOUND RUN_NOT_FOUND."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListRunsRequest, _training_pb2.ListRunsResponse]
-    """Lists the tenant's runs, newest first."""
+    """Lists the tenant's runs, newest first. Errors: INVALID_ARGUMENT
+    INVALID_PAGE_TOKEN.
+    """
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteRunRequest, _training_pb2.DeleteRunResponse]
     """Deletes a run: queued operations are cancelled, later ones are refused with
     RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-    NOT_FOUND RUN_NOT_FOUND.
+    NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     AttachRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.AttachRunRequest, _training_pb2.AttachRunResponse]
-    """Tells the next seq, so that another process can go on with the run.
+    """Tells the next seq, so that another process can go on with the run. Seqs that
+    are missing before operations that came early are recorded as FAILED, so that
+    those wait for nobody any more. Needs no request id: twice is the same as once.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
     """
     VerifyRun: _grpc.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]
@@ -87,14 +91,18 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     GetRun: _aio.UnaryUnaryMultiCallable[_training_pb2.GetRunRequest, _training_pb2.GetRunResponse]  # type: ignore[assignment]
     """Reads one run. Errors: NOT_FOUND RUN_NOT_FOUND."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_training_pb2.ListRunsRequest, _training_pb2.ListRunsResponse]  # type: ignore[assignment]
-    """Lists the tenant's runs, newest first."""
+    """Lists the tenant's runs, newest first. Errors: INVALID_ARGUMENT
+    INVALID_PAGE_TOKEN.
+    """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteRunRequest, _training_pb2.DeleteRunResponse]  # type: ignore[assignment]
     """Deletes a run: queued operations are cancelled, later ones are refused with
     RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-    NOT_FOUND RUN_NOT_FOUND.
+    NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     AttachRun: _aio.UnaryUnaryMultiCallable[_training_pb2.AttachRunRequest, _training_pb2.AttachRunResponse]  # type: ignore[assignment]
-    """Tells the next seq, so that another process can go on with the run.
+    """Tells the next seq, so that another process can go on with the run. Seqs that
+    are missing before operations that came early are recorded as FAILED, so that
+    those wait for nobody any more. Needs no request id: twice is the same as once.
     Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
     """
     VerifyRun: _aio.UnaryStreamMultiCallable[_training_pb2.VerifyRunRequest, _training_pb2.VerifyRunResponse]  # type: ignore[assignment]
@@ -147,7 +155,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListRunsResponse, _abc.Awaitable[_training_pb2.ListRunsResponse]]:
-        """Lists the tenant's runs, newest first."""
+        """Lists the tenant's runs, newest first. Errors: INVALID_ARGUMENT
+        INVALID_PAGE_TOKEN.
+        """
 
     @_abc_1.abstractmethod
     def DeleteRun(
@@ -157,7 +167,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_training_pb2.DeleteRunResponse, _abc.Awaitable[_training_pb2.DeleteRunResponse]]:
         """Deletes a run: queued operations are cancelled, later ones are refused with
         RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-        NOT_FOUND RUN_NOT_FOUND.
+        NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
@@ -166,7 +176,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.AttachRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.AttachRunResponse, _abc.Awaitable[_training_pb2.AttachRunResponse]]:
-        """Tells the next seq, so that another process can go on with the run.
+        """Tells the next seq, so that another process can go on with the run. Seqs that
+        are missing before operations that came early are recorded as FAILED, so that
+        those wait for nobody any more. Needs no request id: twice is the same as once.
         Errors: NOT_FOUND RUN_NOT_FOUND, FAILED_PRECONDITION RUN_DELETED.
         """
 
