@@ -12,6 +12,7 @@ from tensafe.wire.tensors import Array
 from tensafe_server.blobs.base import BlobStore
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.privacy.datasets import DatasetDesk
 from tensafe_server.privacy.drawing import draw
 from tensafe_server.privacy.layout import DatasetFiles, DatasetReader
 from tensafe_server.privacy.runs import PrivateRun, Units
@@ -30,11 +31,12 @@ class Draw:
 class Draws:
     """Draws batches when workers ask for them."""
 
-    def __init__(self, blobs: BlobStore, ledger: Ledger) -> None:
+    def __init__(self, blobs: BlobStore, ledger: Ledger, datasets: DatasetDesk) -> None:
         self._blobs = blobs
+        self._datasets = datasets
         self._ledger = ledger
         self._draws: dict[str, Draw] = {}
-        self._readers: dict[tuple[str, str, bool], DatasetReader] = {}
+        self._readers: dict[tuple[str, str, int, bool], DatasetReader] = {}
         self._drawing = asyncio.Lock()
 
     async def batches(
@@ -43,7 +45,7 @@ class Draws:
         """The rows that were drawn for a step that this worker has, in pieces of whole units.
 
         Raises:
-            TenSafeFault: STALE_ASSIGNMENT.
+            TenSafeFault: STALE_ASSIGNMENT; DATASET_NOT_FOUND.
         """
         operation, run, private = self._step(request)
         reader = await self._reader(run, private)
@@ -101,10 +103,13 @@ class Draws:
         return drawn.units
 
     async def _reader(self, run: RunState, private: PrivateRun) -> DatasetReader:
-        key = run.tenant_id, private.dataset_id, private.units is Units.UNIT_ID
+        by_unit = private.units is Units.UNIT_ID
+        # Deleted and uploaded again, its rows may lie in another order under the same id.
+        made_ns = self._datasets.find(run.tenant_id, private.dataset_id).created_at.ToNanoseconds()
+        key = run.tenant_id, private.dataset_id, made_ns, by_unit
         if key not in self._readers:
             files = DatasetFiles(self._blobs, run.tenant_id, private.dataset_id)
-            reader = await asyncio.to_thread(files.open, by_unit=key[2])
+            reader = await asyncio.to_thread(files.open, by_unit=by_unit)
             if len(self._readers) >= _READERS_KEPT:
                 self._readers.pop(next(iter(self._readers)))
             self._readers[key] = reader

@@ -12,6 +12,7 @@ from tensafe_server.privacy.budgets import Budgets, Charge
 from tensafe_server.privacy.draws import Draws
 from tensafe_server.privacy.released import (
     dp_metrics,
+    may_tell_of_draw,
     release_error,
     release_result,
     step_metrics,
@@ -61,6 +62,8 @@ class PrivateOutcomes:
                 ending.step_metrics = step_metrics(private, list(ending.step_metrics), step.dp)
         elif ending.error is not None and ending.executed and operation.row.kind in STEPS:
             log.info("%s failed: %s", operation.row.id, ending.error.message)
+            if may_tell_of_draw(private, ending.error):
+                ending.charge_unused = False
             ending.error = release_error(private, ending.error, operation.row.id)
         if private.server_poisson and operation.row.kind in STEPS:
             ending.compute_ms = 0.0  # it tells how much was drawn

@@ -34,7 +34,7 @@ class PrivacyParts:
         self.budgets = Budgets(store, self.accountant)
         self.datasets = DatasetDesk(store, blobs, ledger)
         self.reports = Reports(store, ledger, self.budgets, self.datasets)
-        self.draws = Draws(blobs, ledger)
+        self.draws = Draws(blobs, ledger, self.datasets)
         self.configs = PrivateConfigs(self.datasets, self.budgets, self.accountant)
         self.steps = PrivateSteps(store, payloads, self.budgets)
         self.outcomes = PrivateOutcomes(ledger, self.budgets, self.steps, snapshots, self.draws)

@@ -62,9 +62,14 @@ def dp_metrics(private: PrivateRun, cost: Cost, of_worker: DpMetrics) -> DpMetri
     return told
 
 
+def may_tell_of_draw(private: PrivateRun, error: ErrorDetail) -> bool:
+    """Whether a failed step tells, by failing, who was drawn: then it has released that."""
+    return private.server_poisson and error.reason not in _PUBLIC_REASONS
+
+
 def release_error(private: PrivateRun, error: ErrorDetail, operation_id: str) -> ErrorDetail:
     """Why a step failed; where the server drew its batch, nothing that may depend on that."""
-    if not private.server_poisson or error.reason in _PUBLIC_REASONS:
+    if not may_tell_of_draw(private, error):
         return error
     return TenSafeFault(
         "INTERNAL",

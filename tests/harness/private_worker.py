@@ -65,6 +65,7 @@ class PrivateWorker:
     Attributes:
         before: called with "begin", "snapshot" or "report" and the operation before that is done;
             it may block, or raise `Vanished`.
+        refuses: why private steps fail when their batch is there; empty: they do not.
         runs: what it holds, by run.
         planned: every operation that it was sent.
         assignments: every run that it was to take on.
@@ -83,6 +84,7 @@ class PrivateWorker:
         self._channel = grpc.insecure_channel(target)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
         self.before: Callable[[str, pb.PlannedOperation], None] = lambda stage, planned: None
+        self.refuses = ""
         self.runs: dict[str, HeldRun] = {}
         self.planned: list[pb.PlannedOperation] = []
         self.assignments: list[pb.RunAssignment] = []
@@ -285,6 +287,10 @@ class PrivateWorker:
         """Whether an update was made; else `done` says why not."""
         if spec.HasField("private_step"):
             self._fetch(run, planned)
+            if self.refuses:
+                run.window = []
+                _refuse(planned, done, self.refuses)
+                return False
         elif run.calls + 1 < run.accumulation_steps:
             run.calls += 1
             done.charge_unused = planned.HasField("charge")
@@ -293,10 +299,7 @@ class PrivateWorker:
         elif run.poisoned or not run.window:
             reason = "WINDOW_POISONED" if run.poisoned else "EMPTY_WINDOW"
             run.window, run.calls, run.poisoned = [], 0, False
-            done.charge_unused = planned.HasField("charge")
-            done.error.code = 9
-            done.error.message = "no update"
-            done.error.details.add().Pack(ErrorInfo(reason=reason, domain="tensafe"))
+            _refuse(planned, done, reason)
             return False
         assert planned.HasField("charge")
         run.applied.append((planned.charge.id, run.window))
@@ -350,6 +353,14 @@ class PrivateWorker:
 
 class VanishedError(Exception):
     """The worker's process ends here."""
+
+
+def _refuse(planned: pb.PlannedOperation, done: pb.OperationDone, reason: str) -> None:
+    """Nothing was noised, says the worker."""
+    done.charge_unused = planned.HasField("charge")
+    done.error.code = 9
+    done.error.message = "no update"
+    done.error.details.add().Pack(ErrorInfo(reason=reason, domain="tensafe"))
 
 
 def is_kind(planned: pb.PlannedOperation, kind: str) -> bool:

@@ -22,6 +22,7 @@ from tensafe_client import (
     InvalidArgumentError,
     InvalidDatasetError,
     ServiceClient,
+    TenSafeError,
     TokenOutOfRangeError,
     TrainingClient,
     UnsupportedOptionError,
@@ -162,6 +163,39 @@ def test_noise_is_computed_for_the_steps_that_are_planned(
     sigma = tc.config.dp_config.noise_multiplier
     assert 1.9 < epsilon({Mechanism(sigma, 0.25): 5}, Terms(1e-5)) <= 2.0
     assert tc.train_private(5)[-1].dp.total_epsilon == pytest.approx(2.0, abs=2e-3)
+
+
+def test_a_failure_that_tells_of_the_draw_is_paid_for(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient, rows: list[Datum]
+) -> None:
+    dataset = client.upload_dataset(rows)
+    tc = poisson_run(client, dataset.id)
+    # The second one does not depend on who was drawn, so that the worker's word counts.
+    for reason, told in (("OUT_OF_MEMORY", "INTERNAL"), ("MAX_STEPS_REACHED",) * 2):
+        worker.refuses = reason
+        with pytest.raises(TenSafeError) as failed:
+            tc.private_step().result(60)
+        assert failed.value.reason == told
+    worker.refuses = ""
+    assert tc.train_private(1)[0].step == 1
+    assert events(cluster, dataset.id) == [
+        *("reserve", "lose", "reserve", "release", "reserve", "commit")
+    ]
+
+
+def test_rows_that_came_back_in_another_order_are_drawn_whole(
+    worker: PrivateWorker, client: ServiceClient
+) -> None:
+    rows = [Datum(range(n, 2 * n), range(n), weights=[1.0] * n) for n in range(1, 9)]
+    for order in (rows, rows[::-1]):
+        dataset = client.upload_dataset(order)
+        tc = poisson_run(client, dataset.id, sample_rate=0.5)
+        tc.train_private(4)
+        tc.delete()
+        client.delete_dataset(dataset.id)
+    drawn_rows = [row for batch in worker.drawn.values() for row in batch]
+    assert drawn_rows
+    assert all(row in [list(range(n, 2 * n)) for n in range(1, 9)] for row in drawn_rows)
 
 
 def test_a_lost_step_is_spent_and_drawn_anew(
