@@ -110,11 +110,15 @@ def _of_object(where: str, value: Mapping[str, Any]) -> Row:
     numbers = isinstance(weights, list) and all(type(one) in (int, float) for one in weights)
     if not numbers:
         raise _bad(where, "weights", "must be a list of numbers")
+    try:
+        weights = np.asarray(weights, np.float64)
+    except OverflowError:
+        raise _bad(where, "weights", "has a number that is too large") from None
     unit_id = value.get("unit_id")
     if unit_id is not None and not isinstance(unit_id, str):
         raise _bad(where, "unit_id", "must be a text")
     tokens, targets = (_ids(where, name, given) for name, given in arrays.items())
-    return _row(where, tokens, targets, np.asarray(weights, np.float64), unit_id)
+    return _row(where, tokens, targets, weights, unit_id)
 
 
 def _ids(where: str, name: str, given: list[int]) -> Array:
@@ -170,11 +174,14 @@ def _of_batch(where: str, batch: training.Batch) -> Iterator[tuple[str, Row]]:
     if "target_tokens" not in inputs:
         raise _bad(where, "target_tokens", "is missing")
     tokens, targets = decode(batch.input_tokens), decode(inputs["target_tokens"])
-    weights = decode(inputs["weights"]) if "weights" in inputs else np.ones(len(tokens), np.float32)
+    given = inputs.get("weights")
+    weights = np.ones(tokens.shape, np.float32) if given is None else decode(given)
     kinds = [array.dtype.str for array in (tokens, targets, weights)]
     if kinds != ["<i4", "<i4", "<f4"]:
         raise _bad(where, "batch", "must have int32 tokens and float32 weights")
-    bounds = offsets.tolist() if offsets.ndim == 1 else []
+    if tokens.ndim != 1 or not tokens.shape == targets.shape == weights.shape:
+        raise _bad(where, "batch", "must have one target and one weight for each token, in vectors")
+    bounds = offsets.tolist() if offsets.ndim == 1 and offsets.dtype.str == "<i8" else []
     rising = all(begin < end for begin, end in pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != len(tokens) or not rising:
         raise _bad(where, "offsets", "must go from 0 to the number of tokens, strictly increasing")
@@ -201,9 +208,18 @@ def _row(where: str, tokens: Array, targets: Array, weights: Array, unit_id: str
         single = weights.astype("<f4")
     if not np.isfinite(single).all() or (single < 0).any():
         raise _bad(where, "weights", "must be finite and not negative")
-    if unit_id is not None and not 1 <= len(unit_id.encode(errors="replace")) <= 256:
-        raise _bad(where, "unit_id", "must have from 1 to 256 bytes")
+    if unit_id is not None:
+        _check_unit_id(where, unit_id)
     return Row(tokens.astype("<i4"), targets.astype("<i4"), single, unit_id)
+
+
+def _check_unit_id(where: str, unit_id: str) -> None:
+    try:
+        size = len(unit_id.encode())
+    except UnicodeEncodeError:
+        raise _bad(where, "unit_id", "has half a character, which is no text") from None
+    if not 1 <= size <= 256:
+        raise _bad(where, "unit_id", "must have from 1 to 256 bytes")
 
 
 def _bad(where: str, field: str, text: str) -> TenSafeFault:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault
-from tensafe.wire.tensors import decode
+from tensafe.wire.tensors import decode, encode
 from tensafe_client import Datum
 from tensafe_client.dataset_uploads import _write
 from tensafe_server.blobs.local import LocalBlobStore
@@ -83,6 +84,8 @@ def test_equal_content_is_one_dataset_whatever_its_order() -> None:
         ({"text": "hello"}, "text"),
         ([1, 2], "line"),
         ({"tokens": [1], "target_tokens": [1], "unit_id": "a"}, "unit_id"),
+        ({"tokens": [1], "target_tokens": [2], "unit_id": "\ud800"}, "unit_id"),
+        ({"tokens": [1], "target_tokens": [2], "weights": [10**400]}, "weights"),
     ],
 )
 def test_a_bad_row_is_named_by_line_and_field(row: Any, field: str) -> None:
@@ -91,6 +94,35 @@ def test_a_bad_row_is_named_by_line_and_field(row: Any, field: str) -> None:
         rows_of([good, good, row])
     assert caught.value.detail.reason == "INVALID_DATASET"
     assert caught.value.detail.metadata["field"] == field
+
+
+_INT, _WIDE = np.arange(4, dtype="<i4"), np.arange(8, dtype="<i4").reshape(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "targets", "weights", "offsets"),
+    [
+        (_WIDE, _WIDE, np.ones((4, 2), "<f4"), np.array([0, 2, 4])),
+        (_INT, _WIDE, np.ones(4, "<f4"), np.array([0, 2, 4])),
+        (_INT, _INT[:0], None, np.array([0, 2, 4])),
+        (_INT, _INT[:3], None, np.array([0, 2, 4])),
+        (_INT, _INT, np.ones(3, "<f4"), np.array([0, 2, 4])),
+        (_INT[1], _INT, None, np.array([0, 1])),
+        (_INT, _INT, None, np.array([0.0, 2.0, 4.0])),
+        (_INT, _INT, None, np.array([0, 2, 4], np.int32)),
+    ],
+)
+def test_a_batch_whose_tensors_do_not_fit_is_refused(
+    tokens: Any, targets: Any, weights: Any, offsets: Any
+) -> None:
+    batch = training.Batch(offsets=encode(offsets), input_tokens=encode(np.asarray(tokens)))
+    batch.loss_inputs.add(name="target_tokens", tensor=encode(targets))
+    if weights is not None:
+        batch.loss_inputs.add(name="weights", tensor=encode(weights))
+    data = batch.SerializeToString()
+    with pytest.raises(TenSafeFault) as refused:
+        list(read_rows(BATCHES, [bytes([len(data) & 0x7F | 0x80, len(data) >> 7]), data]))
+    assert refused.value.detail.reason == "INVALID_DATASET"
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"{", b"\xff\xfe", b'{"tokens": [1'])
