@@ -187,10 +187,7 @@ class Budgets:
         """As `cost`, with nothing interpolated."""
         budget = await self.dataset(tenant_id, private.dataset_id)
         cost = await self.cost(tenant_id, private)
-        attested = None if private.server_poisson else if_poisson(budget.lines)
-        poisson = None
-        if attested is not None and private.line.sample_rate is not None:
-            poisson = await self._accountant.epsilon(attested, private.terms)
+        poisson = await self._if_poisson(private, budget.lines, exact=True)
         total = await self._accountant.epsilon(enforced(budget.lines), private.terms)
         return replace(cost, total=total, if_poisson=poisson)
 
@@ -228,20 +225,29 @@ class Budgets:
     async def _cost(self, private: PrivateRun, lines: Lines, steps_left: int | None) -> Cost:
         without = dict(lines)
         without[private.line] = max(0, without.get(private.line, 0) - 1)
-        attested = None if private.server_poisson else if_poisson(lines)
         try:
-            poisson = None
-            if attested is not None and private.line.sample_rate is not None:
-                mechanism = Mechanism(private.line.noise_multiplier, private.line.sample_rate)
-                poisson = await self._accountant.running_epsilon(attested, mechanism, private.terms)
             return Cost(
                 await self._epsilon(private, without),
                 await self._epsilon(private, lines),
-                poisson,
+                await self._if_poisson(private, lines, exact=False),
                 steps_left,
             )
         except UnsupportedCompositionError as error:
             raise _unsupported(private, error) from error
+
+    async def _if_poisson(self, private: PrivateRun, lines: Lines, *, exact: bool) -> float | None:
+        """What is told beside what counts; None also where it cannot be added up."""
+        attested = None if private.server_poisson else if_poisson(lines)
+        rate = private.line.sample_rate
+        if attested is None or rate is None:
+            return None
+        try:
+            if exact:
+                return await self._accountant.epsilon(attested, private.terms)
+            mechanism = Mechanism(private.line.noise_multiplier, rate)
+            return await self._accountant.running_epsilon(attested, mechanism, private.terms)
+        except UnsupportedCompositionError:
+            return None
 
     async def _epsilon(self, private: PrivateRun, lines: Lines) -> float:
         return await self._accountant.running_epsilon(

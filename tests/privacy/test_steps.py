@@ -73,6 +73,24 @@ def test_each_step_is_reserved_made_durable_and_committed(
     assert second.total_epsilon == pytest.approx(epsilon({Mechanism(4.0): 2}, terms))
 
 
+def test_what_is_told_beside_what_counts_stops_no_step(
+    worker: PrivateWorker, client: ServiceClient
+) -> None:
+    """Sampled releases under replace_one cannot be added up by RDP, nor by PLD if they differ."""
+    attested = {"adjacency": "replace_one", "sample_rate": 0.1, "expected_batch_size": 2}
+    runs = [
+        private_run(client, **attested, accountant_type="rdp"),
+        private_run(client, **attested),
+        private_run(client, **attested, noise_multiplier=2.0),
+    ]
+    steps = [one_step(tc).result(60).dp for tc in runs]
+    assert all(dp.total_epsilon > 0 for dp in steps)
+    assert (steps[0].epsilon_if_poisson, steps[2].epsilon_if_poisson) == (None, None)
+    reports = [client.privacy_report(tc.run_id) for tc in runs]
+    assert {report.epsilon_if_poisson for report in reports} == {None}
+    assert reports[1].epsilon == pytest.approx(steps[2].total_epsilon, rel=1e-4)
+
+
 def test_the_owner_sees_nothing_that_was_not_noised(
     worker: PrivateWorker, client: ServiceClient
 ) -> None:
