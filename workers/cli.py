@@ -18,6 +18,7 @@ import click
 from click.core import ParameterSource
 
 from tensafe.wire.tls import Address, parse_address, read_authorities
+from workers.allocator import restart_suited
 from workers.threads import pick_threads
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def worker(
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
     address, authorities = _coordinator(connect, ca)
+    if backend == "torch":
+        restart_suited()
     chosen = threads or pick_threads(share)
     # Before torch is imported: spinning OpenMP threads starve their neighbours.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

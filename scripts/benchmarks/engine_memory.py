@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from workers.allocator import suited
 
 _HERE = Path(__file__).resolve().parent
 _MORE_RUNS = 8
 
 
 def measure(model: str, dtype: str, dropout: float) -> dict[str, list[float]]:
-    """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU."""
+    """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU.
+
+    The engine has its worker's allocator setting; the plain loop runs without and with it.
+    """
     found: dict[str, list[float]] = {}
-    for side in ("engine", "plain"):
+    ours = suited(os.environ)
+    for name, side, environment in (
+        ("engine", "engine", ours),
+        ("plain", "plain", dict(os.environ)),
+        ("suited plain", "plain", ours),
+    ):
         command = [
             sys.executable,
             "-m",
@@ -25,9 +36,11 @@ def measure(model: str, dtype: str, dropout: float) -> dict[str, list[float]]:
             dtype,
             str(dropout),
         ]
-        done = subprocess.run(command, cwd=_HERE.parent, stdout=subprocess.PIPE, check=True)
-        for name, value in json.loads(done.stdout.splitlines()[-1]).items():
-            found[f"memory/{name}/{side}"] = [value]
+        done = subprocess.run(
+            command, cwd=_HERE.parent, env=environment, stdout=subprocess.PIPE, check=True
+        )
+        for what, value in json.loads(done.stdout.splitlines()[-1]).items():
+            found[f"memory/{what}/{name}"] = [value]
     return found
 
 
@@ -36,8 +49,11 @@ def ratios(peaks: dict[str, list[float]]) -> dict[str, float]:
     value = {name: values[0] for name, values in peaks.items()}
     found = {}
     for cell in ("mixed", "equal"):
-        ours, theirs = (value[f"memory/{cell} peak/{side}"] for side in ("engine", "plain"))
+        ours, theirs, suited_theirs = (
+            value[f"memory/{cell} peak/{side}"] for side in ("engine", "plain", "suited plain")
+        )
         found[f"one/{cell} peak engine/plain"] = ours / theirs
+        found[f"one/{cell} peak engine/plain with its allocator"] = ours / suited_theirs
         ours, theirs = (value[f"memory/{cell} above model/{side}"] for side in ("engine", "plain"))
         found[f"one/{cell} peak above the loaded model engine/plain"] = ours / theirs
     run, state = value["memory/run more/engine"], value["memory/run state/engine"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from workers.allocator import suited
 
 _HERE = Path(__file__).resolve().parent
 _SIDES = ("private", "engine", "peft")
@@ -20,7 +23,10 @@ def measure(model: str, dtype: str, dropout: float, rounds: int) -> dict[str, li
         for side in _SIDES:
             arguments = [side, model, dtype, str(dropout)]
             command = [sys.executable, "-m", "benchmarks.private_memory", *arguments]
-            done = subprocess.run(command, cwd=_HERE.parent, stdout=subprocess.PIPE, check=True)
+            environment = dict(os.environ) if side == "peft" else suited(os.environ)
+            done = subprocess.run(
+                command, cwd=_HERE.parent, env=environment, stdout=subprocess.PIPE, check=True
+            )
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 found.setdefault(f"memory/{name}/{side}", []).append(value)
     return found

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from unit.workers.planned import assignment, forward_backward, operation
 from unit.workers.test_link import KEY, scenario, serving
 
+from workers.allocator import suited
 from workers.cli import worker
 from workers.threads import _quota, pick_threads, usable_cores
 
@@ -56,7 +57,7 @@ async def test_a_worker_process_serves_and_sigterm_ends_it_with_0():
 )
 def test_wrong_options_say_what_to_do(options, key, says):
     command = ["--connect", "127.0.0.1:1", "--threads", "1", *options]
-    result = CliRunner().invoke(worker, command, env={"TENSAFE_WORKER_KEY": key})
+    result = CliRunner().invoke(worker, command, env=suited({"TENSAFE_WORKER_KEY": key}))
     assert result.exit_code != 0
     assert says in result.output
 

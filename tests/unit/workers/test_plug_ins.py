@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from tensafe.wire.loss_messages import card_message, card_of
+from workers.allocator import suited
 from workers.cli import worker
 from workers.losses import (
     Choice,
@@ -84,13 +85,13 @@ def test_one_that_cannot_be_had_says_why(installed, text, says):
 def test_a_worker_does_not_start_without_its_losses():
     command = ["--connect", "127.0.0.1:1", "--threads", "1", "--model", "./no-such-model"]
     command += ["--loss", "x=no.such.module:f"]
-    result = CliRunner().invoke(worker, command, env={"TENSAFE_WORKER_KEY": "k"})
+    result = CliRunner().invoke(worker, command, env=suited({"TENSAFE_WORKER_KEY": "k"}))
     assert result.exit_code == 1
     assert "--loss x=no.such.module:f cannot be imported" in result.output
     result = CliRunner().invoke(
         worker,
         ["--connect", "127.0.0.1:1", "--backend", "mock", "--loss", "x=a:b"],
-        env={"TENSAFE_WORKER_KEY": "k"},
+        env=suited({"TENSAFE_WORKER_KEY": "k"}),
     )
     assert result.exit_code == 2
     assert "leave out" in result.output
