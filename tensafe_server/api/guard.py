@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
@@ -20,6 +19,7 @@ from tensafe.v1 import admin_pb2 as admin
 from tensafe.wire.status import TenSafeFault, to_status
 from tensafe_server.operations.validation import check_rules
 from tensafe_server.tenants.identity import KIND_NAMES, Identity, Principal
+from tensafe_server.unexpected import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -157,13 +157,7 @@ async def _abort(
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, TenSafeFault):
-        error_id = secrets.token_hex(6)
-        log.error("%s failed, error id %s", method, error_id, exc_info=error)
-        error = TenSafeFault(
-            "INTERNAL",
-            f"the server failed, error id {error_id}; its log says why. Retrying is safe",
-            error_id=error_id,
-        )
+        error = unexpected(log, method, error)
     status = rpc_status.to_status(to_status(error.detail))
     await context.abort_with_status(status)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from tensafe_server.operations.validation import check_rules
 from tensafe_server.privacy.checks import check_private
 from tensafe_server.privacy.config import PrivateConfigs
 from tensafe_server.store.base import OperationRow, Store
+from tensafe_server.unexpected import unexpected
+
+log = logging.getLogger(__name__)
 
 # Kinds that use an artifact beside or in place of a run's own weights.
 _ON_ONE_MODEL = frozenset({"load_state", "forward", "forward_backward"})
@@ -246,8 +250,12 @@ class Intake:
         outcome.operation_id = row.id
         try:
             pending.model, row.cost = self._check(candidate, run)
-        except TenSafeFault as fault:
-            outcome.error = to_status(fault.detail)
+        except Exception as error:
+            known = isinstance(error, TenSafeFault)
+            if not isinstance(error, TenSafeFault):
+                # This one's alone: others of the call have their places already.
+                error = unexpected(log, f"checking {row.id}", error)
+            outcome.error = to_status(error.detail)
             row.state = FAILED
             row.error = outcome.error.SerializeToString()
             row.finished_ns = row.created_ns
