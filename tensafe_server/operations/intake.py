@@ -251,7 +251,6 @@ class Intake:
         try:
             pending.model, row.cost = self._check(candidate, run)
         except Exception as error:
-            known = isinstance(error, TenSafeFault)
             if not isinstance(error, TenSafeFault):
                 # This one's alone: others of the call have their places already.
                 error = unexpected(log, f"checking {row.id}", error)

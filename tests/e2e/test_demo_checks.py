@@ -1,8 +1,8 @@
-"""The demo fails for an adapter that is not what was trained, and not for how numbers are rounded."""
+"""The demo fails for an adapter that is not the trained one, and not for how numbers are rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ ROWS = [Datum(text[:-1], text[1:]) for text in TEXTS]
 @pytest.fixture
 def tenant(
     new_tenant: Callable[[], ServiceClient], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[demo.Tenant]:
+) -> demo.Tenant:
     """One who has trained on the small model, which stands for the demo's."""
     monkeypatch.setattr(demo, "MODEL", "tiny")
     source = model_sources.ModelSource("tiny", str(tiny_model), (), "")
@@ -33,7 +33,7 @@ def tenant(
     for _ in range(8):
         run.forward_backward(ROWS)
         run.optim_step(learning_rate=2e-2)
-    yield demo.Tenant("alice", 4, 1, client, run)
+    return demo.Tenant("alice", 4, 1, client, run)
 
 
 def take_away(tenant: demo.Tenant, directory: Path) -> None:
