@@ -1,4 +1,4 @@
-"""The demo fails for an adapter that is not the trained one, and not for how numbers are rounded."""
+"""The demo fails for an adapter that is not the trained one, and not for rounded numbers."""
 
 from __future__ import annotations
 
