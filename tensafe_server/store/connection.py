@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from tensafe_server.store.base import StoreDamagedError
@@ -42,6 +44,7 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
             "transactions cannot be read; restore the directory from a backup, or move this file "
             "away to start without what it held"
         )
+    _make_private(path)
     connection = connect(path)
     try:
         if wal.frame_bytes:
@@ -53,3 +56,10 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _make_private(path: Path) -> None:
+    """Makes a new file that its owner alone can read: tenants' data lies in it, and the directory
+    may be one that everybody can enter. SQLite gives the files beside it the same mode."""
+    with suppress(OSError):  # SQLite says better what is wrong
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
