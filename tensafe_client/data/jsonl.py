@@ -10,8 +10,8 @@ Each line is one JSON object with one of
 and, for private runs that protect more than single examples, `"unit_id": "…"`: whose it is.
 
 Other columns (ids, sources, …) are passed over, but for those that are part of what a model reads
-in other conventions, such as `system` and `tools`: a line that has one is refused, and so is one that
-has a key twice.
+in other conventions, such as `system` and `tools`: a line that has one is refused, and so is one
+that has a key twice.
 """
 
 from __future__ import annotations
