@@ -88,8 +88,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if principal.kind != needed:
             raise TenSafeFault(
                 "PERMISSION_DENIED",
-                f"{service} needs a {KIND_NAMES[needed]} key, this one is a "
-                f"{KIND_NAMES[principal.kind]} key",
+                f"{service} needs a key of kind {KIND_NAMES[needed]}, this one is of kind "
+                f"{KIND_NAMES[principal.kind]}",
                 service=service,
             )
         return principal

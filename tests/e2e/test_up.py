@@ -30,6 +30,7 @@ TOLD = re.compile(r"admin key, shown only now: (ts_\S+)")
 def test_up_ends_with_0_on_a_signal(tmp_path: Path, number: signal.Signals):
     with local_service(directory=tmp_path) as service:
         run_tensafe(service, "runs", "list")
+        assert "fork" not in service.log
         service.process.send_signal(number)
         assert service.process.wait(30) == 0
         assert service.process.stdout is not None

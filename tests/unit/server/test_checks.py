@@ -57,6 +57,18 @@ def forward_backward(
     )
 
 
+@pytest.mark.parametrize(("field", "most"), [("artifact_id", 64), ("base_model", 256)])
+def test_names_of_weights_are_short(field: str, most: int):
+    def sampling(size: int) -> pb.OperationSpec:
+        weights = pb.SampleWeights(**{field: "x" * size})
+        prompts = [pb.Prompt(text="x")]
+        return pb.OperationSpec(sample=pb.Sample(prompts=prompts, weights=weights))
+
+    check_rules(sampling(most))
+    with pytest.raises(TenSafeFault, match=rf"sample\.weights\.{field}: must be at most {most}"):
+        check_rules(sampling(most + 1))
+
+
 HUGE = types.Tensor(dtype=types.DATA_TYPE_INT64, shape=[2**62, 0])
 HUGE_HALVES = types.Tensor(dtype=types.DATA_TYPE_BFLOAT16, shape=[2, 2**62, 0])
 
