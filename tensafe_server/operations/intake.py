@@ -107,8 +107,8 @@ class Intake:
         outcomes: list[Outcome] = []
         full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
         overtaken: dict[str, TenSafeFault] = {}  # by run: nor go on where another client is
-        for part in _parts(specs):
-            outcomes += await self._take(tenant_id, part, session_id, full, overtaken)
+        for turn in _turns(specs):
+            outcomes += await self._take(tenant_id, turn, session_id, full, overtaken)
         return outcomes
 
     async def _take(
@@ -361,10 +361,10 @@ class Intake:
                 outcome.error = Status.FromString(row.error)
 
 
-def _parts(
+def _turns(
     specs: Sequence[training.OperationSpec],
 ) -> Iterator[Sequence[training.OperationSpec]]:
-    """Cuts a call where its prompts become many: others get their turn between the parts."""
+    """Cuts a call where its prompts become many: between two turns others have theirs."""
     begin, prompts = 0, 0
     for index, spec in enumerate(specs):
         own = len(spec.sample.prompts)

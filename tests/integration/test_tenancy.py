@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_status import rpc_status
+from harness.rpcs import METHODS
 from local_service import LocalService
 
 from tensafe.v1 import (
@@ -19,33 +20,10 @@ from tensafe.v1 import (
     artifacts_pb2_grpc,
     datasets_pb2,
     datasets_pb2_grpc,
-    metrics_pb2,
-    models_pb2,
-    operations_pb2,
-    privacy_pb2,
-    training_pb2,
-    worker_pb2,
 )
 from tensafe.wire.status import from_status
 from tensafe_client import Datum, RunDeletedError, ServiceClient
 
-MODULES = [
-    admin_pb2,
-    artifacts_pb2,
-    datasets_pb2,
-    metrics_pb2,
-    models_pb2,
-    operations_pb2,
-    privacy_pb2,
-    training_pb2,
-    worker_pb2,
-]
-METHODS = {
-    f"{service.full_name}/{method.name}": method
-    for module in MODULES
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 # Methods of tenants that name something: what a foreign caller and a wrong name must get.
 NAMED = {
     "TrainingService/GetRun": "RUN_NOT_FOUND",
