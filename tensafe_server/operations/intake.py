@@ -395,7 +395,7 @@ def _check_spec(spec: training.OperationSpec, size: int) -> None:
             "over several calls",
             field="operation",
         )
-    check_rules(spec)
+    check_rules(spec, size=size)
 
 
 def _artifact_id(candidate: _Candidate) -> str | None:
