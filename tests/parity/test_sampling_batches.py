@@ -21,12 +21,22 @@ from parity.sampled import (
     token_prompts,
 )
 from parity.scarce_memory import fault_at
-from parity.tiny_runs import TARGETS, perturb, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import (
+    TARGETS,
+    VOCABULARY,
+    perturb,
+    request_of,
+    rows_of,
+    settings,
+    tiny_llama,
+)
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
-from workers.operations import SampleOutcome, StepRequest, Stop
+from workers.engine.sampling import prompts as prompts_module
+from workers.engine.sampling import sampler as sampler_module
+from workers.operations import Prompt, SampleOutcome, StepRequest, Stop
 
 BASE = freeze("tiny", tiny_llama())
 RANKS = {"a": 4, "b": 1, "c": 9}
@@ -455,3 +465,56 @@ def test_samples_follow_the_distribution_that_forward_gives():
     # χ² with at most 96 degrees of freedom: mean 95, standard deviation 14.
     assert error.sum() < likely.sum() + 6 * np.sqrt(2 * likely.sum())
     assert expected.sum() == pytest.approx(4000, rel=1e-5)
+
+
+def reading_slowly(monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
+    """Three prompts of a call are read at a time."""
+    monkeypatch.setattr(sampler_module, "_CHARACTERS_AT_ONCE", 3 * prompts_module._CHARACTERS_EACH)
+    return opened()
+
+
+def test_many_prompts_are_read_between_steps_and_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    many = request_for(token_prompts(*range(3, 23)), "a", max_tokens=4)
+    expected = opened().sample(1, many).completions
+    backend = reading_slowly(monkeypatch)
+    sampler = backend.sampler
+    sampler.submit("many", 1, many)
+    sampler.submit("one", 1, request_for(token_prompts(5), "b", max_tokens=2))
+    backend.forward_backward("a", 1, request_of(rows_of(1, [20, 20])))
+    backend.optim_step("a", StepRequest(learning_rate=0.5))
+    order, outcomes = [], {}
+    while len(outcomes) < 2:
+        sampler.step()
+        ended = dict(sampler.collect())
+        order += ended
+        outcomes |= ended
+    assert order == ["one", "many"], "others need not wait until it is read"
+    assert_same(completions_of(outcomes["many"]), expected)
+    assert not sampler.busy
+
+
+def test_a_prompt_that_is_refused_while_others_run_ends_its_operation_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    backend = reading_slowly(monkeypatch)
+    bad = Prompt(tokens=np.array([VOCABULARY + 1], np.int32))
+    requests = {
+        "bad": request_for([*token_prompts(*[4] * 9), bad], "a"),
+        "good": request_for(token_prompts(*[4] * 9), "b", max_tokens=2),
+    }
+    outcomes = sample_together(backend, requests)
+    fault = outcomes["bad"]
+    assert isinstance(fault, TenSafeFault)
+    assert fault.detail.reason == "TOKEN_OUT_OF_RANGE"
+    assert "prompts[9]" in str(fault.detail)
+    alone = opened().sample(1, requests["good"]).completions
+    assert_same(completions_of(outcomes["good"]), alone)
+
+
+def test_what_is_cancelled_while_it_is_read_is_read_no_further(monkeypatch: pytest.MonkeyPatch):
+    backend = reading_slowly(monkeypatch)
+    backend.sampler.submit("op", 1, request_for(token_prompts(*[4] * 9), "a"))
+    backend.sampler.step()
+    backend.sampler.cancel("op")
+    assert not backend.sampler.busy
+    assert backend.sampler.collect() == []
