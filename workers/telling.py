@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from tensafe.v1 import worker_pb2
 from tensafe.wire.status import TenSafeFault, to_status
 from workers.backend import Backend
-from workers.execution import as_fault
+from workers.failures import as_fault
 from workers.private_steps import Ended, PrivateStep, PrivateSteps
 from workers.progress import Progress
 

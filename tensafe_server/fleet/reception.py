@@ -241,11 +241,12 @@ class Reception:
         if report.done and link.group_cost:
             # Its next plan goes out while these outcomes are written.
             self._dispatcher.kick()
-        for operation in (*begun, *(ending.operation for ending in endings)):
+        ended = [ending.operation for ending in endings]
+        for operation in (*begun, *ended):
             run = self._ledger.runs.get(operation.row.run_id or "")
             if run is not None and run.worker_id == link.id:
                 self._blame.arrived(run)
-                run.given_up = 0
+                run.given_up = 0 if operation in ended else run.given_up
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -83,10 +84,11 @@ class Residency:
 
     def _set_aside(self, run_id: str) -> bool:
         run = self._resident[run_id]
-        directory = Path(tempfile.mkdtemp(dir=self._directory.name))
+        directory = Path(self._directory.name) / secrets.token_hex(8)
         try:
+            directory.mkdir()
             checkpoints.capture(run, True, self._fingerprint()).write(directory)
-        except OSError as error:
+        except Exception as error:  # of the disk, in the words of whichever library wrote; memory
             log.warning("run %s stays in memory beyond its limit: %s", run_id, error)
             shutil.rmtree(directory, ignore_errors=True)
             return False
