@@ -292,6 +292,8 @@ class Executor:
             private=assignment.config.dp.enabled,
         )
         self._runs[assignment.run_id] = run
+        if run.private:
+            self._progress.keep_apart(assignment.run_id)
         self.activity.begin("", assignment.run_id, self._limits.base_s)
         try:
             settings = wire.run_settings(assignment.config)
@@ -333,8 +335,13 @@ class Executor:
         if step is not None:
             self.activity.begin(step.operation_id, step.run_id, self._limits.of_tokens(tokens))
 
-    def _claim(self, planned: worker_pb2.PlannedOperation, kind: str = "") -> bool:
-        claim = self._progress.claim(planned, stoppable=kind == "sample")
+    def _claim(
+        self,
+        spec: training_pb2.OperationSpec,
+        planned: worker_pb2.PlannedOperation,
+        kind: str = "",
+    ) -> bool:
+        claim = self._progress.claim(planned, spec.run_id, stoppable=kind == "sample")
         if claim is Claim.CANCELLED:
             self._void(planned)
         return claim is Claim.MINE
@@ -348,7 +355,7 @@ class Executor:
         if planned.replay:
             self._replay(spec, kind, planned)
             return
-        if not self._claim(planned, kind):
+        if not self._claim(spec, planned, kind):
             return
         self._progress.begin()
         done = _done(planned)
@@ -397,7 +404,7 @@ class Executor:
 
     def _together(self, members: Sequence[Member]) -> None:
         """Executes operations of different runs as one pass; each has its own outcome."""
-        claimed = [member for member in members if self._claim(member.planned)]
+        claimed = [member for member in members if self._claim(member.spec, member.planned)]
         if not claimed:
             return
         self._progress.begin()

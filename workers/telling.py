@@ -62,6 +62,7 @@ class Telling:
 
     def forget(self, run_id: str) -> None:
         """The run is another worker's, or this one's anew: nobody waits for what it has done."""
+        self._progress.forget(run_id)
         step = self._private.forget(run_id)
         for item in step.all if step is not None else []:
             self._progress.abandon(item.planned)
