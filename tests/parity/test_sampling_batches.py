@@ -315,6 +315,27 @@ def test_whatever_befalls_the_run_a_sample_goes_on_with_its_weights(change, tmp_
     assert_same(sample_outcomes(sampler, 1)["op"].completions, alone)
 
 
+def test_without_room_for_a_copy_the_weights_stay_as_they_are(monkeypatch):
+    backend = opened()
+    pinned = backend.sampler.pins.of(backend._runs["a"])
+    before = pinned.adapter.weights.clone()
+    train = request_of(rows_of(1, [5]))
+
+    def scarce(adapter):
+        raise MemoryError
+
+    backend.forward_backward("a", 1, train)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pinned.adapter), "copy", scarce)
+        outcomes = backend.optim_step_group([("a", StepRequest())])
+    assert outcomes[0].detail.reason == "OUT_OF_MEMORY"
+    backend.drop_window("a")
+    backend.forward_backward("a", 2, train)
+    assert backend.optim_step("a", StepRequest()).applied
+    assert torch.equal(pinned.adapter.weights, before)
+    assert not torch.equal(backend._runs["a"].adapter.weights, before)
+
+
 def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them():
     backend = opened()
     adapter = backend._runs["a"].adapter
@@ -322,12 +343,12 @@ def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them
     first, second = pins.of(backend._runs["a"]), pins.of(backend._runs["a"])
     assert first is second
     assert first.adapter is adapter
-    pins.before_change([backend._runs["a"]])
+    pins.before_change(backend._runs["a"])
     assert first.adapter is not adapter
     assert torch.equal(first.adapter.weights, adapter.weights)
     assert pins.of(backend._runs["a"]).adapter is adapter
     del second
-    pins.before_change([backend._runs["a"]])  # nobody is there to copy for
+    pins.before_change(backend._runs["a"])  # nobody is there to copy for
     assert pins._live == {}
     third = pins.of(backend._runs["a"])
     backend.close_run("a")
