@@ -526,6 +526,23 @@ def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run:
     assert list(world.store.outcomes.values()) == [1]
 
 
+def test_a_stream_that_takes_the_place_of_another_is_no_loss(world: World, run: str):
+    """The worker has noticed before the coordinator that the first was cut."""
+    submit(world, run, GRADIENT)
+    for kills in range(2):
+        world.do(world.deliver())
+        world.worker.begin()
+        world.do(world.report())
+        if not kills:
+            world.do(world.kill_worker())  # one is held against it
+    world.hosts[0].link = None
+    world.do(world.connect())
+    assert outcomes(world, run) == [], "it is not given up"
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
+
+
 @pytest.mark.usefixtures("no_rest")
 def test_a_run_that_is_given_up_for_an_unknown_reason_is_brought_anew(world: World, run: str):
     submit(world, run, GRADIENT)

@@ -72,7 +72,11 @@ BOTH = [assignment("run-1"), assignment("run-2")]
 
 
 def given_up(driver: Driver) -> list[str]:
-    return [refused.run_id for refused in driver.executor.collect_refused()]
+    """Nothing is left of them here."""
+    runs = [refused.run_id for refused in driver.executor.collect_refused()]
+    assert not set(runs) & {*driver.executor._backend._runs}
+    assert not driver.executor._progress._running
+    return runs
 
 
 @pytest.mark.parametrize("grouped", [0, 1], ids=["alone", "grouped"])
