@@ -246,7 +246,8 @@ class Reception:
             run = self._ledger.runs.get(operation.row.run_id or "")
             if run is not None and run.worker_id == link.id:
                 self._blame.arrived(run)
-                run.given_up = 0 if operation in ended else run.given_up
+                if operation in ended:
+                    run.given_up.clear()
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))

@@ -425,6 +425,24 @@ def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it
 
 
 @pytest.mark.usefixtures("no_rest")
+def test_whoever_gave_a_run_up_gets_it_again_only_if_there_is_nobody_else():
+    """A worker that takes nothing on holds the fewest runs."""
+    world = World(runs=3, workers=2)
+    sick = world.hosts[0]
+    sick.worker.backend.scarce["open_run"] = 1000
+    for run in world.next_seq:
+        submit(world, run, GRADIENT, UPDATE, GRADIENT)
+    world.finish()
+    world.do(world.kill_worker(1))
+    for run in world.next_seq:
+        submit(world, run, UPDATE)
+    world.finish()
+    assert [outcomes(world, run) for run in world.next_seq] == [["SUCCEEDED"] * 4] * 3
+    assert sick.worker.backend.scarce["open_run"] < 1000 - 3
+    world.close()
+
+
+@pytest.mark.usefixtures("no_rest")
 def test_a_run_may_be_given_up_again_once_it_has_gone_on(world: World, run: str):
     for _ in range(3):
         submit(world, run, GRADIENT, UPDATE)
