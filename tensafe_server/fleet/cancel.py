@@ -72,11 +72,11 @@ class Cancellation:
             self._store.end_deadlines([one.row.id for one in timed])
 
     def give_up(self, operation: PendingOperation) -> None:
-        """Ends an operation whose spec was lost from the store."""
+        """Ends an operation whose spec was lost from the store, or damaged in it."""
         fault = TenSafeFault(
             "CHECKSUM_MISMATCH",
-            f"what operation {operation.row.id} was to do is missing on the server; restore the "
-            "blob store from a backup, or send the operation again",
+            f"what operation {operation.row.id} was to do is missing or damaged on the server; "
+            "restore the blob store from a backup, or send the operation again",
             operation_id=operation.row.id,
         )
         self._spawn(self._end_waiting([operation], lambda _: fault.detail))

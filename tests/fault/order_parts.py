@@ -258,7 +258,7 @@ class Coordinator:
         outcomes = Outcomes(store, self.ledger, self.hub, payloads, self.privacy.outcomes)
         self.pruner = Pruner(store, blobs, payloads, self.ledger, self.book, 3600.0)
         restorer = Restorer(store, payloads, self.book, self.privacy.steps)
-        specs = SpecReader(store, payloads, self.ledger)
+        specs = self.specs = SpecReader(store, payloads, self.ledger)
         self.blame = Blame(store, self.ledger, return_s=3600.0)
         self.dispatcher = Dispatcher(
             *(store, self.ledger, restorer, specs),
@@ -296,7 +296,7 @@ class Coordinator:
     async def load(self) -> None:
         await self.models.load()
         await self.hub.load()
-        await recover(self.store, self.payloads, self.models, self.ledger)
+        await recover(self.store, self.payloads, self.models, self.ledger, self.specs.on_missing)
         await self.blame.load()
         await self.privacy.load()
         self.dispatcher.kick()
