@@ -74,3 +74,35 @@ def test_of_no_run(world: World, damage: Callable[[Path], None]):
     states = {row.request_id: bool(row.error) for row in world.rows(None)}
     assert states == {"request-large-0": False, "request-large-1": True}
     assert outcomes(world, run) == ["SUCCEEDED"]
+
+
+@damages
+def test_of_a_save_that_was_made(world: World, damage: Callable[[Path], None]):
+    run, _ = world.next_seq
+    save = training.SaveState()
+    save.metadata["note"] = "x" * (INLINE_BYTES - 30)  # as much as may be
+    submit(world, run, {"save_state": save})
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    for path in [one for one in (world.home / "blobs" / "payloads").rglob("*") if one.is_file()]:
+        damage(path)
+    submit(world, run, GRADIENT)
+    world.finish()
+    assert outcomes(world, run) == ["CHECKSUM_MISMATCH", "SUCCEEDED"]
+
+
+@damages
+def test_of_a_result(world: World, damage: Callable[[Path], None]):
+    """Whoever watches from before it hears of what came after it."""
+    run, _ = world.next_seq
+    ids = submit(
+        world, run, {"forward_backward": forward_backward(range(1, INLINE_BYTES // 3))}, UPDATE
+    )
+    world.finish()
+    for row in world.rows(run):
+        if row.result_ref:
+            damage(world.home / "blobs" / row.result_ref)
+    told = world.told()
+    assert [operation.id for operation in told] == ids
+    assert [operation.result_pruned for operation in told] == [True, False]
