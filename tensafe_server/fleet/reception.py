@@ -336,13 +336,14 @@ class Reception:
 
     def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
         # It may be ahead of what was reported: operations that are sent again it answers from
-        # memory.
+        # memory. It is not to be ahead of the log, which a broken disk may have cut short.
         return (
             not run.deleted
             and run.worker_id is None
             and not run.in_flight
             and held.epoch == run.epoch
             and held.last_seq >= run.executed_seq
+            and max(held.last_seq, held.planned_seq) < run.next_seq
         )
 
 

@@ -424,6 +424,26 @@ def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it
     assert world.result(world.rows(run)[-1]).optim_step.step == 2
 
 
+@pytest.mark.parametrize("executed", [True, False])
+def test_whoever_has_what_a_torn_log_has_lost_is_not_believed(
+    world: World, run: str, executed: bool
+):
+    """The disk had said that it was there, and the worker was sent it."""
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)
+    [lost] = submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    while executed and world.worker.execute():
+        pass
+    world.do(world.store._execute("DELETE FROM operations WHERE id = ?", (lost,)))
+    world.do(world.restart())
+    world.do(world.connect())
+    world.next_seq[run] -= 1
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[2:] == ["EMPTY_WINDOW", "SUCCEEDED", "SUCCEEDED"]
+
+
 @pytest.mark.usefixtures("no_rest")
 def test_whoever_gave_a_run_up_gets_it_again_only_if_there_is_nobody_else():
     """A worker that takes nothing on holds the fewest runs."""
