@@ -246,7 +246,13 @@ class Pruned:
 
 
 class Store(Protocol):
-    """Durable state. One process owns it."""
+    """Durable state. One process owns it.
+
+    Attributes:
+        was_cut: what was last written to it may be lost, though it was told that it was there.
+    """
+
+    was_cut: bool
 
     # Identity.
     async def tenants(self) -> list[TenantRow]: ...

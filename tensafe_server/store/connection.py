@@ -28,8 +28,9 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_and_recover(path: Path) -> sqlite3.Connection:
-    """The first connection after a start. Says in the log what the write-ahead log has lost.
+def connect_and_recover(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """The first connection after a start, and whether the write-ahead log has lost something at its
+    end, which the process's log says too.
 
     Raises:
         StoreDamagedError: if that would be all of it; nothing is changed.
@@ -43,6 +44,7 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
             "away to start without what it held"
         )
     connection = connect(path)
+    lost = ""
     try:
         if wal.frame_bytes:
             _, kept_frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -52,4 +54,4 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, bool(lost)
