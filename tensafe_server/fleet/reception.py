@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tensafe.v1 import operations_pb2 as ops
@@ -17,7 +18,7 @@ from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.liveness import Liveness
 from tensafe_server.fleet.replay import ReplayWatch
-from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.restore import Onward, Restorer
 from tensafe_server.fleet.verify import Verifications
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
@@ -69,12 +70,25 @@ class Reception:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
-        """Greets a worker and gives back the runs that it still holds rightly.
+        """Greets a worker and gives back the runs that it still holds rightly. If its stream breaks
+        meanwhile, it arrives all the same, and leaves again with what it was given.
 
         Raises:
             TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
                 was told to end.
         """
+        arriving = asyncio.ensure_future(self._arrive(register))
+        try:
+            return await asyncio.shield(arriving)
+        except asyncio.CancelledError:
+            self._spawn(self._leave_again(arriving))
+            raise
+
+    async def _leave_again(self, arriving: asyncio.Future[WorkerLink]) -> None:
+        with suppress(TenSafeFault):  # it was refused
+            await self.leave(await arriving)
+
+    async def _arrive(self, register: pb.Register) -> WorkerLink:
         if register.instance in self._hung:
             raise _hung(register.name, "it hung when it was last seen")
         for name in register.models:
@@ -325,10 +339,15 @@ class Reception:
 
     async def _take_back(self, link: WorkerLink, held: pb.HeldRun) -> None:
         run = self._ledger.runs.get(held.run_id)
-        if run is None or not self._holds_rightly(run, held):
+        onward: Onward | None = None
+        if run is not None and self._holds_rightly(run, held):
+            try:
+                onward = await self._restorer.catch_up(run, held)
+            except Exception:  # the others are not to wait for it: it is restored by itself
+                log.exception("%s cannot be given back to %s", run.id, link.id)
+        if run is None or onward is None:
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
-        onward = await self._restorer.catch_up(run, held)
         if self._holds_rightly(run, held):
             run.worker_id = link.id
             link.runs.add(run.id)
