@@ -82,7 +82,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
 
     async def _take(self, link: WorkerLink, request: pb.ConnectRequest) -> None:
         if request.HasField("report"):
-            await self._reception.report(link, request.report)
+            # To its end, also if the stream breaks: what is half taken in nobody else would end.
+            await uninterrupted(self._reception.report(link, request.report))
         elif request.HasField("heartbeat"):
             self._reception.heartbeat(link, request.heartbeat)
         elif request.HasField("goodbye"):
