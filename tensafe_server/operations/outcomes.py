@@ -110,7 +110,8 @@ class Outcomes:
                 self._ledger.retire(ending.operation)
                 self._private.ended(ending)
             self._hub.publish(events)
-            told.set_result(None)
+            if not told.done():  # whoever waited for it may have gone
+                told.set_result(None)
             if finish.artifacts:
                 self.on_saved()
             self._ledger.on_ready()
@@ -120,7 +121,8 @@ class Outcomes:
             if error is not None:
                 log.critical("outcomes could not be stored", exc_info=error)
                 self.on_lost_store(error)
-                told.set_exception(error)
+                if not told.done():
+                    told.set_exception(error)
 
         failpoints.hit("after-result-before-commit")
         self._store.finish(finish, tell).add_done_callback(check)
