@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from google.rpc.status_pb2 import Status
@@ -115,9 +116,36 @@ class Intake:
         full: dict[str, TenSafeFault],
         overtaken: dict[str, TenSafeFault],
     ) -> list[Outcome]:
-        candidates = [await self._prepare(tenant_id, spec) for spec in specs]
-        outcomes: list[Outcome] = []
+        candidates: list[_Candidate] = []
         accepted: list[PendingOperation] = []
+        try:
+            for spec in specs:
+                candidates.append(await self._prepare(tenant_id, spec))  # noqa: PERF401 - kept if the caller goes
+            return await self._take_prepared(
+                tenant_id, candidates, accepted, session_id, full, overtaken
+            )
+        finally:
+            await self._drop_unused(candidates, accepted)
+
+    async def _drop_unused(
+        self, candidates: Sequence[_Candidate], accepted: Sequence[PendingOperation]
+    ) -> None:
+        """What was stored of specs that were not accepted, or not for the first time."""
+        used = {operation.row.spec_ref for operation in accepted}
+        stored = [candidate.payload[1] for candidate in candidates]
+        with suppress(OSError):  # the next start removes it
+            await self._payloads.delete([key for key in stored if key and key not in used])
+
+    async def _take_prepared(
+        self,
+        tenant_id: str,
+        candidates: Sequence[_Candidate],
+        accepted: list[PendingOperation],
+        session_id: str,
+        full: dict[str, TenSafeFault],
+        overtaken: dict[str, TenSafeFault],
+    ) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
         for candidate in candidates:
             outcome = Outcome()
@@ -142,7 +170,11 @@ class Intake:
             if pending is not None:
                 accepted.append(pending)
         if accepted:
-            await self._gate.stored(accepted)
+            try:
+                await self._gate.stored(accepted)
+            except Exception:
+                accepted.clear()
+                raise
         for outcome, candidate in repeated:
             await self._answer_repeated(tenant_id, candidate, outcome)
         return outcomes

@@ -12,6 +12,7 @@ from fault.order_world import World, forward_backward, sample
 from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 from tensafe.v1 import training_pb2 as training
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.payloads import INLINE_BYTES
 
 
@@ -106,3 +107,36 @@ def test_of_a_result(world: World, damage: Callable[[Path], None]):
     told = world.told()
     assert [operation.id for operation in told] == ids
     assert [operation.result_pruned for operation in told] == [True, False]
+
+
+def test_what_was_not_accepted_leaves_no_file(world: World):
+    """Nor what was accepted before, and is sent again."""
+    run, _ = world.next_seq
+    world.do(world.cut())
+    large = {"forward_backward": forward_backward(range(1, INLINE_BYTES // 4))}
+    submit(world, run, large)
+
+    def files() -> list[str]:
+        return [key for key, _ in world.blobs.sizes("payloads/")]
+
+    [kept] = files()
+    spec = training.OperationSpec(run_id=run, seq=1, **large)
+    [again] = world.do(world.send([spec]))
+    assert again.repeated
+    spec.forward_backward.loss.name = "cross_entropy"
+    [conflict] = world.do(world.send([spec]))
+    assert conflict.error is not None
+    spec.seq = 2
+    spec.forward_backward.batch.inline.ClearField("offsets")
+    [refused] = world.do(world.send([spec]))
+    assert refused.error is not None
+    assert files() == [kept]
+
+    async def read_only(*_: object) -> None:
+        raise TenSafeFault("STORAGE_UNAVAILABLE", "the disk is read-only", retry_delay_s=0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(world.coordinator.intake._gate, "stored", read_only)
+        with pytest.raises(TenSafeFault):
+            world.do(world.send([training.OperationSpec(run_id=run, seq=3, **large)]))
+    assert files() == [kept]
