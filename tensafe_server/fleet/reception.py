@@ -29,6 +29,8 @@ from tensafe_server.operations.snapshots import RecoveryPolicy
 
 log = logging.getLogger(__name__)
 
+_UNWRITABLE = frozenset({"STORAGE_FULL", "STORAGE_UNAVAILABLE"})
+
 
 class Reception:
     """What happens on a worker's stream.
@@ -100,8 +102,12 @@ class Reception:
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
-        for held in register.held_runs:
-            await self._take_back(link, held)
+        try:
+            for held in register.held_runs:
+                await self._take_back(link, held)
+        except BaseException:
+            self._ledger.recall(link.id)  # it comes back with all that it has
+            raise
         self._dispatcher.add(link)
         self._liveness.watch(link)
         log.info(
@@ -343,7 +349,10 @@ class Reception:
         if run is not None and self._holds_rightly(run, held):
             try:
                 onward = await self._restorer.catch_up(run, held)
-            except Exception:  # the others are not to wait for it: it is restored by itself
+            except Exception as error:
+                if isinstance(error, TenSafeFault) and error.detail.reason in _UNWRITABLE:
+                    raise  # nothing can be given back as long as nothing can be written
+                # The others are not to wait for it: it is restored by itself.
                 log.exception("%s cannot be given back to %s", run.id, link.id)
         if run is None or onward is None:
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))

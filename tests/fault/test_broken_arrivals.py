@@ -9,6 +9,7 @@ import pytest
 from fault.order_world import World
 from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.reception import Reception
 
 
@@ -80,3 +81,29 @@ def test_a_run_that_cannot_be_given_back_is_restored_and_keeps_nobody_away(world
     world.finish()
     assert [outcomes(world, run) for run in world.next_seq] == [["SUCCEEDED"] * 4] * 2
     assert [run.epoch for run in world.coordinator.ledger.runs.values()] == [2, 1]
+
+
+def test_while_the_store_cannot_be_written_a_worker_keeps_what_it_has(world: World):
+    reception: Reception = world.coordinator.reception
+    _, second = world.next_seq
+    for run in world.next_seq:
+        submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    world.do(world.cut())
+    catch_up = reception._restorer.catch_up
+
+    async def locked(run, held):
+        if run.id == second:
+            raise TenSafeFault("STORAGE_UNAVAILABLE", "another process holds a lock")
+        return await catch_up(run, held)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reception._restorer, "catch_up", locked)
+        with pytest.raises(TenSafeFault, match="holds a lock"):
+            world.do(world.connect())
+    assert [run.worker_id for run in world.coordinator.ledger.runs.values()] == [None, None]
+    for run in world.next_seq:
+        submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert [outcomes(world, run) for run in world.next_seq] == [["SUCCEEDED"] * 4] * 2
+    assert [run.epoch for run in world.coordinator.ledger.runs.values()] == [1, 1], "no replay"
