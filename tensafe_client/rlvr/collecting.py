@@ -131,8 +131,10 @@ class Collector:
                 continue
             rollout.score(reply.reward)
             if reply.then is not None and not last and not rollout.truncated:
-                rollout.read(self._tokens_of(reply.then))
-                if self._fits(rollout.tokens):
+                told = self._tokens_of(reply.then)
+                # What is not followed by anything of the policy's teaches nothing.
+                if self._fits(len(rollout.tokens) + len(told)):
+                    rollout.read(told)
                     going_on.append(rollout)
                 else:
                     rollout.truncated = True
@@ -153,8 +155,8 @@ class Collector:
             seed=seed,
         )
 
-    def _fits(self, tokens: Sequence[int]) -> bool:
-        return not self._context_length or len(tokens) < self._context_length
+    def _fits(self, tokens: int) -> bool:
+        return not self._context_length or tokens < self._context_length
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

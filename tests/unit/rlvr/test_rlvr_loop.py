@@ -187,6 +187,18 @@ def test_the_average_takes_in_what_is_dropped_too():
     assert {float(one.inputs["advantages"][-1]) for one in run.learned[0]} == {2.0}
 
 
+def test_the_average_takes_each_batch_in_once_however_many_join_it():
+    run, _, _ = trained(
+        lambda _: [1.0, 1.0],
+        algorithm="reinforce",
+        baseline="moving_average",
+        max_batches=3,
+        iterations=1,
+    )
+    average = run.metadata["rlvr"]["average"]
+    assert average["weight"] == average["total"] == pytest.approx(0.1)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     most=st.integers(0, 3),
@@ -256,6 +268,7 @@ def test_a_stop_gives_back_what_was_sampled_ahead():
     assert run.log[-1] == "save"
     assert result.artifact_id == f"art-{run.step}"
     assert len(result.reports) == run.step < 9
+    assert run.metadata["rlvr"]["next_batch"] == run.step
 
 
 def numbers(run: Run) -> list[list[tuple[Any, ...]]]:

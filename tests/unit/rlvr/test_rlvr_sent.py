@@ -41,9 +41,11 @@ class Letters:
 
 
 @pytest.fixture(autouse=True)
-def _a_model_of_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Of any context."""
     model = SimpleNamespace(context_length=0)
     monkeypatch.setattr(trainer, "Api", lambda _: SimpleNamespace(model=lambda _: model))
+    return model
 
 
 def trained(**config: Any) -> Run:
@@ -147,3 +149,28 @@ def test_an_episode_ends_after_a_turn_that_was_cut():
     assert report.parts["turns"] == (8 + 5) / 8
     cut = sum(sample.finish_reason == "length" for sample in run.samples)
     assert report.truncated == cut / 8
+
+
+@pytest.mark.parametrize(("context", "asked_again"), [(10, 5), (9, 0)])
+def test_an_episode_ends_where_the_environment_says_too_much(
+    model: SimpleNamespace, context: int, asked_again: int
+):
+    """Prompt, turn and `again` are 9 tokens, which something must follow: where they do not fit,
+    the update has none that the model cannot read."""
+    model.context_length = context
+    run = Run()
+    (report,) = (
+        RLVRTrainer(
+            run,  # type: ignore[arg-type]
+            Insisting(),
+            {**SHORT, "max_turns": 2},
+            tokenizer=Letters(),  # type: ignore[arg-type]
+        )
+        .run()
+        .reports
+    )
+    assert len(run.samples) == 8 + asked_again
+    longest = max(len(datum) for update in run.learned for datum in update)
+    assert longest == (2 + 2 + 5 + 2 if asked_again else 2 + 2) - 1
+    if not asked_again:
+        assert report.truncated == 1
