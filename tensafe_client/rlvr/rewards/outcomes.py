@@ -41,7 +41,7 @@ def plain(outcome: Any) -> float | dict[str, float]:
 def _name(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"the parts of a reward have names for keys, got {name!r}")
-    return name
+    return "".join(name)  # a subclass may be pickled as anything
 
 
 def _part(name: Any, value: Any) -> float:
