@@ -204,6 +204,9 @@ def test_only_finite_numbers_are_rewards():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             total(bad)
+    for large in (1e39, -1e300, 10**31):
+        with pytest.raises(ValueError, match="from -1e\\+30 to 1e\\+30"):
+            total(large)
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,10 @@ class Letters:
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Of any context."""
+    """Of any context, in a service of one artifact."""
     model = SimpleNamespace(context_length=0)
-    monkeypatch.setattr(trainer, "Api", lambda _: SimpleNamespace(model=lambda _: model))
+    api = SimpleNamespace(model=lambda _: model, artifact={"art-1": object()}.__getitem__)
+    monkeypatch.setattr(trainer, "Api", lambda _: api)
     return model
 
 
@@ -108,6 +109,14 @@ def test_the_loss_and_the_step_have_their_options():
     of_call = {"loss_fn": "importance_sampling", "loss_config": {}, "reduction": "sum"}
     assert plain.passed == [of_call]
     assert plain.stepped == [{"learning_rate": None, "grad_clip_norm": None}]
+
+
+def test_a_reference_that_is_not_there_is_refused_before_anything_is_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(Run, "sample_async", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(KeyError, match="art-2"):
+        trained(kl_coef=0.1, reference="art-2")
 
 
 def test_completions_that_were_cut_are_masked_if_asked():

@@ -686,7 +686,9 @@ Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):
-    """When a completion ends before max_tokens, beside the model's end token."""
+    """What ends a completion before max_tokens, in the place of the model's end
+    token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
