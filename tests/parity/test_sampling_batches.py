@@ -26,7 +26,7 @@ from parity.tiny_runs import TARGETS, perturb, request_of, rows_of, settings, ti
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
-from workers.operations import SampleOutcome, StepRequest, Stop
+from workers.operations import ArtifactWeights, SampleOutcome, StepRequest, Stop
 
 BASE = freeze("tiny", tiny_llama())
 RANKS = {"a": 4, "b": 1, "c": 9}
@@ -362,6 +362,37 @@ def test_copies_of_weights_count_as_memory_of_samples():
     both = [sample_outcomes(backend.sampler, 2) for backend in (wide, narrow)]
     for name in ("before", "behind"):
         assert_same(*(completions_of(found[name]) for found in both))
+
+
+def test_adapters_that_are_kept_of_artifacts_make_room_for_rows(tmp_path):
+    """In room for a row and one adapter, loaded and in a pass, no other one is kept."""
+    lora = {"rank": 32, "target_modules": TARGETS}
+    adapter_bytes = BASE.new_adapter(settings(lora=lora).lora).weights.nbytes
+    maker = TorchBackend([BASE])
+    artifacts = []
+    for index in range(3):
+        maker.open_run(f"run-{index}", settings(lora=lora), None)
+        perturb(maker, f"run-{index}", seed=index)
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        maker.save_state(f"run-{index}", directory, include_optimizer=False)
+        artifacts.append(ArtifactWeights(f"art-{index}", directory))
+
+    def drawn(memory: int) -> tuple[list[list[int]], list[str]]:
+        backend = TorchBackend([BASE], sample_bytes=memory)
+        tokens = []
+        for artifact in artifacts:
+            request = request_for(token_prompts(5), None, max_tokens=20)
+            request.artifact = artifact
+            tokens.append(backend.sample("op", request).completions[0].tokens.tolist())
+        return tokens, list(backend.sampler.artifacts._kept)
+
+    row = 64 * 512
+    wide, kept = drawn(row + 4 * adapter_bytes)
+    assert kept == ["art-0", "art-1", "art-2"]
+    narrow, kept = drawn(row + 2 * adapter_bytes)
+    assert kept == ["art-2"]
+    assert narrow == wide
 
 
 def test_a_row_that_can_never_fit_fails_by_itself():

@@ -47,6 +47,7 @@ class TorchSampler:
         self._decoders = {
             model.name: Decoder(
                 model,
+                self.artifacts,
                 cache_bytes=cache_bytes // len(distinct),
                 most_rows=_MOST_ROWS_CPU if model.device == "cpu" else _MOST_ROWS_GPU,
                 prompt_tokens=_PROMPT_TOKENS_CPU if model.device == "cpu" else _PROMPT_TOKENS_GPU,

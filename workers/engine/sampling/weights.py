@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +124,17 @@ class ArtifactShelf:
         self._find_model = find_model
         self._check_lora = check_lora
         self._kept: OrderedDict[str, PinnedWeights] = OrderedDict()
+
+    def idle(self, model: BaseModel, used: Collection[PinnedWeights]) -> list[PinnedWeights]:
+        """A model's that are kept beside those in use."""
+        return [one for one in self._kept.values() if one.model is model and one not in used]
+
+    def clear(self, model: BaseModel, used: Collection[PinnedWeights]) -> bool:
+        """Keeps a model's no longer, but for those in use; whether there were any."""
+        idle = self.idle(model, used)
+        for name in [name for name, one in self._kept.items() if one in idle]:
+            del self._kept[name]
+        return bool(idle)
 
     def of(self, artifact: ArtifactWeights, model_ref: str) -> PinnedWeights:
         """An artifact's weights.
