@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from tensafe_client.data.chat import ChatTokenizer
@@ -162,7 +163,9 @@ class Collector:
         if isinstance(prompt, str):
             return self._need_tokenizer("text").encode(prompt, add_special_tokens=True)
         items: Sequence[Any] = prompt
-        if len(items) and isinstance(items[0], int):
+        if not len(items):
+            raise ConfigError.of("environment", "has a prompt without tokens or messages")
+        if isinstance(items[0], Integral):  # NumPy's too
             ids: list[int] = token_array("prompt", items).tolist()
             return ids
         tokenizer = self._need_tokenizer("messages")

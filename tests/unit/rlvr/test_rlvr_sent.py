@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_run import Run
 
-from tensafe_client import Datum
+from tensafe_client import ConfigError, Datum
 from tensafe_client.rlvr import Problem, Reply, RLVRTrainer, trainer
 
 SHORT = {"iterations": 1, "prompts": 2, "group_size": 4, "max_tokens": 5, "reward_processes": 1}
@@ -111,6 +111,18 @@ def test_the_loss_and_the_step_have_their_options():
     assert plain.stepped == [{"learning_rate": None, "grad_clip_norm": None}]
 
 
+@pytest.mark.parametrize("prompt", [[5, 6], (5, 6), np.array([5, 6]), [np.int32(5), np.int32(6)]])
+def test_token_ids_of_any_integers_are_prompts(monkeypatch: pytest.MonkeyPatch, prompt: Any):
+    monkeypatch.setattr(Parity, "problem", lambda *_: Problem(prompt))
+    assert {tuple(datum.tokens[:2]) for datum in trained().learned[0]} == {(5, 6)}
+
+
+def test_a_prompt_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Parity, "problem", lambda *_: Problem([]))
+    with pytest.raises(ConfigError, match="environment has a prompt without"):
+        trained()
+
+
 def test_a_reference_that_is_not_there_is_refused_before_anything_is_sampled(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -158,6 +170,8 @@ def test_an_episode_ends_after_a_turn_that_was_cut():
     assert report.parts["turns"] == (8 + 5) / 8
     cut = sum(sample.finish_reason == "length" for sample in run.samples)
     assert report.truncated == cut / 8
+    seeds = [options["seed"] for options in run.sampled]
+    assert len(set(seeds)) == len(seeds) == 2, "a turn draws as the one before it"
 
 
 @pytest.mark.parametrize(("context", "asked_again"), [(10, 5), (9, 0)])
