@@ -85,6 +85,17 @@ def test_rollouts_are_sampled_as_configured_and_held_out_problems_as_theirs():
     assert first == last == {**training, **unfiltered}
 
 
+def test_draws_are_of_the_seed_and_the_batch_and_evaluations_draw_alike():
+    def seeds(seed: int) -> list[int]:
+        run = trained(seed=seed, iterations=2, max_staleness=0, eval_every=1)
+        return [options["seed"] for options in run.sampled]
+
+    before, first, between, second, after = seeds(1)
+    assert before == between == after
+    assert len({before, first, second}) == 3
+    assert not {before, first, second} & set(seeds(2))
+
+
 def test_a_learned_token_has_the_models_own_logprob_for_its_q():
     run = trained(temperature=0.7)
     learned = [datum for update in run.learned for datum in update]
