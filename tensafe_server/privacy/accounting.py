@@ -33,6 +33,8 @@ _FARTHEST_OF_ONE, _FARTHEST = 130.0, 5000.0
 apart: at these ends it takes a gigabyte and half a minute, and beyond them all that there is."""
 _AT_THE_END = 1e-12
 """The δ at which ε tells about how far a grid reaches."""
+_LEAST_DELTA = 1e-14
+"""The library cuts tails of about 1e-15 off a PLD, and counts them as infinite loss."""
 
 
 class UnsupportedCompositionError(ValueError):
@@ -42,8 +44,8 @@ class UnsupportedCompositionError(ValueError):
 def epsilon(composition: Composition, terms: Terms) -> float:
     """ε of everything in a composition together; infinite without noise.
 
-    Where so much is released that a PLD would not fit into memory, it is an upper bound: by RDP, or
-    of the same without sampling where there is no RDP.
+    Where so much is released that a PLD would not fit into memory, or δ is below what one can tell,
+    it is an upper bound: by RDP, or of the same without sampling where there is no RDP.
 
     Raises:
         UnsupportedCompositionError: different mechanisms with sampling, under REPLACE_ONE.
@@ -58,7 +60,7 @@ def epsilon(composition: Composition, terms: Terms) -> float:
             return _gaussian_epsilon(used, terms)
         if len(used) == 1:
             [(mechanism, n)] = used.items()
-            if _has_pld(mechanism, n, terms.adjacency):
+            if _has_pld(mechanism, n, terms):
                 return _pld_epsilon(mechanism, n, terms)
             if not _has_rdp(terms.adjacency, mechanism.sample_rate):
                 return _gaussian_epsilon({Mechanism(mechanism.noise_multiplier): n}, terms)
@@ -70,7 +72,7 @@ def is_exact(composition: Composition, terms: Terms) -> bool:
     used = {mechanism: n for mechanism, n in composition.items() if n and mechanism.sample_rate}
     if terms.accountant is AccountantType.RDP or all(one.sample_rate == 1 for one in used):
         return True
-    return len(used) == 1 and all(_has_pld(*one, terms.adjacency) for one in used.items())
+    return len(used) == 1 and all(_has_pld(*one, terms) for one in used.items())
 
 
 def is_slow(composition: Composition, terms: Terms) -> bool:
@@ -204,12 +206,14 @@ def _pld_epsilon(mechanism: Mechanism, n: int, terms: Terms) -> float:
     return float(composed.get_epsilon_for_delta(terms.delta))
 
 
-def _has_pld(mechanism: Mechanism, n: int, adjacency: Adjacency) -> bool:
-    """Whether the grid of so many sampled releases fits into memory."""
+def _has_pld(mechanism: Mechanism, n: int, terms: Terms) -> bool:
+    """Whether the grid of so many sampled releases fits into memory, and tells ε at that δ."""
     import dp_accounting
 
     sigma = mechanism.noise_multiplier
-    if adjacency is Adjacency.REPLACE_ONE:
+    if terms.delta < _LEAST_DELTA:
+        return False
+    if terms.adjacency is Adjacency.REPLACE_ONE:
         sigma /= 2
     if dp_accounting.get_epsilon_gaussian(sigma, _AT_THE_END) > _FARTHEST_OF_ONE:
         return False

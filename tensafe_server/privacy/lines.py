@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
+from tensafe_server.store.charges import LedgerRow
 
 Sampling = Literal["server_poisson", "client_attested"]
 Unit = Literal["example", "unit_id"]
@@ -63,6 +64,12 @@ class Line:
 
 Lines = Mapping[Line, int]
 """Uses of each line of a dataset's ledger."""
+
+
+def uses_of_lines(rows: Iterable[LedgerRow]) -> dict[Line, int]:
+    """Of a ledger's entries, in order."""
+    newest = {row.line: row.uses for row in rows}
+    return {Line.from_json(line): uses for line, uses in newest.items()}
 
 
 def enforced(lines: Lines) -> Composition:

@@ -137,7 +137,11 @@ def test_no_entry_can_be_changed_or_taken_out(path: Path):
 
     run_test(path, body)
     connection = sqlite3.connect(path)
-    for statement in ("UPDATE dp_ledger SET uses = 0", "DELETE FROM dp_ledger"):
+    for statement in (
+        "UPDATE dp_ledger SET uses = 0",
+        "DELETE FROM dp_ledger",
+        "INSERT OR REPLACE INTO dp_ledger SELECT * FROM dp_ledger",
+    ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             connection.execute(statement)
 
@@ -160,6 +164,37 @@ def test_a_change_behind_the_stores_back_breaks_the_chain(path: Path):
         assert first_break([resealed, *rows[1:]]) == 2
 
     run_test(path, write)
+    run_test(path, read)
+
+
+CUTS = {
+    "the newest entry": "DELETE FROM dp_ledger WHERE position = 4",
+    "all entries": "DELETE FROM dp_ledger",
+    "the note of the end": "DELETE FROM dp_heads",
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_what_is_cut_off_the_end_is_missed_for_ever(path: Path, cut: str):
+    async def write(store: Store) -> None:
+        for number in range(1, 5):
+            await store.reserve_charge(reservation(number))
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is None
+        assert (await store.ledger_record("ten-1", "ds-2")).first_break() is None
+
+    async def read(store: Store) -> None:
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is not None
+        # Nor does what is written behind it hide that.
+        await store.reserve_charge(reservation(5))
+        await store.reserve_charge(reservation(6))
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is not None
+
+    run_test(path, write)
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TRIGGER dp_ledger_is_never_cut")
+    connection.execute(cut)
+    connection.commit()
+    connection.close()
     run_test(path, read)
 
 
