@@ -368,7 +368,9 @@ class Batch(_message.Message):
     UNIT_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def offsets(self) -> _types_pb2.Tensor:
-        """int64 [B + 1], from 0 to N, strictly increasing."""
+        """int64 [B + 1], from 0 to N, strictly increasing; B ≥ 1, but for a
+        ForwardBackward of a private run, whose batch may be empty.
+        """
 
     @_builtins.property
     def input_tokens(self) -> _types_pb2.Tensor:
