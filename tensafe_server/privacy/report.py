@@ -255,6 +255,10 @@ def _attested(
     if chosen:
         others = "" if private.line in chosen else " (of other runs on this dataset)"
         yield (
+            f"choice of batches{others}: that which examples are in one was decided without a look "
+            "at other examples, but at what was released with noise"
+        )
+        yield (
             f"batches{others}: that an example's tokens and weights were made of that example alone"
         )
     if private.line in chosen and private.line.sample_rate is not None:

@@ -33,7 +33,8 @@ class _DpSamplingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DpSampling
     """
     DP_SAMPLING_CLIENT_ATTESTED: _DpSampling.ValueType  # 2
     """The client, in whatever way: ε makes no assumption about it but that a unit is
-    used in at most max_participation steps, which the server enforces.
+    used in at most max_participation steps, which the server enforces, and that the
+    choice looks at other units by what was released alone, which the client attests.
     """
 
 class DpSampling(_DpSampling, metaclass=_DpSamplingEnumTypeWrapper):
@@ -47,7 +48,8 @@ independently, anew for each step (Poisson sampling). ε counts on it.
 """
 DP_SAMPLING_CLIENT_ATTESTED: DpSampling.ValueType  # 2
 """The client, in whatever way: ε makes no assumption about it but that a unit is
-used in at most max_participation steps, which the server enforces.
+used in at most max_participation steps, which the server enforces, and that the
+choice looks at other units by what was released alone, which the client attests.
 """
 Global___DpSampling: _TypeAlias = DpSampling  # noqa: Y015
 
