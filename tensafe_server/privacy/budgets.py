@@ -10,7 +10,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.ids import new_id
 from tensafe_server.privacy.accountant import Accountant
 from tensafe_server.privacy.accounting import MOST_STEPS, UnsupportedCompositionError
-from tensafe_server.privacy.lines import Line, Lines, Unit, enforced, if_poisson
+from tensafe_server.privacy.lines import Line, Lines, Unit, all_drawn, enforced, if_poisson
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
 from tensafe_server.privacy.records import ReadLedger, check_whole, read_ledger
 from tensafe_server.privacy.runs import PrivateRun
@@ -30,12 +30,14 @@ class Cost:
         if_poisson: ε with it, had all batches been drawn as was attested; None where that is not
             attested, or not in question.
         steps_left: steps that its run may still make; None: there is no end.
+        sampling_verified: whether the server drew all that `total` adds up.
     """
 
     before: float
     total: float
     if_poisson: float | None = None
     steps_left: int | None = None
+    sampling_verified: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -244,6 +246,7 @@ class Budgets:
                 await self._epsilon(private, lines),
                 await self._if_poisson(private, lines, exact=False),
                 steps_left,
+                private.server_poisson and all_drawn(lines),
             )
         except UnsupportedCompositionError as error:
             raise _unsupported(private, error) from error

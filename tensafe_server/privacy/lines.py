@@ -51,9 +51,14 @@ class Line:
         return cls(**json.loads(text))
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the server drew its batches."""
+        return self.sampling == "server_poisson"
+
+    @property
     def mechanism(self) -> Mechanism:
         """What a use is worth with no more assumed than was enforced."""
-        if self.sampling == "server_poisson":
+        if self.is_drawn:
             return Mechanism(self.noise_multiplier, self.sample_rate or 0.0)
         return Mechanism(self.noise_multiplier)
 
@@ -78,6 +83,11 @@ def enforced(lines: Lines) -> Composition:
     for line, uses in lines.items():
         total[line.mechanism] += line.most_in_one_unit(uses)
     return total
+
+
+def all_drawn(lines: Lines) -> bool:
+    """Whether the server drew the batches of all that counts."""
+    return all(line.is_drawn for line, uses in lines.items() if uses)
 
 
 def if_poisson(lines: Lines) -> Composition | None:

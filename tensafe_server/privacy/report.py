@@ -100,9 +100,7 @@ class Reports:
         report = _configured(run, private)
         report.delta = private.terms.delta
         report.test_mode = any(line.test_mode for line in _all_lines(private, lines))
-        report.sampling_verified = all(
-            line.sampling == "server_poisson" for line in _all_lines(private, lines)
-        )
+        report.sampling_verified = cost.sampling_verified
         if math.isfinite(cost.total):
             report.epsilon = cost.total
         if cost.if_poisson is not None and math.isfinite(cost.if_poisson):
@@ -199,13 +197,15 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> Non
             "of their own, or none"
         )
     used = _all_lines(private, lines)
-    drawn = [line for line in used if line.sampling == "server_poisson"]
-    chosen = [line for line in used if line.sampling == "client_attested"]
-    for line in drawn:
-        report.enforced.append(
+    drawn = [line for line in used if line.is_drawn]
+    chosen = [line for line in used if not line.is_drawn]
+    report.enforced.extend(
+        dict.fromkeys(  # others may differ in their noise alone
             f"the server drew each batch itself, every {unit} with probability "
             f"{line.sample_rate:g}, and told nobody who was in it{_whose(line, private)}"
+            for line in drawn
         )
+    )
     for line in chosen:
         if line.max_participation is not None:
             report.enforced.append(
@@ -283,6 +283,6 @@ def _headline(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> st
     text = f"privacy: ε = {report.epsilon:.4f} at δ = {report.delta:g} for {about}"
     if report.sampling_verified:
         return f"{text}; batches drawn by the server"
-    if any(line.sampling == "server_poisson" for line in used):
+    if any(line.is_drawn for line in used):
         return f"{text}; batches drawn by the server in part, no assumption about the others"
     return f"{text}; no assumption about sampling"

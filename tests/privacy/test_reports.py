@@ -86,6 +86,7 @@ def test_what_other_runs_have_assumed_is_part_of_a_report(client: ServiceClient)
     assert says(other.enforced, f"at most 3 steps of run {chosen.run_id}")
     assert says(other.attested, "other datasets of the tenant")
     assert says(other.caveats, "longest row")
+    assert [step.dp.sampling_verified for step in drawn.train_private(1)] == [False]
 
 
 def test_a_bound_is_that_of_its_run(client: ServiceClient) -> None:

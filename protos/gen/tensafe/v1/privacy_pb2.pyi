@@ -360,7 +360,9 @@ class DpMetrics(_message.Message):
     been drawn by Poisson sampling. Nobody has checked that.
     """
     sampling_verified: _builtins.bool
-    """Whether the server drew the batches itself."""
+    """Whether the server drew all that total_epsilon adds up itself: the batches of this
+    run, and of all others in the ledger.
+    """
     noised_loss: _builtins.float
     """Noised sum of the units' clipped losses over expected_batch_size; with
     loss_noise_multiplier only.
