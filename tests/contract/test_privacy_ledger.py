@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
 from tensafe.v1 import operations_pb2 as ops
+from tensafe_server.store import migrations
 from tensafe_server.store.base import (
     Finish,
     OperationRow,
@@ -20,7 +22,14 @@ from tensafe_server.store.base import (
     Store,
     TenantRow,
 )
-from tensafe_server.store.charges import ChargeEnd, LedgerEvent, Reservation, first_break
+from tensafe_server.store.charges import (
+    GENESIS,
+    ChargeEnd,
+    LedgerEvent,
+    LedgerRow,
+    Reservation,
+    first_break,
+)
 from tensafe_server.store.sqlite import SqliteStore
 
 
@@ -165,6 +174,40 @@ def test_a_change_behind_the_stores_back_breaks_the_chain(path: Path):
 
     run_test(path, write)
     run_test(path, read)
+
+
+def test_the_end_of_an_older_stores_ledger_is_known(path: Path, tmp_path: Path):
+    """One that was written before ends were noted."""
+    older = tmp_path / "migrations"
+    older.mkdir()
+    for script in sorted(Path(migrations.__file__).parent.glob("*.sql"))[:6]:
+        shutil.copy(script, older)
+    connection = sqlite3.connect(path, isolation_level=None)
+    migrations.migrate(connection, older)
+    connection.execute("INSERT INTO tenants (id, name, created_ns) VALUES ('ten-1', 'a', 1)")
+    before = GENESIS
+    for position in range(1, 4):
+        like = LedgerRow("ten-1", "ds-1", position, "reserve", "c", "r", "o", 1, "l", 1, 1, "")
+        row = like.sealed(before)
+        before = row.sha256
+        connection.execute(f"INSERT INTO dp_ledger VALUES ({', '.join('?' * 12)})", astuple(row))
+    connection.close()
+
+    async def read(store: Store) -> None:
+        record = await store.ledger_record("ten-1", "ds-1")
+        assert (len(record.rows), record.first_break()) == (3, None)
+        await store.reserve_charge(reservation(1))
+        record = await store.ledger_record("ten-1", "ds-1")
+        assert (len(record.rows), record.first_break()) == (4, None)
+
+    async def main() -> None:
+        store = await SqliteStore.open(path)
+        try:
+            await read(store)
+        finally:
+            await store.close()
+
+    asyncio.run(main())
 
 
 CUTS = {
