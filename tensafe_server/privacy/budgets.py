@@ -89,7 +89,8 @@ class DatasetBudget:
     def ended(self, charge: Charge, event: LedgerEvent) -> None:
         self.open.pop(charge.id, None)
         if event is LedgerEvent.RELEASE:
-            self.lines[Line.from_json(charge.reserved.line)] -= 1
+            line = Line.from_json(charge.reserved.line)
+            self.lines[line] = max(0, self.lines.get(line, 0) - 1)
         self.waiting.set_result(None)
         self.waiting = asyncio.get_running_loop().create_future()
 

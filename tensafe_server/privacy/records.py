@@ -16,7 +16,7 @@ class ReadLedger:
     """A dataset's ledger at one moment.
 
     Attributes:
-        lines: uses of each line.
+        lines: uses of each line; of one that is broken, before it is.
         broken: the position from which on it is not what was written; None: it is whole.
     """
 
@@ -30,7 +30,8 @@ async def read_ledger(store: Store, tenant_id: str, dataset_id: str) -> ReadLedg
     """Reads a whole ledger, which may have 100,000 entries, beside the event loop."""
     record = await store.ledger_record(tenant_id, dataset_id)
     broken = await asyncio.to_thread(record.first_break)
-    lines = await asyncio.to_thread(uses_of_lines, record.rows)
+    whole = record.rows if broken is None else record.rows[: broken - 1]
+    lines = await asyncio.to_thread(uses_of_lines, whole)
     return ReadLedger(dataset_id, record.rows, lines, broken)
 
 
