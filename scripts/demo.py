@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from local_service import LocalService, local_service
 
 from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
@@ -32,7 +33,10 @@ HELD_OUT_EXAMPLES = 16
 SHOWN_PROMPTS = 2
 MAX_TOKENS = 24
 STEPS_AHEAD = 2
-LOGPROB_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.2}
+# Of means over many tokens: two right computations in bfloat16 differ by 0.05 on average, but by
+# 0.4 at single tokens, and an adapter of another run differs by 0.5 on average.
+LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+GREEDY_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.03}
 
 
 class DemoError(AssertionError):
@@ -233,23 +237,37 @@ def take_away(tenant: Tenant, data: Data, directory: Path) -> None:
     dtype = tenant.client.model(MODEL).dtype
     plain = PlainPeft(Path(resolve(MODEL).location), directory, dtype)
 
-    datum = data.held_out[0][0]
-    ours = tenant.run.forward([datum]).result().logprobs[0]
-    theirs = plain.logprobs(datum.tokens, datum.target_tokens)
-    scored = datum.weights != 0
-    difference = float(abs(ours - theirs)[scored].max())
-    print(f"  largest difference of {int(scored.sum())} log-probabilities: {difference:.1e}")
+    held_out = data.held_out[0]
+    ours = tenant.run.forward(held_out).result().logprobs
+    differences = np.concatenate(
+        [
+            abs(mine - plain.logprobs(datum.tokens, datum.target_tokens))[datum.weights != 0]
+            for mine, datum in zip(ours, held_out, strict=True)
+        ]
+    )
+    difference = differences.mean()
+    print(f"  mean difference of {len(differences)} log-probabilities: {difference:.1e}")
     require(
         difference < LOGPROB_TOLERANCE[dtype],
         "plain peft computes other numbers than the service",
     )
 
-    prompt = [int(token) for token in datum.tokens[: int(scored.argmax()) + 1]]
-    sampled = tenant.run.sample([prompt], max_tokens=MAX_TOKENS, temperature=0).samples[0]
-    behind = plain.behind_greedy(prompt, sampled.tokens.tolist())
-    print(f"  greedy completion: each token within {behind:.1e} of plain peft's likeliest")
+    prompts = [
+        datum.tokens[: int((datum.weights != 0).argmax()) + 1].tolist() for datum in held_out
+    ]
+    samples = tenant.run.sample(prompts, max_tokens=MAX_TOKENS, temperature=0).samples
+    behind = np.concatenate(
+        [
+            plain.behind_greedy(prompt, sample.tokens.tolist())
+            for prompt, sample in zip(prompts, samples, strict=True)
+        ]
+    )
+    print(f"  {len(behind)} greedy tokens: {(behind == 0).mean():.0%} are plain peft's likeliest")
     # Two kernels may break a near tie differently, and only that.
-    require(behind < LOGPROB_TOLERANCE[dtype], "plain peft continues differently than the service")
+    require(
+        behind.mean() < GREEDY_TOLERANCE[dtype],
+        "plain peft continues differently than the service",
+    )
 
 
 def resume(

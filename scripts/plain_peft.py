@@ -53,16 +53,14 @@ class PlainPeft:
         return logprobs
 
     @torch.inference_mode()
-    def behind_greedy(self, prompt: list[int], completion: list[int]) -> float:
-        """How much less likely than the likeliest token a completion's tokens are, at most.
+    def behind_greedy(self, prompt: list[int], completion: list[int]) -> Array:
+        """float32 [N]: how much less likely than the likeliest token each of a completion's is.
 
-        Returns:
-            Difference of log-probabilities; 0 if `generate` would have chosen each of them.
+        Differences of log-probabilities; 0 where `generate` would have chosen the same token.
         """
-        if not completion:
-            return 0.0
         input_ids = torch.as_tensor([prompt + completion])
         logits = self._model(input_ids=input_ids).logits[0, len(prompt) - 1 : -1].float()
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(-1, torch.as_tensor(completion)[:, None])[:, 0]
-        return float((logprobs.amax(-1) - chosen).max())
+        chosen = logprobs.gather(-1, torch.as_tensor(completion, dtype=torch.long)[:, None])[:, 0]
+        behind: Array = (logprobs.amax(-1) - chosen).numpy()
+        return behind

@@ -21,6 +21,16 @@ goldens_are_current() {
   git diff --exit-code -- tests/golden
 }
 
+# An extra of 30 packages, without which these tests are skipped: beside .venv, not in it.
+reasoning_gym_is_an_environment() {
+  local extra
+  extra=$(mktemp -d)
+  "$python" -m pip install --quiet -c constraints.txt --target "$extra" reasoning-gym
+  PYTHONPATH=$extra "$python" -m pytest -q -k reasoning_gym \
+    tests/unit/rlvr/test_environments.py tests/e2e/test_rlvr_quickstart.py
+  rm -r "$extra"
+}
+
 if [ "$mode" != --bench ]; then
   step make lint
   step make test
@@ -28,6 +38,7 @@ if [ "$mode" != --bench ]; then
 fi
 if [ "$mode" = --tests ] || [ "$mode" = --all ]; then
   step make test-slow
+  step reasoning_gym_is_an_environment
   step "$python" scripts/baseline_sft_smoke.py --backend torch
   step goldens_are_current
 fi

@@ -21,6 +21,8 @@ from tensafe_client.session import Session
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _HASH_BYTES = 2**20
+_STATE_FILES = ("state.json", "optimizer.safetensors", "accumulator.safetensors")
+"""What only some artifacts have beside the adapter."""
 
 
 class Downloads:
@@ -38,10 +40,20 @@ class Downloads:
 
         Raises:
             ChecksumMismatchError: if what came is not what was saved; the part is deleted.
-            ConfigError: if the directory cannot be made or written.
+            ConfigError: if the directory cannot be made or written, or holds files of another
+                artifact that this one would not replace.
         """
         place = check_path("directory", directory)
         info = await self._api.artifact(artifact_id)
+        names = {file.name for file in info.files}
+        others = [name for name in _STATE_FILES if name not in names and (place / name).exists()]
+        if others:
+            raise ConfigError.of(
+                "directory",
+                f"holds {', '.join(others)} of another artifact, which {info.id} does not have "
+                f"({place}); the two would be mixed",
+                remedy="choose another directory, or remove what is there",
+            )
         try:
             await asyncio.to_thread(place.mkdir, parents=True, exist_ok=True)
             for file in info.files:

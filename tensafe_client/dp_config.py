@@ -101,6 +101,11 @@ class DPConfig(Given):
             if value is not None and value not in choices:
                 rule = f"must be {' or '.join(map(repr, choices))}, got {value!r}"
                 raise ConfigError.of(f"DPConfig.{name}", rule)
+        if not self.enabled:
+            for name in self.given_fields():
+                if name != "enabled" and getattr(self, name) is not None:
+                    rule = "has no effect without enabled; set that, or leave this out"
+                    raise ConfigError.of(f"DPConfig.{name}", rule)
 
     def to_proto(self) -> pb.DpConfig:
         """Packs the given fields, and `enabled` always: proto3 has no presence for it."""

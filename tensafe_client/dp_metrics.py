@@ -25,7 +25,8 @@ class DPMetrics:
             without an end.
         epsilon_if_poisson: what total_epsilon would be if the batches had been drawn as was
             attested, which nobody has checked; None where that is not in question.
-        sampling_verified: whether the server drew the batches itself.
+        sampling_verified: whether the server drew all that total_epsilon adds up itself: the
+            batches of this run, and of all others in the ledger.
         noised_loss: the noised mean loss; None without loss_noise_multiplier.
     """
 

@@ -115,6 +115,12 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
             return self.cancelled()
         return self._session.io.run(self._session.cancel_operation(self))
 
+    def running(self) -> bool:
+        """Asks the server whether a worker executes the operation now; blocks for the answer."""
+        if self.done() or self._operation_id is None:
+            return False
+        return self._session.io.run(self._session.is_running(self._operation_id))
+
     def __await__(self) -> Generator[Any, None, T]:
         return self._wait_async().__await__()
 
@@ -125,7 +131,7 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
 
     def _state_name(self) -> str:
         if not self.done():
-            return "sending" if self._operation_id is None else "running"
+            return "sending" if self._operation_id is None else "accepted"
         if self.cancelled():
             return "cancelled"
         error = super().exception(0)

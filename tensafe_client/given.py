@@ -48,7 +48,7 @@ class Given:
         """
         if not isinstance(values, Mapping):
             shown = path.rstrip(".") or cls.__name__
-            raise ConfigError.of(shown, f"must be a dict or a {cls.__name__}, got {values!r}")
+            raise ConfigError.of(shown, f"must be of type {cls.__name__} or a dict, got {values!r}")
         check_fields(cls.__name__, values, cls, path)
         for field_ in fields(cls):  # type: ignore[arg-type]
             required = field_.default is MISSING and field_.default_factory is MISSING
@@ -66,7 +66,9 @@ class Given:
         if isinstance(value, Mapping):
             object.__setattr__(self, name, config.from_dict(value, f"{name}."))
         elif value is not None and not isinstance(value, config):
-            raise ConfigError.of(name, f"must be a dict or a {config.__name__}, got {value!r}")
+            raise ConfigError.of(
+                name, f"must be of type {config.__name__} or a dict, got {value!r}"
+            )
 
 
 def present(message: Any, *names: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class RunOperations:
             batch: a mapping as a Hugging Face data loader yields (`input_ids`, `labels`, maybe
                 `attention_mask`, each [B, T] as lists, NumPy or torch; labels aligned with the
                 inputs, −100 ignored, shifted inside; maybe `unit_id`, B texts), or a list of
-                `Datum`.
+                `Datum`, in a private run maybe an empty one.
             loss_fn: name of the loss; `client.losses()` lists what each takes.
             reduction: "token_mean", "sequence_mean" or "sum"; one accumulation window has one.
                 None: the loss's own, for most the token mean.

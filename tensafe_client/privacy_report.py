@@ -44,6 +44,7 @@ class LedgerLine:
         max_participation: steps that a unit was in at most; None without a bound.
         test_mode: the noise came from a seed that somebody knows.
         uses: charges that count: committed, lost, or not ended yet.
+        privacy_unit: whose contribution was bounded: "example" or "unit_id".
     """
 
     sampling: str
@@ -53,6 +54,7 @@ class LedgerLine:
     max_participation: int | None
     test_mode: bool
     uses: int
+    privacy_unit: str
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,18 @@ class PrivacyReport:
     Attributes:
         run_id: the run.
         headline: what to read first.
-        test_mode: no promise holds, since somebody may know the noise.
+        test_mode: no promise holds, since somebody may know the noise: of this run, or of another
+            in the ledger.
         epsilon: ε of all that was released of the dataset, with no more assumed than was enforced.
         epsilon_if_poisson: ε had the batches been drawn as was attested; None if not in question.
-        target_epsilon: the bound that the run was held to; None without one.
+        target_epsilon: the bound past which no step of this run has taken the ledger; None without
+            one. Other runs have their own, or none.
         delta: δ of each ε.
         adjacency: what ε is about.
         privacy_unit: what is protected: "example" or "unit_id".
-        sampling: who drew the batches.
-        sampling_verified: whether the server drew them itself.
+        sampling: who drew this run's batches.
+        sampling_verified: whether the server drew all that counts itself: also for the others in
+            the ledger.
         sample_rate: q; None if not even attested.
         noise_multiplier: σ of the gradient's noise.
         loss_noise_multiplier: σ of the loss's noise; None if no loss was released.
@@ -211,12 +216,17 @@ def _line(message: pb.LedgerLine) -> LedgerLine:
         run_id=message.run_id,
         test_mode=message.test_mode,
         uses=message.uses,
+        privacy_unit=enum_name(pb.PrivacyUnit, message.privacy_unit),
         **values,
     )
 
 
 def _described(line: LedgerLine) -> str:
-    parts = [f"{line.uses} of {line.sampling}", f"noise multiplier {line.noise_multiplier:g}"]
+    parts = [
+        f"{line.uses} of {line.sampling}",
+        f"unit {line.privacy_unit}",
+        f"noise multiplier {line.noise_multiplier:g}",
+    ]
     if line.sample_rate is not None:
         attested = "" if line.sampling == "server_poisson" else " (attested)"
         parts.append(f"sample rate {line.sample_rate:g}{attested}")

@@ -226,6 +226,14 @@ class Session:
             self.ended(future, response.operation)
         return future.cancelled()
 
+    async def is_running(self, operation_id: str) -> bool:
+        """Whether a worker executes an operation now; on the loop."""
+        stubs = await self.stubs()
+        request = operations_pb2.GetOperationRequest(operation_id=operation_id)
+        response = await self.call(stubs.operations.GetOperation, request)
+        running: bool = response.operation.state == operations_pb2.OPERATION_STATE_RUNNING
+        return running
+
     def _cancel_unmade(self, future: OperationFuture[Any]) -> bool:
         sequence = self._sequences.get(future.run_id)
         if sequence is None:

@@ -205,7 +205,7 @@ def _plain_json(path: str, value: Any, depth: int) -> Any:
         }
     if isinstance(value, list | tuple):
         return [_plain_json(f"{path}[{i}]", item, depth + 1) for i, item in enumerate(value)]
-    raise ConfigError.of(path, f"is a {type(value).__name__}, which is no JSON value")
+    raise ConfigError.of(path, f"is of type {type(value).__name__}, which is no JSON value")
 
 
 def _json_number(path: str, value: float) -> float:

@@ -170,7 +170,7 @@ class Coordinator:
         )
         snapshots.on_kept = self._pruner.look_at
         restorer = Restorer(store, payloads, snapshots, privacy.steps)
-        specs = SpecReader(store, payloads, self._ledger)
+        specs = self._specs = SpecReader(store, payloads, self._ledger)
         self._blame = Blame(store, self._ledger)
         self.dispatcher = Dispatcher(
             store,
@@ -332,7 +332,9 @@ class Coordinator:
         await self._models.load()
         await self._hub.load()
         await self._pruner.sweep()
-        pending = await recover(self._store, self._payloads, self._models, self._ledger)
+        pending = await recover(
+            self._store, self._payloads, self._models, self._ledger, self._specs.on_missing
+        )
         await self._blame.load()
         await self._privacy.load()
         self._artifacts.start()

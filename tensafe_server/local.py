@@ -19,7 +19,6 @@ from tensafe_server.tenants.identity import Identity
 log = logging.getLogger(__name__)
 
 _LOCAL_TENANT = "local"
-_WORKERS_KEY = "local workers"
 # Of the grace period: what workers may take to finish, and after which they are killed. The rest is
 # the coordinator's own.
 _WORKERS_SHARE = 0.7
@@ -78,7 +77,7 @@ async def serve_locally(
     coordinator = await Coordinator.start(settings.coordinator)
     launcher = LocalLauncher()
     try:
-        key = await _workers_key(coordinator.identity)
+        key = coordinator.identity.passing_key(admin.KEY_KIND_WORKER)
         for number, arguments in enumerate(settings.worker_arguments):
             name = f"worker-{number}"
             connect = ["--connect", coordinator.local_address, "--name", name]
@@ -99,16 +98,6 @@ async def serve_locally(
         await coordinator.drain()
         await launcher.stop(_KILL_SHARE * grace_s)
         await coordinator.stop((1 - _KILL_SHARE) * grace_s)
-
-
-async def _workers_key(identity: Identity) -> str:
-    """A key for the workers of this start; those of earlier starts end with their workers."""
-    for key in identity.keys(None):
-        of_workers = key.kind == admin.KEY_KIND_WORKER and key.name == _WORKERS_KEY
-        if of_workers and key.revoked_ns is None:
-            await identity.revoke_key(key.id)
-    _, secret = await identity.create_key(admin.KEY_KIND_WORKER, None, _WORKERS_KEY)
-    return secret
 
 
 async def _write_profiles(identity: Identity, address: str, profile: str) -> None:

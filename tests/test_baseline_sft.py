@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 import subprocess
@@ -22,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/baseline_sft.md").read_text()
 SAMPLES = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.+?) \| .+ \|$", re.M)
+
+
+OUTPUT = re.search(r"### Expected Output\n\n```\n(.*?)```", PAGE, re.S)
+PROMISED = "1b8e40bf54fa355376860af699fb311b139bccb10578c1a26d83c7eadb7e5994"
+"""SHA-256 of the samples and the expected output as they were before there was any code."""
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +66,8 @@ def test_the_script_prints_the_expected_output():
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    shown = re.search(r"### Expected Output\n\n```\n(.*?)```", PAGE, re.S)
-    assert shown is not None
-    pattern = re.escape(shown[1].strip())
+    assert OUTPUT is not None
+    pattern = re.escape(OUTPUT[1].strip())
     pattern = pattern.replace("1\\.5xx", r"1\.5\d\d").replace("art\\-xxx", r"art\-\S+")
     pattern = pattern.replace(re.escape("...\n"), "(?P<between>.*?\n)", 1)
     matched = re.fullmatch(pattern, ran.stdout.strip(), re.S)
@@ -74,6 +79,11 @@ def test_the_script_prints_the_expected_output():
     assert len(between) == len(expected)
     for line, wanted in zip(between, expected, strict=True):
         assert re.fullmatch(wanted, line), line
+
+
+def test_samples_and_output_are_as_promised():
+    assert OUTPUT is not None
+    assert hashlib.sha256("".join([*SAMPLES, OUTPUT[1]]).encode()).hexdigest() == PROMISED
 
 
 def test_every_sample_runs_as_written(

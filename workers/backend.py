@@ -118,7 +118,7 @@ class Backend(ABC):
 
     def forward_backward_group(
         self, entries: Sequence[tuple[str, int, LossRequest]]
-    ) -> list[LossOutcome | TenSafeFault]:
+    ) -> list[LossOutcome | Exception]:
         """Several at once, for a backend that gains by it.
 
         Args:

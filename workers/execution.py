@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +15,13 @@ from tensafe.v1 import operations_pb2, training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault, to_status
 from workers import wire
 from workers.artifacts import ArtifactCache, Transfers, artifact_message
-from workers.backend import Backend, NoisedFault
+from workers.backend import Backend
+from workers.failures import USELESS, RunLostError, applied, closed_over
 from workers.operations import ArtifactWeights, RunSettings, SampleRequest, StepOutcome
 
 log = logging.getLogger(__name__)
 
-_USELESS = frozenset({"CHECKSUM_MISMATCH", "ARTIFACT_MISMATCH", "ARTIFACT_NOT_FOUND"})
-# The recovery point that the next assignment names is looked at anew, and may be another one.
-_PASSES_BY = _USELESS - {"ARTIFACT_MISMATCH"} | {
-    "INTERNAL",
-    "OUT_OF_MEMORY",
-    "STORAGE_FULL",
-    "STORAGE_UNAVAILABLE",
-    "DRAINING",
-}
+_CHANGES_WINDOW = frozenset({"forward_backward", "optim_step", "private_step"})
 
 
 class SnapshotLoadError(Exception):
@@ -83,7 +75,7 @@ class Execution:
                 self._transfers.fetch_snapshot(assignment.snapshot_id, directory)
                 self._backend.open_run(assignment.run_id, settings, directory)
             except TenSafeFault as fault:
-                if fault.detail.reason in _USELESS:
+                if fault.detail.reason in USELESS:
                     raise SnapshotLoadError(assignment, _useless(assignment, fault)) from fault
                 raise
             except (grpc.aio.AioRpcError, MemoryError):
@@ -103,27 +95,15 @@ class Execution:
         done: worker_pb2.OperationDone,
     ) -> None:
         """Fills in what came of an operation in a run's order, applied to `run_id`. A SAMPLE is
-        not among them: it goes on beside others (`workers/samples.py`)."""
+        not among them: it goes on beside others (`workers/samples.py`).
+
+        Raises:
+            RunLostError: it failed, and the run is not as its log would have it after that.
+        """
         backend = self._backend
-        if kind == "forward_backward":
-            try:
-                request = wire.gradient_request(
-                    planned, spec.forward_backward, self._artifacts.directory
-                )
-            except Exception:
-                backend.poison(run_id)
-                raise
-            loss = backend.forward_backward(run_id, spec.seq, request)
-            failpoints.hit("mid-step")
-            done.result.CopyFrom(wire.forward_backward_result(loss))
-        elif kind == "optim_step":
-            step = backend.optim_step(run_id, wire.step_request(planned, spec.optim_step))
-            failpoints.hit("mid-step")
-            write_step(planned, step, done)
-        elif kind == "private_step":
-            step = self._private_step(run_id, spec, planned)
-            failpoints.hit("mid-step")
-            write_step(planned, step, done)
+        if kind in _CHANGES_WINDOW:
+            with closed_over(backend, kind, planned, run_id):
+                self._change_window(kind, run_id, spec, planned, done)
         elif kind == "forward":
             loss = backend.forward(
                 run_id, wire.loss_request(spec.forward, self._artifacts.directory)
@@ -135,6 +115,32 @@ class Execution:
             done.result.CopyFrom(self._load(spec, run_id))
         else:
             raise RuntimeError("the operation has no kind")
+
+    def _change_window(
+        self,
+        kind: str,
+        run_id: str,
+        spec: training_pb2.OperationSpec,
+        planned: worker_pb2.PlannedOperation,
+        done: worker_pb2.OperationDone,
+    ) -> None:
+        backend = self._backend
+        if kind == "forward_backward":
+            request = wire.gradient_request(
+                planned, spec.forward_backward, self._artifacts.directory
+            )
+            loss = backend.forward_backward(run_id, spec.seq, request)
+            with applied(run_id):
+                failpoints.hit("mid-step")
+                done.result.CopyFrom(wire.forward_backward_result(loss))
+            return
+        if kind == "optim_step":
+            step = backend.optim_step(run_id, wire.step_request(planned, spec.optim_step))
+        else:
+            step = self._private_step(run_id, spec, planned)
+        with applied(run_id):
+            failpoints.hit("mid-step")
+            write_step(planned, step, done)
 
     def _private_step(
         self,
@@ -187,8 +193,13 @@ class Execution:
         message = spec.load_state
         include = message.include_optimizer if message.HasField("include_optimizer") else None
         directory = self._artifacts.directory(message.artifact_id)
-        outcome = self._backend.load_state(run_id, directory, include)
-        return wire.load_state_result(message.artifact_id, outcome)
+        try:
+            outcome = self._backend.load_state(run_id, directory, include)
+            return wire.load_state_result(message.artifact_id, outcome)
+        except TenSafeFault:
+            raise  # it was refused, and has changed nothing
+        except Exception as error:
+            raise RunLostError(run_id, error) from error
 
 
 def write_step(
@@ -201,16 +212,6 @@ def write_step(
         done.step_metrics.extend(wire.step_metrics(step))
 
 
-def passes_by(fault: TenSafeFault) -> bool:
-    """Whether a run that could not be taken on may be at another time, or by another worker."""
-    return fault.detail.reason in _PASSES_BY
-
-
-def given_up(run_id: str, epoch: int, fault: TenSafeFault) -> worker_pb2.RefusedSnapshot:
-    """What the coordinator is told of a run that did not come to where the log has it."""
-    return worker_pb2.RefusedSnapshot(run_id=run_id, epoch=epoch, error=to_status(fault.detail))
-
-
 def _useless(assignment: worker_pb2.RunAssignment, error: Exception) -> TenSafeFault:
     return TenSafeFault(
         "CHECKSUM_MISMATCH",
@@ -218,28 +219,3 @@ def _useless(assignment: worker_pb2.RunAssignment, error: Exception) -> TenSafeF
         f"{type(error).__name__}",
         run_id=assignment.run_id,
     )
-
-
-def as_fault(error: Exception, what: str) -> TenSafeFault:
-    """A known fault as it is; anything else as INTERNAL, its text for the log only."""
-    if isinstance(error, TenSafeFault):
-        return error
-    error_id = secrets.token_hex(6)
-    log.error("%s failed, error id %s", what, error_id, exc_info=error)
-    return TenSafeFault(
-        "INTERNAL",
-        f"the worker failed for a reason of its own, error id {error_id}; tell the operator, "
-        "whose log has the details",
-        error_id=error_id,
-    )
-
-
-def fail(
-    done: worker_pb2.OperationDone, error: Exception, planned: worker_pb2.PlannedOperation
-) -> None:
-    """Fills in why an operation failed, and whether its charge is unused."""
-    fault = as_fault(error, f"operation {done.operation_id}")
-    done.error.CopyFrom(to_status(fault.detail))
-    if planned.HasField("charge"):
-        # What failed for an unknown reason may have been noised.
-        done.charge_unused = isinstance(error, TenSafeFault) and not isinstance(error, NoisedFault)

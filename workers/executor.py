@@ -20,14 +20,8 @@ from workers import wire
 from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
-from workers.execution import (
-    Execution,
-    SnapshotLoadError,
-    as_fault,
-    fail,
-    given_up,
-    passes_by,
-)
+from workers.execution import Execution, SnapshotLoadError
+from workers.failures import RunLostError, as_fault, fail, given_up, passes_by
 from workers.grouping import (
     Member,
     PassCount,
@@ -62,6 +56,8 @@ class Executor:
         on_progress: called from the executor's thread whenever `collect` would have news, or
             `idle` has become true.
         limits: how long an operation may run, for whoever watches `activity`.
+        on_broken: called from the executor's thread, which then ends, when something failed that
+            belongs to no operation: what is planned will never be executed.
 
     Attributes:
         activity: what the thread is at.
@@ -74,7 +70,9 @@ class Executor:
         transfers: Transfers,
         on_progress: Callable[[], None],
         limits: OperationLimits | None = None,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
+        self._on_broken = on_broken
         self.activity = Activity()
         self._limits = limits or OperationLimits()
         self._leaving = False
@@ -103,7 +101,7 @@ class Executor:
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._private = PrivateSteps(transfers, self._inbox.put)
         self._telling = Telling(backend, self._progress, self._private, self._give_up)
-        self._thread = threading.Thread(target=self._work, name="tensafe-executor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tensafe-executor", daemon=True)
 
     # Called by the link.
 
@@ -205,6 +203,15 @@ class Executor:
 
     # On the executor's thread.
 
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            if self._on_broken is None:
+                raise
+            log.critical("the executor has failed, and executes nothing more", exc_info=True)
+            self._on_broken()
+
     def _work(self) -> None:
         while self._fill():
             begin = time.perf_counter()
@@ -285,6 +292,8 @@ class Executor:
             private=assignment.config.dp.enabled,
         )
         self._runs[assignment.run_id] = run
+        if run.private:
+            self._progress.keep_apart(assignment.run_id)
         self.activity.begin("", assignment.run_id, self._limits.base_s)
         try:
             settings = wire.run_settings(assignment.config)
@@ -315,14 +324,24 @@ class Executor:
         self._refused.append(refused)
         self._on_progress()
 
+    def _lose(self, planned: worker_pb2.PlannedOperation, run_id: str, lost: RunLostError) -> None:
+        """Leaves a run, and with it the operation that it was at, to its next assignment."""
+        self._progress.abandon(planned)
+        self._give_up(given_up(run_id, planned.epoch, lost.fault))
+
     def _extend(self, tokens: int) -> None:
         """The operation at hand turns out to have so many tokens."""
         step = self.activity.step
         if step is not None:
             self.activity.begin(step.operation_id, step.run_id, self._limits.of_tokens(tokens))
 
-    def _claim(self, planned: worker_pb2.PlannedOperation, kind: str = "") -> bool:
-        claim = self._progress.claim(planned, stoppable=kind == "sample")
+    def _claim(
+        self,
+        spec: training_pb2.OperationSpec,
+        planned: worker_pb2.PlannedOperation,
+        kind: str = "",
+    ) -> bool:
+        claim = self._progress.claim(planned, spec.run_id, stoppable=kind == "sample")
         if claim is Claim.CANCELLED:
             self._void(planned)
         return claim is Claim.MINE
@@ -336,7 +355,7 @@ class Executor:
         if planned.replay:
             self._replay(spec, kind, planned)
             return
-        if not self._claim(planned, kind):
+        if not self._claim(spec, planned, kind):
             return
         self._progress.begin()
         done = _done(planned)
@@ -346,6 +365,9 @@ class Executor:
                 return
         except _RefusedRunError:
             self._progress.abandon(planned)
+            return
+        except RunLostError as lost:
+            self._lose(planned, spec.run_id, lost)
             return
         except Exception as error:
             fail(done, error, planned)
@@ -365,6 +387,9 @@ class Executor:
             self._execute(spec, kind, planned, done)
         except _RefusedRunError:
             return
+        except RunLostError as lost:
+            self._give_up(given_up(done.run_id, planned.epoch, lost.fault))
+            return
         except Exception as error:
             if not (planned.failed or self._runs[done.run_id].check):
                 # What comes after it would be computed from another state than the logged one.
@@ -379,20 +404,19 @@ class Executor:
 
     def _together(self, members: Sequence[Member]) -> None:
         """Executes operations of different runs as one pass; each has its own outcome."""
-        claimed = [member for member in members if self._claim(member.planned)]
+        claimed = [member for member in members if self._claim(member.spec, member.planned)]
         if not claimed:
             return
         self._progress.begin()
         limit_s = sum(self._limits.of(member.spec) for member in claimed)
         self.activity.begin(claimed[0].planned.operation_id, claimed[0].spec.run_id, limit_s)
-        ready, refused = [], []
+        ready: list[Member] = []
         for member in claimed:
             try:
                 self._held(member.spec, member.planned).last_seq = member.spec.seq
-                read_request(self._backend, member, self._artifacts.directory)
+                member.is_held = True
+                read_request(member, self._artifacts.directory)
                 ready.append(member)
-            except _RefusedRunError:
-                refused.append(member)
             except Exception as error:
                 member.outcome = error
         if ready:
@@ -403,15 +427,18 @@ class Executor:
             self._pass_count.add(len(ready))
         ended: list[Ended] = []
         for member in claimed:
-            if member in refused:
-                self._progress.abandon(member.planned)
-                continue
             done = _done(member.planned)
             done.compute_ms = member.compute_ms
             if member in ready and member.kind == "forward_backward":
                 done.company = len(ready) - 1
             try:
-                write_outcome(member, done)
+                write_outcome(self._backend, member, done)
+            except _RefusedRunError:
+                self._progress.abandon(member.planned)
+                continue
+            except RunLostError as lost:
+                self._lose(member.planned, member.spec.run_id, lost)
+                continue
             except Exception as error:
                 fail(done, error, member.planned)
             ended.append(Ended(member.spec, member.planned, done))
@@ -428,10 +455,15 @@ class Executor:
             return
         if spec.seq <= run.last_seq:
             return  # it has heard of it: it was told again over a new stream
-        if spec.HasField("forward_backward"):
-            self._backend.poison(run_id)
-        elif planned.void:
-            self._backend.drop_window(run_id)
+        try:
+            if spec.HasField("forward_backward"):
+                self._backend.poison(run_id)
+            elif planned.void:
+                self._backend.drop_window(run_id)
+        except Exception as error:
+            fault = as_fault(error, f"marking the window of {run_id}")
+            self._give_up(given_up(run_id, planned.epoch, fault))
+            return
         run.last_seq = spec.seq
 
     def _execute(

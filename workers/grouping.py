@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tensafe.v1 import training_pb2, worker_pb2
-from tensafe.wire.status import TenSafeFault
 from workers import wire
 from workers.backend import Backend
 from workers.execution import write_step
+from workers.failures import applied, close_over
 from workers.keeping import HeldRun
 from workers.operations import LossOutcome, LossRequest, StepOutcome, StepRequest
 
@@ -28,6 +28,7 @@ class Member:
 
     Attributes:
         request: what the backend is asked, once it was read.
+        is_held: its run is here, and comes to this operation.
         outcome: what came of it.
         compute_ms: its share of the time.
     """
@@ -36,6 +37,7 @@ class Member:
     spec: training_pb2.OperationSpec
     kind: str
     request: LossRequest | StepRequest | None = None
+    is_held: bool = False
     outcome: LossOutcome | StepOutcome | Exception | None = None
     compute_ms: float = 0.0
 
@@ -112,35 +114,37 @@ def execute(backend: Backend, members: Sequence[Member]) -> None:
         member.compute_ms = elapsed_ms * member.weight / total
 
 
-def read_request(
-    backend: Backend, member: Member, artifact_directory: Callable[[str], Path]
-) -> None:
-    """Reads what the backend is asked. A batch that cannot be read poisons its window.
+def read_request(member: Member, artifact_directory: Callable[[str], Path]) -> None:
+    """Reads what the backend is asked.
 
     Raises:
         TenSafeFault: INVALID_BATCH, or what else is wrong with it.
     """
     if member.kind == "optim_step":
         member.request = wire.step_request(member.planned, member.spec.optim_step)
-        return
-    try:
+    else:
         member.request = wire.gradient_request(
             member.planned, member.spec.forward_backward, artifact_directory
         )
-    except TenSafeFault:
-        backend.poison(member.spec.run_id)
-        raise
 
 
-def write_outcome(member: Member, done: worker_pb2.OperationDone) -> None:
-    """Fills in the result. Raises the member's failure."""
+def write_outcome(backend: Backend, member: Member, done: worker_pb2.OperationDone) -> None:
+    """Fills in the result. Raises the member's failure, with its window as after that.
+
+    Raises:
+        RunLostError: its run is not as the log would have it.
+    """
     outcome = member.outcome
+    run_id = member.spec.run_id
     if isinstance(outcome, Exception):
+        if member.is_held:
+            close_over(backend, member.kind, member.planned, run_id, outcome)
         raise outcome
-    if isinstance(outcome, LossOutcome):
-        done.result.CopyFrom(wire.forward_backward_result(outcome))
-    elif outcome is not None:
-        write_step(member.planned, outcome, done)
+    with applied(run_id):
+        if isinstance(outcome, LossOutcome):
+            done.result.CopyFrom(wire.forward_backward_result(outcome))
+        elif outcome is not None:
+            write_step(member.planned, outcome, done)
 
 
 class PassCount:

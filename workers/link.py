@@ -116,7 +116,9 @@ class Link:
             transfers = GrpcTransfers(self._stub, self._metadata, self._loop)
             self._transfers = transfers
             limits = self._options.limits
-            self._executor = Executor(self._backend, transfers, self._progress, limits)
+            self._executor = Executor(
+                self._backend, transfers, self._progress, limits, end_with_stacks
+            )
             self._executor.start()
             self._started = True
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -132,6 +132,11 @@ class Batch:
     inputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     units: Int32 | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no datum, as that of a private run may."""
+        return len(self.offsets) == 1
+
     def tensors(self) -> dict[str, NDArray[Any]]:
         """All that the loss is given, by name."""
         own = {"target_tokens": self.target_tokens, "weights": self.weights}

@@ -6,11 +6,12 @@ single operations are atomic, so that neither side ever waits for a lock.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
 
 from tensafe.v1 import training_pb2, worker_pb2
+from workers.answers import Answers
 from workers.operations import SampleChunk
 
 _Key = tuple[str, int]
@@ -29,13 +30,14 @@ class Progress:
     """The state of every operation that is to be answered.
 
     Args:
-        remembered: how many answers to keep for operations that are sent again.
+        remembered: how many answers to keep for operations that are sent again; of each private run
+            as many by themselves.
         instant: starts are not worth a report.
         on_news: called from either thread when `collect` would have news.
     """
 
     def __init__(self, remembered: int, instant: bool, on_news: Callable[[], None]) -> None:
-        self._remembered = remembered
+        self._answers = Answers(remembered)
         self._instant = instant
         self._on_news = on_news
         # Claimed (popped) by the executor to run, or by a cancel: whoever pops it owns it.
@@ -44,7 +46,8 @@ class Progress:
         self._running: dict[_Key, worker_pb2.PlannedOperation] = {}
         self._stoppable: set[_Key] = set()
         self._stops: deque[_Key] = deque()
-        self._recent: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
+        # The runs of those whose answers are kept apart.
+        self._runs: dict[_Key, str] = {}
         # Pieces of what streams, all from the first on: a new stream gets them again.
         self._pieces: dict[_Key, list[SampleChunk]] = {}
         # The link's own.
@@ -95,8 +98,7 @@ class Progress:
             if key in self._stoppable and not waiting_only:
                 self._stops.append(key)
             return
-        answered = self._recent.get(key[0])
-        if answered is not None and answered.epoch == key[1]:
+        if self._answers.get(*key) is not None:
             return  # sent again; its answer is
         planned = self._waiting.pop(key, None)
         if planned is None:
@@ -106,7 +108,7 @@ class Progress:
         # Remembered, as the answer may be lost with a coordinator that then sends it again: what
         # comes behind it may have been executed as behind a cancelled one.
         done = cancelled(planned)
-        self._remember(done)
+        self._answers.put(done, training_pb2.OperationSpec.FromString(planned.spec).run_id)
         self.tell(done)
 
     def collect(self) -> tuple[list[worker_pb2.OperationStarted], list[worker_pb2.OperationDone]]:
@@ -146,18 +148,29 @@ class Progress:
 
     # On the executor's thread.
 
-    def claim(self, planned: worker_pb2.PlannedOperation, *, stoppable: bool = False) -> Claim:
+    def keep_apart(self, run_id: str) -> None:
+        """A private run is assigned: its answers are asked for later than others."""
+        self._answers.keep_apart(run_id)
+
+    def forget(self, run_id: str) -> None:
+        """Nobody asks for a run's answers any more."""
+        self._answers.forget(run_id)
+
+    def claim(
+        self, planned: worker_pb2.PlannedOperation, run_id: str = "", *, stoppable: bool = False
+    ) -> Claim:
         """Whether the operation is to be executed.
 
         Args:
+            run_id: of the run that it belongs to.
             stoppable: a cancel reaches it while it runs, by `stops`; none reaches any other.
         """
         key = _key(planned)
         if key in self._running:
             self._waiting.pop(key, None)
             return Claim.RUNS
-        answered = self._recent.get(planned.operation_id)
-        if answered is not None and answered.epoch == planned.epoch:
+        answered = self._answers.get(*key)
+        if answered is not None:
             # Sent again after a broken stream: the answer may have been lost.
             sent_again = self._waiting.pop(key, None) is not None
             if sent_again or not answered.cancelled:
@@ -165,6 +178,8 @@ class Progress:
             return Claim.CANCELLED if answered.cancelled else Claim.ANSWERED
         if stoppable:
             self._stoppable.add(key)
+        if self._answers.are_apart(run_id):
+            self._runs[key] = run_id
         # Before it leaves the waiting ones, so that a cancel finds it in one of the two.
         self._running[key] = planned
         if self._waiting.pop(key, None) is None:
@@ -192,9 +207,10 @@ class Progress:
     def end(self, outcomes: Iterable[worker_pb2.OperationDone]) -> None:
         """These have ended."""
         for done in outcomes:
-            self._remember(done)
+            key = done.operation_id, done.epoch
+            self._answers.put(done, self._runs.get(key, ""))
             self._done.append(done)
-            self._drop((done.operation_id, done.epoch))
+            self._drop(key)
         if not self._instant:
             self._on_news()
 
@@ -203,13 +219,9 @@ class Progress:
         self._pieces.pop(_key(planned), None)
         self._drop(_key(planned))
 
-    def _remember(self, done: worker_pb2.OperationDone) -> None:
-        self._recent[done.operation_id] = done
-        if len(self._recent) > self._remembered:
-            self._recent.popitem(last=False)
-
     def _drop(self, key: _Key) -> None:
         self._running.pop(key, None)
+        self._runs.pop(key, None)
         self._stoppable.discard(key)
 
     def tell(self, done: worker_pb2.OperationDone) -> None:

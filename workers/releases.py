@@ -34,6 +34,7 @@ def private_request(request: LossRequest) -> LossRequest:
     """With the reduction filled in: each example's own token mean, summed.
 
     A batch in which nothing is scored adds nothing, and is no error: that would tell of its rows.
+    Nor is one without a row. In the place of both comes one that is checked like all others.
 
     Raises:
         TenSafeFault: UNSUPPORTED_OPTION.
@@ -58,6 +59,9 @@ def private_request(request: LossRequest) -> LossRequest:
 
 def _scored(batch: Batch) -> Batch:
     """One without a scored position as one that is checked like all others, and does not count."""
+    if batch.is_empty:
+        one = np.zeros(1, np.int32)
+        return Batch(np.array([0, 1], np.int64), one, one, units=np.full(1, -1, np.int32))
     weights, targets = batch.weights, batch.target_tokens
     if weights is None or targets is None or weights.any():
         return batch

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tensafe.v1 import training_pb2, worker_pb2
 from workers import wire
-from workers.execution import Execution, fail
+from workers.execution import Execution
+from workers.failures import fail
 from workers.operations import SampleChunk, SampleOutcome
 from workers.progress import Progress, cancelled
 from workers.sampler import Sampler

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from tensafe.v1 import worker_pb2
 from tensafe.wire.status import TenSafeFault, to_status
 from workers.backend import Backend
-from workers.execution import as_fault
+from workers.failures import as_fault
 from workers.private_steps import Ended, PrivateStep, PrivateSteps
 from workers.progress import Progress
 
@@ -62,6 +62,7 @@ class Telling:
 
     def forget(self, run_id: str) -> None:
         """The run is another worker's, or this one's anew: nobody waits for what it has done."""
+        self._progress.forget(run_id)
         step = self._private.forget(run_id)
         for item in step.all if step is not None else []:
             self._progress.abandon(item.planned)

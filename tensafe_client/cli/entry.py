@@ -21,6 +21,8 @@ def main(prog_name: str | None = None) -> None:
     """Runs the command line."""
     if _command(sys.argv[1:]) in SERVING:
         signal.signal(signal.SIGTERM, _end)
+        # Before gRPC is imported: else it notes at each start of a worker that it cannot be forked.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         from tensafe_client.cli.main import main as run
     except KeyboardInterrupt:

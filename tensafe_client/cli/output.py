@@ -25,8 +25,8 @@ def json_option(command: F) -> F:
 
 
 def to_jsonable(value: Any) -> Any:
-    """A result of the SDK as what `json` can write; times become ISO 8601, arrays
-    lists, and numbers that JSON lacks (NaN) null."""
+    """A result of the SDK as what `json` can write: times become ISO 8601, arrays lists, and of the
+    numbers that JSON lacks NaN null and ±∞ "Infinity" and "-Infinity", as protobuf has them."""
     if is_dataclass(value) and not isinstance(value, type):
         named = {field.name: getattr(value, field.name) for field in fields(value)}
         return {name: to_jsonable(item) for name, item in named.items()}
@@ -37,8 +37,14 @@ def to_jsonable(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return to_jsonable(value.tolist())
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) else _unwritable(value)
     return _scalar(value)
+
+
+def _unwritable(value: float) -> str | None:
+    if math.isnan(value):
+        return None
+    return "Infinity" if value > 0 else "-Infinity"
 
 
 def _scalar(value: Any) -> Any:

@@ -50,27 +50,32 @@ def encode_batch(batch: Any) -> EncodedBatch:
         BatchError: naming row and field, if the batch is empty, ragged or malformed, or nothing in
             it is scored.
     """
-    return _encode(batch, may_score_nothing=False)
+    return _encode(batch, private=False)
 
 
 def encode_private_batch(batch: Any) -> EncodedBatch:
-    """The same for a private run, where a batch in which nothing is scored counts as an empty one:
-    an error would tell of its rows."""
-    return _encode(batch, may_score_nothing=True)
+    """The same for a private run, where a batch may be empty, as one that was drawn may be, and one
+    in which nothing is scored counts as that: an error would tell of its rows."""
+    return _encode(batch, private=True)
 
 
-def _encode(batch: Any, *, may_score_nothing: bool) -> EncodedBatch:
+def _encode(batch: Any, *, private: bool) -> EncodedBatch:
     if isinstance(batch, EncodedBatch):
         return batch
     if isinstance(batch, Mapping):
-        return _encode_mapping(batch, may_score_nothing)
+        return _encode_mapping(batch, may_score_nothing=private)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return _encode_datums(batch)
+        return _encode_datums(batch) if batch or not private else _empty()
     raise BatchError.of(
         "batch",
         "must be a mapping with input_ids and labels, as a Hugging Face data loader yields, or "
         f"a list of Datum; got {type(batch).__name__}",
     )
+
+
+def _empty() -> EncodedBatch:
+    none = np.zeros(0, np.int64)
+    return _pack(np.zeros(1, np.int64), none, none, none)
 
 
 def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
@@ -133,7 +138,7 @@ def _tensor(datum: Datum, name: str) -> Array:
     return datum.target_tokens if name == "target_tokens" else datum.inputs[name]
 
 
-def _encode_mapping(batch: Mapping[str, Any], may_score_nothing: bool) -> EncodedBatch:
+def _encode_mapping(batch: Mapping[str, Any], *, may_score_nothing: bool) -> EncodedBatch:
     _check_columns(batch)
     ids = _matrix("input_ids", batch["input_ids"])
     labels = _matrix("labels", batch["labels"])

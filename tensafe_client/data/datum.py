@@ -141,11 +141,15 @@ def to_numpy(field: str, values: Any) -> Array:
     """Converts a list, NumPy array or torch tensor (without importing torch)."""
     if isinstance(values, np.ndarray):
         return values
-    if hasattr(values, "detach"):  # a torch tensor, on whatever device
-        values = values.detach().cpu().numpy()
     try:
+        if hasattr(values, "detach"):  # a torch tensor, on whatever device
+            values = values.detach().cpu()
+            if str(values.dtype) == "torch.bfloat16":  # NumPy has no such type
+                values = values.float()
+            values = values.numpy()
         return np.asarray(values)
-    except (ValueError, OverflowError) as error:  # ragged, or beyond int64
+    # Ragged, or beyond int64; a tensor that is sparse or has no data.
+    except (ValueError, OverflowError, TypeError, RuntimeError) as error:
         raise BatchError.of(field, f"is not an array of numbers: {error}") from error
 
 
@@ -167,7 +171,9 @@ def _targets(values: Any, size: int) -> Array:
 
 def _weights(values: Any, shape: tuple[int, ...]) -> Array:
     array = to_numpy("weights", values)
-    if array.shape != shape or array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf":
+        raise BatchError.of("weights", f"must be numbers, got {array.dtype}")
+    if array.shape != shape:
         each = "token" if len(shape) == 1 else "soft target"
         raise BatchError(
             f"weights must be {list(shape)} numbers, one for each {each}, got shape "

@@ -8,6 +8,10 @@ Each line is one JSON object with one of
     {"text": "…"}
 
 and, for private runs that protect more than single examples, `"unit_id": "…"`: whose it is.
+
+Other columns (ids, sources, …) are passed over, but for those that are part of what a model reads
+in other conventions, such as `system` and `tools`: a line that has one is refused, and so is one
+that has a key twice.
 """
 
 from __future__ import annotations
@@ -24,8 +28,12 @@ from tensafe_client.errors import BatchError
 
 Message = dict[str, str]
 
-# Columns that chat templates render. Other ones, such as ids and sources, are passed over.
-_CHANGES_THE_PROMPT = frozenset({"tools", "functions", "documents", "chat_template_kwargs"})
+# Columns that chat templates render, or that others put before or beside the prompt.
+_CHANGES_THE_PROMPT = (
+    *("system", "system_prompt", "instruction", "input", "context"),
+    *("tools", "functions", "documents", "chat_template_kwargs"),
+    *("images", "videos", "audio"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,27 @@ def parse_example(record: Mapping[str, Any]) -> Example:
     Raises:
         BatchError: if it is none of the forms, or mixes them.
     """
-    for name in _CHANGES_THE_PROMPT & record.keys():
-        if record[name]:
-            raise BatchError(f"`{name}` is not supported; put it into the messages as text")
     unit_id = record.get("unit_id")
     if unit_id is not None:
         unit_id_of("`unit_id`", unit_id)
-    return replace(_content(record), unit_id=unit_id)
+    example = _content(record)
+    for name in _CHANGES_THE_PROMPT:
+        if record.get(name):
+            raise BatchError(
+                f"`{name}` would not be read; put it into the messages (or the prompt) as text, or "
+                "leave it out"
+            )
+    return replace(example, unit_id=unit_id)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that comes twice, Python and others take different ones."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BatchError(f"has the key {twice!r} twice in one object")
+    return record
 
 
 def _content(record: Mapping[str, Any]) -> Example:
@@ -115,7 +137,7 @@ def _read(path: Path) -> Iterator[Example]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_once)
                 if not isinstance(record, dict):
                     raise BatchError("is not a JSON object")
                 yield replace(parse_example(record), line=number)

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from tensafe_client.data.chat import ChatTokenizer
@@ -131,8 +132,10 @@ class Collector:
                 continue
             rollout.score(reply.reward)
             if reply.then is not None and not last and not rollout.truncated:
-                rollout.read(self._tokens_of(reply.then))
-                if self._fits(rollout.tokens):
+                told = self._tokens_of(reply.then)
+                # What is not followed by anything of the policy's teaches nothing.
+                if self._fits(len(rollout.tokens) + len(told)):
+                    rollout.read(told)
                     going_on.append(rollout)
                 else:
                     rollout.truncated = True
@@ -153,14 +156,16 @@ class Collector:
             seed=seed,
         )
 
-    def _fits(self, tokens: Sequence[int]) -> bool:
-        return not self._context_length or len(tokens) < self._context_length
+    def _fits(self, tokens: int) -> bool:
+        return not self._context_length or tokens < self._context_length
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._need_tokenizer("text").encode(prompt, add_special_tokens=True)
         items: Sequence[Any] = prompt
-        if len(items) and isinstance(items[0], int):
+        if not len(items):
+            raise ConfigError.of("environment", "has a prompt without tokens or messages")
+        if isinstance(items[0], Integral):  # NumPy's too
             ids: list[int] = token_array("prompt", items).tolist()
             return ids
         tokenizer = self._need_tokenizer("messages")

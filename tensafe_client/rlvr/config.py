@@ -155,6 +155,8 @@ class RLVRConfig:
             _check_word("scale", self.scale, SCALES)
         if self.reference is not None:
             check_string("reference", self.reference)
+        if self.stop is not None:
+            _check_stop(self.stop)
         self._refuse_what_has_no_effect()
 
     @classmethod
@@ -201,6 +203,9 @@ class RLVRConfig:
             raise ConfigError.of("reference", "has no effect without kl_coef")
         if self.max_batches > 1 and not self.filter_equal_groups:
             raise ConfigError.of("max_batches", "has no effect without filter_equal_groups")
+        for evaluated in ("eval_problems", "eval_temperature"):
+            if not self.eval_every and getattr(self, evaluated) != getattr(RLVRConfig, evaluated):
+                raise ConfigError.of(evaluated, "has no effect without eval_every")
         if self.minibatches > self.prompts * self.group_size:
             raise ConfigError.of("minibatches", "must be at most prompts times group_size")
 
@@ -208,6 +213,16 @@ class RLVRConfig:
 def _check_word(field: str, value: object, words: Sequence[str]) -> None:
     if check_string(field, value) not in words:
         raise ConfigError.of(field, f"must be one of {', '.join(words)}, got {value!r}")
+
+
+def _check_stop(stop: object) -> None:
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise ConfigError.of("stop", f"must be a list of texts and token ids, got {stop!r}")
+    for index, item in enumerate(stop):
+        if not isinstance(item, str):
+            check_count(f"stop[{index}]", item, bits=31)
+        elif not check_string(f"stop[{index}]", item):
+            raise ConfigError.of(f"stop[{index}]", "must not be empty: nothing ends at it")
 
 
 def _check_range(field: str, value: object, low: float, high: float) -> None:

@@ -84,7 +84,12 @@ class TrainingLoop:
         state, config = self._state, self._config
         first = self._evaluate() if self._evaluator is not None else None
         while state.iteration < config.iterations and not self._stop.is_set():
-            self._submitted.append(self._iterate())
+            try:
+                self._submitted.append(self._iterate())
+            except RewardsFailedError:
+                self._drop_what_was_sent_ahead()
+                self._settle(0)  # what was learned before it is told
+                raise
             evaluates, saves = (
                 self._is_due(config.eval_every),
                 self._is_due(config.checkpoint_every),

@@ -95,6 +95,11 @@ def is_checkpoint(metadata: Mapping[str, Any]) -> bool:
     return isinstance(metadata.get(KEY), Mapping)
 
 
+def seed_of(metadata: Mapping[str, Any]) -> int:
+    """The seed of the training that saved a checkpoint."""
+    return int(metadata[KEY]["config"]["seed"])
+
+
 def _plain(config: RLVRConfig) -> dict[str, Any]:
     """As JSON gives it back."""
     values = dataclasses.asdict(config)

@@ -91,6 +91,9 @@ class RLVRTrainer:
             TenSafeError: what an operation failed with.
         """
         state = TrainerState.fresh(self.config, self._task)
+        if self.config.reference not in (None, "base"):
+            # The first update would find out, after a batch of samples and rewards.
+            self._session_run(self._api.artifact(self.config.reference))
         if resume is not None:
             artifact = self._session_run(self._api.artifact(resume))
             state = TrainerState.from_metadata(artifact.metadata, self.config, self._task)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tensafe_client.checks import check_count, check_number
 from tensafe_client.data import Datum, Example
 from tensafe_client.data.chat import ChatTokenizer
@@ -54,7 +56,7 @@ def _datum(problem: Problem, tokenizer: ChatTokenizer) -> Datum:
     prompt, answer = problem.prompt, str(meta["answer"])
     if isinstance(prompt, str):
         return tokenizer.datum(Example(prompt=prompt, completion=f" {answer}"))
-    messages = [dict(item) for item in prompt if not isinstance(item, int)]
+    messages = [dict(item) for item in prompt if isinstance(item, Mapping)]
     if len(messages) != len(prompt):
         raise ConfigError.of("environment", "has token ids for prompts: warm up with datums")
     told = (*messages, {"role": "assistant", "content": answer})

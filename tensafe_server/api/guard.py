@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from tensafe.v1 import admin_pb2 as admin
 from tensafe.wire.status import TenSafeFault, to_status
 from tensafe_server.operations.validation import check_rules
 from tensafe_server.tenants.identity import KIND_NAMES, Identity, Principal
+from tensafe_server.unexpected import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,14 @@ def caller() -> Principal:
 
 class _Malformed:
     """Stands in for a request that could not be parsed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A request, and how many bytes it came in."""
+
+    message: Any
+    size: int
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -88,8 +97,8 @@ class Guard(grpc.aio.ServerInterceptor):
         if principal.kind != needed:
             raise TenSafeFault(
                 "PERMISSION_DENIED",
-                f"{service} needs a {KIND_NAMES[needed]} key, this one is a "
-                f"{KIND_NAMES[principal.kind]} key",
+                f"{service} needs a key of kind {KIND_NAMES[needed]}, this one is of kind "
+                f"{KIND_NAMES[principal.kind]}",
                 service=service,
             )
         return principal
@@ -107,8 +116,7 @@ def _unary(inner: Any, principal: Principal, method: str) -> Any:
     async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         _caller.set(principal)
         try:
-            _check(request)
-            return await inner(request, context)
+            return await inner(_checked(request), context)
         except Exception as error:
             await _abort(context, error, method)
 
@@ -120,8 +128,7 @@ def _streaming(inner: Any, principal: Principal, method: str) -> Any:
         _caller.set(principal)
         responses: Any = None
         try:
-            _check(request)
-            responses = inner(request, context)
+            responses = inner(_checked(request), context)
             async for response in responses:
                 await _write(context, response)
         except Exception as error:
@@ -142,13 +149,26 @@ async def _write(context: grpc.aio.ServicerContext[Any, Any], response: Any) -> 
         raise asyncio.CancelledError from error
 
 
-def _check(request: Any) -> None:
-    if isinstance(request, _Malformed):
+def _checked(request: Any) -> Any:
+    """The message of a request whose rules hold, or the messages of a stream as they come."""
+    if not isinstance(request, _Received):
+        return _well_formed(request)
+    if isinstance(request.message, Message):
+        check_rules(request.message, size=request.size)
+    return _parsed(request.message)
+
+
+async def _well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for message in requests:
+        yield _parsed(message)
+
+
+def _parsed(message: Any) -> Any:
+    if isinstance(message, _Malformed):
         raise TenSafeFault(
             "INVALID_ARGUMENT", "the request is not a message of this method; update the stubs"
         )
-    if isinstance(request, Message):
-        check_rules(request)
+    return message
 
 
 async def _abort(
@@ -157,13 +177,7 @@ async def _abort(
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, TenSafeFault):
-        error_id = secrets.token_hex(6)
-        log.error("%s failed, error id %s", method, error_id, exc_info=error)
-        error = TenSafeFault(
-            "INTERNAL",
-            f"the server failed, error id {error_id}; its log says why. Retrying is safe",
-            error_id=error_id,
-        )
+        error = unexpected(log, method, error)
     status = rpc_status.to_status(to_status(error.detail))
     await context.abort_with_status(status)
 
@@ -198,9 +212,10 @@ def _unknown(method: str) -> Any:
 def _tolerant(handler: Any) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
         try:
-            return handler.request_deserializer(data)
+            message = handler.request_deserializer(data)
         except DecodeError:
-            return _Malformed()
+            message = _Malformed()
+        return message if handler.request_streaming else _Received(message, len(data))
 
     return parse
 

@@ -21,6 +21,7 @@ from tensafe_server.operations.gaps import GapWatch
 from tensafe_server.operations.intake import Intake
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.model import RunState
 from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.runs import RunBook, run_message
 from tensafe_server.store.requests import uninterrupted
@@ -70,15 +71,18 @@ class TrainingServicer(rpc.TrainingServiceServicer):
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
         run = self._ledger.run(caller().tenant_id, request.run_id)
+        await uninterrupted(self._delete(run, request))
+        return pb.DeleteRunResponse(run=run_message(run))
+
+    async def _delete(self, run: RunState, request: pb.DeleteRunRequest) -> None:
         was_deleted = run.deleted
-        await uninterrupted(self._runs.delete(run, request))
+        await self._runs.delete(run, request)
         if not was_deleted:
             await self._cancellation.cancel_run(run)
             if not run.in_flight:
                 self._dispatcher.release(run)
             self._hub.close_run(run.id)
             self._pruner.look_at(run)
-        return pb.DeleteRunResponse(run=run_message(run))
 
     async def AttachRun(self, request: pb.AttachRunRequest, context: Any) -> pb.AttachRunResponse:
         run = self._ledger.run(caller().tenant_id, request.run_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from tensafe import failpoints
@@ -11,7 +12,7 @@ from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1 import worker_pb2_grpc as rpc
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.api.files import ArtifactUpload, artifact_chunks, snapshot_chunks
-from tensafe_server.blobs.base import BlobStore
+from tensafe_server.blobs.base import BlobNotFoundError, BlobStore
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.reception import Reception
 from tensafe_server.models.registry import ModelRegistry
@@ -81,7 +82,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
 
     async def _take(self, link: WorkerLink, request: pb.ConnectRequest) -> None:
         if request.HasField("report"):
-            await self._reception.report(link, request.report)
+            # To its end, also if the stream breaks: what is half taken in nobody else would end.
+            await uninterrupted(self._reception.report(link, request.report))
         elif request.HasField("heartbeat"):
             self._reception.heartbeat(link, request.heartbeat)
         elif request.HasField("goodbye"):
@@ -139,7 +141,10 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         self, request: pb.FetchSnapshotRequest, context: Any
     ) -> AsyncIterator[pb.FetchSnapshotResponse]:
         row = await self._store.snapshot(request.snapshot_id)
-        files = await self._snapshots.files(row) if row is not None else None
+        files = None
+        if row is not None:
+            with suppress(BlobNotFoundError):
+                files = await self._snapshots.files(row)
         if row is None or files is None:
             raise TenSafeFault(
                 "ARTIFACT_NOT_FOUND",

@@ -30,6 +30,9 @@ _COALESCED_STEPS = 64
 _ALL_BYTES = 32 * 2**20
 _LEAST_BYTES = 32 * 2**10
 _LEAST_ROWS = 4
+_LOST_EVENTS = 2**20
+"""More than a write-ahead log can lose. Whoever was told of them has cursors that are not to be
+given to other events: it would pass over these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,8 @@ class EventHub:
     async def load(self) -> None:
         self._published = await self._store.last_cursor()
         self._next = self._published + 1
+        if self._store.was_cut:
+            self._next += _LOST_EVENTS
 
     def next_cursor(self) -> int:
         """The number of the next event. Events must be committed and published in this order."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as pb
 from tensafe_server.blobs.base import BlobNotFoundError
-from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.store.base import OperationRow
+
+log = logging.getLogger(__name__)
 
 
 async def operation_message(
@@ -21,6 +25,9 @@ async def operation_message(
         try:
             data = await payloads.load(row.result, row.result_ref)
         except BlobNotFoundError:  # pruned between the reading of the row and of the blob
+            message.result_pruned = True
+        except DamagedPayloadError:  # whoever watches hears of all others
+            log.error("the result of %s is damaged in the blob store", row.id)
             message.result_pruned = True
         else:
             message.result.ParseFromString(data)

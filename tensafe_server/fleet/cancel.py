@@ -13,7 +13,13 @@ from tensafe.wire.status import ErrorDetail, TenSafeFault
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import RUNNING, PendingOperation, RunState
-from tensafe_server.operations.outcomes import Outcomes, cancellation, expiry, withdrawn
+from tensafe_server.operations.outcomes import (
+    Outcomes,
+    cancellation,
+    content_lost,
+    expiry,
+    withdrawn,
+)
 from tensafe_server.store.base import Store
 
 _Why = Callable[[PendingOperation], ErrorDetail]
@@ -72,13 +78,8 @@ class Cancellation:
             self._store.end_deadlines([one.row.id for one in timed])
 
     def give_up(self, operation: PendingOperation) -> None:
-        """Ends an operation whose spec was lost from the store."""
-        fault = TenSafeFault(
-            "CHECKSUM_MISMATCH",
-            f"what operation {operation.row.id} was to do is missing on the server; restore the "
-            "blob store from a backup, or send the operation again",
-            operation_id=operation.row.id,
-        )
+        """Ends an operation whose spec was lost from the store, or damaged in it."""
+        fault = content_lost(operation)
         self._spawn(self._end_waiting([operation], lambda _: fault.detail))
 
     def _expire(self, operation: PendingOperation) -> None:

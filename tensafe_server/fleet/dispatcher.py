@@ -134,11 +134,12 @@ class Dispatcher:
     def rest(self, run: RunState, fault: TenSafeFault) -> None:
         """Takes a run back that its worker did not bring to where the log has it: it is tried again
         in a moment. After several times what waits of it fails; nothing of the run changes."""
+        link = self._links.get(run.worker_id or "")
+        run.given_up.append(link.instance if link is not None else "")
         self.give_back(run)
-        run.given_up += 1
         run.resting = True
         asyncio.get_running_loop().call_later(_RETRY_S, self._go_on, run)
-        if run.given_up >= _MOST_GIVEN_UP:
+        if len(run.given_up) >= _MOST_GIVEN_UP:
             self.on_unrestorable(list(run.queue), _not_brought(run, fault))
 
     def _go_on(self, run: RunState) -> None:
@@ -226,6 +227,7 @@ class Dispatcher:
                     self._last_group(run),
                     waiting[0].ready_s,
                     bool(run.losses),
+                    avoids=self._avoided(run),
                 )
             )
         lane = {
@@ -239,6 +241,12 @@ class Dispatcher:
             view = QueueView(row.id, row.tenant_id, operation.model, [work], is_lane=True)
             views.append(view)
         return views, runs, lane
+
+    def _avoided(self, run: RunState) -> frozenset[str]:
+        """Workers that have given the run up since it last went on."""
+        if not run.given_up:
+            return frozenset()
+        return frozenset(one.id for one in self._links.values() if one.instance in run.given_up)
 
     def _is_placeable(self, run: RunState) -> bool:
         return any(run.model in one.models and not one.draining for one in self._links.values())
@@ -405,9 +413,9 @@ def _not_brought(run: RunState, fault: TenSafeFault) -> TenSafeFault:
     detail = fault.detail
     return TenSafeFault(
         detail.reason,
-        f"the state of run {run.id} could not be rebuilt on a worker, {run.given_up} times, the "
-        f"last time since: {detail.message}. Nothing of it is lost: once the operator has found "
-        "why, send what has failed again",
+        f"the state of run {run.id} could not be rebuilt on a worker, {len(run.given_up)} times, "
+        f"the last time since: {detail.message}. Nothing of it is lost: once the operator has "
+        "found why, send what has failed again",
         run_id=run.id,
     )
 

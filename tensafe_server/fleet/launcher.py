@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _LONG_LIFE_S = 60.0
 _CRASH_LOOP = 5
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 
 EXIT_WATCHDOG = 75
 """Exit status of a worker that its own watchdog has ended (`workers/watchdog.py`)."""
@@ -42,6 +44,7 @@ class LocalLauncher:
     A worker that ends unasked is started again, after a pause that doubles from 0.5 s to 30 s while
     it lives less than a minute each time; from the fifth such death on it is an error in the log.
     One that has never served is not started again: what it said on stderr is the error.
+    What a worker leaves in its temporary directory is removed, also if it was killed.
     """
 
     def __init__(self) -> None:
@@ -73,27 +76,13 @@ class LocalLauncher:
         deaths, pause_s = 0, _FIRST_PAUSE_S
         while not self._stopping.is_set():
             began = loop.time()
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "workers",
-                *spec.arguments,
-                "--follow-stdin",
-                stdin=asyncio.subprocess.PIPE,
-                # A terminal's Ctrl-C goes to the whole group: workers hear of it from us alone.
-                start_new_session=True,
-                env={**os.environ, "TENSAFE_WORKER_KEY": spec.key},
-            )
-            self._processes[spec.name] = process
-            if self._stopping.is_set():
-                process.terminate()
-            code = await process.wait()
+            how = await self._live(spec)
             if self._stopping.is_set():
                 return
             if spec.name not in self.served:
                 if not self.failed.done():
                     self.failed.set_exception(
-                        WorkerStartError(f"{spec.name} {_how(code)} before it served")
+                        WorkerStartError(f"{spec.name} {how} before it served")
                     )
                 return
             if loop.time() - began > _LONG_LIFE_S:
@@ -102,10 +91,44 @@ class LocalLauncher:
             log.log(
                 logging.ERROR if deaths >= _CRASH_LOOP else logging.WARNING,
                 "%s %s, for the %d. time in a row; starting it again in %.1f s",
-                *(spec.name, _how(code), deaths, pause_s),
+                *(spec.name, how, deaths, pause_s),
             )
             await self._pause(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _live(self, spec: WorkerSpec) -> str:
+        """One life of a worker; returns how it ended."""
+        try:
+            # Gone after it, whatever ended it: tenants' adapters lie there.
+            with tempfile.TemporaryDirectory(
+                prefix=f"tensafe-{spec.name}-", ignore_cleanup_errors=True
+            ) as scratch:
+                return _how(await self._run(spec, scratch))
+        except OSError as error:  # no memory, processes or disk, as where workers are killed
+            return f"could not be started ({error.strerror})"
+
+    async def _run(self, spec: WorkerSpec, scratch: str) -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "workers",
+            *spec.arguments,
+            "--follow-stdin",
+            stdin=asyncio.subprocess.PIPE,
+            # A terminal's Ctrl-C goes to the whole group: workers hear of it from us alone.
+            start_new_session=True,
+            env={
+                # Compiled kernels outlive the worker.
+                _COMPILED: f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}",
+                **os.environ,
+                "TMPDIR": scratch,
+                "TENSAFE_WORKER_KEY": spec.key,
+            },
+        )
+        self._processes[spec.name] = process
+        if self._stopping.is_set():
+            process.terminate()
+        return await process.wait()
 
     async def _pause(self, seconds: float) -> None:
         with suppress(TimeoutError):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tensafe.v1 import operations_pb2 as ops
@@ -17,7 +18,7 @@ from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.liveness import Liveness
 from tensafe_server.fleet.replay import ReplayWatch
-from tensafe_server.fleet.restore import Restorer
+from tensafe_server.fleet.restore import Onward, Restorer
 from tensafe_server.fleet.verify import Verifications
 from tensafe_server.ids import new_id
 from tensafe_server.models.registry import ModelRegistry
@@ -27,6 +28,8 @@ from tensafe_server.operations.outcomes import Ending, Outcomes, as_error, withd
 from tensafe_server.operations.snapshots import RecoveryPolicy
 
 log = logging.getLogger(__name__)
+
+_UNWRITABLE = frozenset({"STORAGE_FULL", "STORAGE_UNAVAILABLE"})
 
 
 class Reception:
@@ -69,12 +72,25 @@ class Reception:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
-        """Greets a worker and gives back the runs that it still holds rightly.
+        """Greets a worker and gives back the runs that it still holds rightly. If its stream breaks
+        meanwhile, it arrives all the same, and leaves again with what it was given.
 
         Raises:
             TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
                 was told to end.
         """
+        arriving = asyncio.ensure_future(self._arrive(register))
+        try:
+            return await asyncio.shield(arriving)
+        except asyncio.CancelledError:
+            self._spawn(self._leave_again(arriving))
+            raise
+
+    async def _leave_again(self, arriving: asyncio.Future[WorkerLink]) -> None:
+        with suppress(TenSafeFault):  # it was refused
+            await self.leave(await arriving)
+
+    async def _arrive(self, register: pb.Register) -> WorkerLink:
         if register.instance in self._hung:
             raise _hung(register.name, "it hung when it was last seen")
         for name in register.models:
@@ -86,8 +102,12 @@ class Reception:
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
-        for held in register.held_runs:
-            await self._take_back(link, held)
+        try:
+            for held in register.held_runs:
+                await self._take_back(link, held)
+        except BaseException:
+            self._ledger.recall(link.id)  # it comes back with all that it has
+            raise
         self._dispatcher.add(link)
         self._liveness.watch(link)
         log.info(
@@ -241,11 +261,13 @@ class Reception:
         if report.done and link.group_cost:
             # Its next plan goes out while these outcomes are written.
             self._dispatcher.kick()
-        for operation in (*begun, *(ending.operation for ending in endings)):
+        ended = [ending.operation for ending in endings]
+        for operation in (*begun, *ended):
             run = self._ledger.runs.get(operation.row.run_id or "")
             if run is not None and run.worker_id == link.id:
                 self._blame.arrived(run)
-                run.given_up = 0
+                if operation in ended:
+                    run.given_up.clear()
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
@@ -323,10 +345,18 @@ class Reception:
 
     async def _take_back(self, link: WorkerLink, held: pb.HeldRun) -> None:
         run = self._ledger.runs.get(held.run_id)
-        if run is None or not self._holds_rightly(run, held):
+        onward: Onward | None = None
+        if run is not None and self._holds_rightly(run, held):
+            try:
+                onward = await self._restorer.catch_up(run, held)
+            except Exception as error:
+                if isinstance(error, TenSafeFault) and error.detail.reason in _UNWRITABLE:
+                    raise  # nothing can be given back as long as nothing can be written
+                # The others are not to wait for it: it is restored by itself.
+                log.exception("%s cannot be given back to %s", run.id, link.id)
+        if run is None or onward is None:
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
-        onward = await self._restorer.catch_up(run, held)
         if self._holds_rightly(run, held):
             run.worker_id = link.id
             link.runs.add(run.id)
@@ -334,13 +364,14 @@ class Reception:
 
     def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
         # It may be ahead of what was reported: operations that are sent again it answers from
-        # memory.
+        # memory. It is not to be ahead of the log, which a broken disk may have cut short.
         return (
             not run.deleted
             and run.worker_id is None
             and not run.in_flight
             and held.epoch == run.epoch
             and held.last_seq >= run.executed_seq
+            and max(held.last_seq, held.planned_seq) < run.next_seq
         )
 
 

@@ -7,6 +7,7 @@ relied upon; what is damaged is passed over, in the log and counted.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -241,10 +242,29 @@ class Restorer:
         return sorted(points, key=lambda point: point.seq, reverse=True)
 
     async def _is_intact(self, run: RunState, point: RecoveryPoint) -> bool:
+        """Whether a recovery can begin at a point. What is not there, or on a part of the disk that
+        is broken, is passed over this time, and nothing of it is removed: a disk may come back.
+
+        Raises:
+            OSError: nothing can be read just now.
+        """
+        try:
+            return await self._can_be_read(run, point)
+        except BlobNotFoundError:
+            why = "a part of it is missing"
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            why = "it cannot be read"
+        self._snapshots.damaged += point.snapshot is not None
+        log.error("%s of %s is not used: %s", point, run.id, why)
+        return False
+
+    async def _can_be_read(self, run: RunState, point: RecoveryPoint) -> bool:
         if point.snapshot is not None:
             if await self._snapshots.is_intact(point.snapshot):
                 return True
-            await self._snapshots.discard(run, point.snapshot, "it is damaged or incomplete")
+            await self._snapshots.discard(run, point.snapshot, "it is damaged")
             return False
         if not point.artifact_id:
             return True

@@ -91,7 +91,7 @@ def check_content(
 
     Args:
         losses: the model's, by name.
-        private: whether its run is.
+        private: whether its run is; then a forward_backward may have no datum.
 
     Raises:
         TenSafeFault: INVALID_ARGUMENT or OUT_OF_RANGE, naming the field.
@@ -149,7 +149,7 @@ def _check_batch(
     batch = operation.batch.inline
     field = _FIELDS[kind, "offsets"]
     try:
-        offsets = _offsets(batch.offsets)
+        offsets = _offsets(batch.offsets, may_be_empty=private and kind == "forward_backward")
         total: int = offsets.item(-1)
         _check_context(offsets, field, model)
         field = _FIELDS[kind, "input_tokens"]
@@ -159,7 +159,7 @@ def _check_batch(
     check_vocabulary(tokens, field, model, offsets)
     compares = check_loss(operation, kind, offsets, model, losses, private=private)
     # The reference's forward pass comes on top.
-    return float(total) * (factor + compares)
+    return max(1.0, total) * (factor + compares)
 
 
 def _check_sample(sample: training.Sample, model: Model) -> float:
@@ -219,11 +219,11 @@ def _prompt_length(prompt: training.Prompt, index: int, model: Model) -> int:
     return len(tokens)
 
 
-def _offsets(tensor: Tensor) -> Array:
+def _offsets(tensor: Tensor, *, may_be_empty: bool) -> Array:
     offsets = decode(tensor)
     if offsets.dtype != _INT64 or offsets.ndim != 1:
         raise TensorError("must be an int64 vector")
-    if len(offsets) < 2:
+    if len(offsets) < 2 - may_be_empty:
         raise TensorError("the batch is empty; send at least one datum")
     if offsets.item(0) != 0 or (offsets[1:] <= offsets[:-1]).any():
         raise TensorError("must begin at 0 and increase strictly: every datum has a token")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from google.rpc.status_pb2 import Status
@@ -33,6 +35,9 @@ from tensafe_server.operations.validation import check_rules
 from tensafe_server.privacy.checks import check_private
 from tensafe_server.privacy.config import PrivateConfigs
 from tensafe_server.store.base import OperationRow, Store
+from tensafe_server.unexpected import unexpected
+
+log = logging.getLogger(__name__)
 
 # Kinds that use an artifact beside or in place of a run's own weights.
 _ON_ONE_MODEL = frozenset({"load_state", "forward", "forward_backward"})
@@ -103,8 +108,8 @@ class Intake:
         outcomes: list[Outcome] = []
         full: dict[str, TenSafeFault] = {}  # by run: what follows a full queue must not overtake
         overtaken: dict[str, TenSafeFault] = {}  # by run: nor go on where another client is
-        for part in _parts(specs):
-            outcomes += await self._take(tenant_id, part, session_id, full, overtaken)
+        for turn in _turns(specs):
+            outcomes += await self._take(tenant_id, turn, session_id, full, overtaken)
         return outcomes
 
     async def _take(
@@ -115,9 +120,36 @@ class Intake:
         full: dict[str, TenSafeFault],
         overtaken: dict[str, TenSafeFault],
     ) -> list[Outcome]:
-        candidates = [await self._prepare(tenant_id, spec) for spec in specs]
-        outcomes: list[Outcome] = []
+        candidates: list[_Candidate] = []
         accepted: list[PendingOperation] = []
+        try:
+            for spec in specs:
+                candidates.append(await self._prepare(tenant_id, spec))  # noqa: PERF401 - kept if the caller goes
+            return await self._take_prepared(
+                tenant_id, candidates, accepted, session_id, full, overtaken
+            )
+        finally:
+            await self._drop_unused(candidates, accepted)
+
+    async def _drop_unused(
+        self, candidates: Sequence[_Candidate], accepted: Sequence[PendingOperation]
+    ) -> None:
+        """What was stored of specs that were not accepted, or not for the first time."""
+        used = {operation.row.spec_ref for operation in accepted}
+        stored = [candidate.payload[1] for candidate in candidates]
+        with suppress(OSError):  # the next start removes it
+            await self._payloads.delete([key for key in stored if key and key not in used])
+
+    async def _take_prepared(
+        self,
+        tenant_id: str,
+        candidates: Sequence[_Candidate],
+        accepted: list[PendingOperation],
+        session_id: str,
+        full: dict[str, TenSafeFault],
+        overtaken: dict[str, TenSafeFault],
+    ) -> list[Outcome]:
+        outcomes: list[Outcome] = []
         repeated: list[tuple[Outcome, _Candidate]] = []
         for candidate in candidates:
             outcome = Outcome()
@@ -142,7 +174,11 @@ class Intake:
             if pending is not None:
                 accepted.append(pending)
         if accepted:
-            await self._gate.stored(accepted)
+            try:
+                await self._gate.stored(accepted)
+            except Exception:
+                accepted.clear()
+                raise
         for outcome, candidate in repeated:
             await self._answer_repeated(tenant_id, candidate, outcome)
         return outcomes
@@ -246,8 +282,11 @@ class Intake:
         outcome.operation_id = row.id
         try:
             pending.model, row.cost = self._check(candidate, run)
-        except TenSafeFault as fault:
-            outcome.error = to_status(fault.detail)
+        except Exception as error:
+            if not isinstance(error, TenSafeFault):
+                # This one's alone: others of the call have their places already.
+                error = unexpected(log, f"checking {row.id}", error)
+            outcome.error = to_status(error.detail)
             row.state = FAILED
             row.error = outcome.error.SerializeToString()
             row.finished_ns = row.created_ns
@@ -354,10 +393,10 @@ class Intake:
                 outcome.error = Status.FromString(row.error)
 
 
-def _parts(
+def _turns(
     specs: Sequence[training.OperationSpec],
 ) -> Iterator[Sequence[training.OperationSpec]]:
-    """Cuts a call where its prompts become many: others get their turn between the parts."""
+    """Cuts a call where its prompts become many: between two turns others have theirs."""
     begin, prompts = 0, 0
     for index, spec in enumerate(specs):
         own = len(spec.sample.prompts)
@@ -388,7 +427,7 @@ def _check_spec(spec: training.OperationSpec, size: int) -> None:
             "over several calls",
             field="operation",
         )
-    check_rules(spec)
+    check_rules(spec, size=size)
 
 
 def _artifact_id(candidate: _Candidate) -> str | None:

@@ -197,7 +197,8 @@ class RunState:
         replay_mismatches: replayed operations whose results were not those in the log.
         arriving: its state was brought to its worker, which has not begun with what is new.
         losses, attempted, on_trial: of bringing it, as of an operation.
-        given_up: how many workers in a row did not bring it to where the log has it.
+        given_up: the worker processes, one after the other, that did not bring it to where the log
+            has it, since it last went on.
         resting: it was given up a moment ago, and goes to no worker just now.
         window_queue_ms: time that the operations since the last applied update waited, ms.
         private: what makes it a private run; None for any other.
@@ -240,7 +241,7 @@ class RunState:
     losses: Losses = field(default_factory=Losses)
     attempted: bool = False
     on_trial: bool = False
-    given_up: int = 0
+    given_up: list[str] = field(default_factory=list)
     resting: bool = False
     private: PrivateRun | None = None
     released_seq: int = 0

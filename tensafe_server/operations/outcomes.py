@@ -18,7 +18,8 @@ from tensafe.v1.artifacts_pb2 import AdapterShape, Artifact, ArtifactFile
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.types_pb2 import REDUCTION_SUM, Metric
 from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_status, to_status
-from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.base import BlobNotFoundError
+from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.events.hub import Event, EventHub
 from tensafe_server.events.translate import bare_operation, expires_at, timestamp
 from tensafe_server.operations.ledger import Ledger
@@ -109,7 +110,8 @@ class Outcomes:
                 self._ledger.retire(ending.operation)
                 self._private.ended(ending)
             self._hub.publish(events)
-            told.set_result(None)
+            if not told.done():  # whoever waited for it may have gone
+                told.set_result(None)
             if finish.artifacts:
                 self.on_saved()
             self._ledger.on_ready()
@@ -119,7 +121,8 @@ class Outcomes:
             if error is not None:
                 log.critical("outcomes could not be stored", exc_info=error)
                 self.on_lost_store(error)
-                told.set_exception(error)
+                if not told.done():
+                    told.set_exception(error)
 
         failpoints.hit("after-result-before-commit")
         self._store.finish(finish, tell).add_done_callback(check)
@@ -129,8 +132,8 @@ class Outcomes:
         await self._private.complete(ending)
         if ending.result is None:
             return None, None
-        if ending.result.HasField("save_state"):
-            await self._complete_artifact(ending)
+        if ending.result.HasField("save_state") and not await self._complete_artifact(ending):
+            return None, None
         data = ending.result.SerializeToString()
         try:
             return await self._payloads.save(ending.operation.row.tenant_id, data)
@@ -139,11 +142,18 @@ class Outcomes:
             log.warning("a result goes into the log: %s", fault)
             return data, None
 
-    async def _complete_artifact(self, ending: Ending) -> None:
+    async def _complete_artifact(self, ending: Ending) -> bool:
+        """False: what its caller has said of it is lost, and it fails."""
         row = ending.operation.row
-        spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
+        try:
+            spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
+        except (BlobNotFoundError, DamagedPayloadError):
+            log.exception("the spec of %s is gone or damaged", row.id)
+            ending.result, ending.error = None, content_lost(ending.operation).detail
+            return False
         run = self._ledger.runs[row.run_id or ""]
         _complete(ending, run, training.OperationSpec.FromString(spec))
+        return True
 
     def _book(
         self, endings: Sequence[Ending], saved: Sequence[tuple[bytes | None, str | None]]
@@ -239,6 +249,16 @@ def expiry(operation: PendingOperation) -> ErrorDetail:
         "ran. Send it again with more time",
         operation_id=operation.row.id,
     ).detail
+
+
+def content_lost(operation: PendingOperation) -> TenSafeFault:
+    """Why an operation ends of which the store has lost what it was to do."""
+    return TenSafeFault(
+        "CHECKSUM_MISMATCH",
+        f"what operation {operation.row.id} was to do is missing or damaged on the server; "
+        "restore the blob store from a backup, or send the operation again",
+        operation_id=operation.row.id,
+    )
 
 
 def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault
-from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.base import BlobNotFoundError
+from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState, run_state
@@ -18,8 +20,18 @@ _EPOCHS_UNWRITTEN = 1024
 have sent this many in that time at the very most."""
 
 
-async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledger: Ledger) -> int:
-    """Fills the ledger from the store; returns the number of unfinished operations."""
+async def recover(
+    store: Store,
+    payloads: Payloads,
+    models: ModelRegistry,
+    ledger: Ledger,
+    on_missing: Callable[[PendingOperation], None],
+) -> int:
+    """Fills the ledger from the store; returns the number of unfinished operations.
+
+    Args:
+        on_missing: called with an operation of which cannot be told any more what it was to do.
+    """
     for row in await store.runs():
         ledger.runs[row.id] = run_state(row, epochs_unwritten=_EPOCHS_UNWRITTEN)
     for run_id, seq in (await store.newest_snapshots()).items():
@@ -37,6 +49,9 @@ async def recover(store: Store, payloads: Payloads, models: ModelRegistry, ledge
     for pending in lane:
         ledger.reserve(pending, None)
     ledger.admit(lane)
+    for pending in lane:
+        if not pending.model:
+            on_missing(pending)
     return len(unfinished)
 
 
@@ -87,8 +102,10 @@ async def _lane_operation(
         artifact = await store.artifact(row.tenant_id, row.artifact_id)
         reference = artifact.model_ref if artifact is not None else ""
     else:
-        data = await payloads.load(*(await store.specs([row.id]))[row.id])
-        reference = training.OperationSpec.FromString(data).sample.weights.base_model
+        reference = ""
+        with suppress(BlobNotFoundError, DamagedPayloadError):
+            data = await payloads.load(*(await store.specs([row.id]))[row.id])
+            reference = training.OperationSpec.FromString(data).sample.weights.base_model
     with suppress(TenSafeFault):  # until its worker registers the model, the operation waits
         reference = models.find(reference).name
     return PendingOperation(row, None, reference)

@@ -63,9 +63,10 @@ class RunBook:
                 base_seq=0,
                 created_ns=time.time_ns(),
             )
-            await self._store.add_run(row, new_request(tenant_id, request, row.id))
-            run = run_state(row)
-            self._ledger.runs[run.id] = run
+            with self._private.kept(tenant_id, config):
+                await self._store.add_run(row, new_request(tenant_id, request, row.id))
+                run = run_state(row)
+                self._ledger.runs[run.id] = run
             return run
 
     async def delete(self, run: RunState, request: training.DeleteRunRequest) -> None:

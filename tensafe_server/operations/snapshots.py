@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tensafe import failpoints
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
-from tensafe_server.blobs.base import BlobNotFoundError, BlobStore
+from tensafe_server.blobs.base import BlobStore
 from tensafe_server.ids import new_id
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState
@@ -194,22 +194,27 @@ class SnapshotBook:
             task.add_done_callback(self._tasks.discard)
 
     async def files(self, row: SnapshotRow) -> list[ArtifactFile] | None:
-        """A snapshot's files by its manifest; None if the manifest is damaged or missing."""
-        try:
-            data = await asyncio.to_thread(self._blobs.get, snapshot_key(row.id, MANIFEST))
-        except (BlobNotFoundError, OSError):
-            return None
+        """A snapshot's files by its manifest; None if the manifest is damaged.
+
+        Raises:
+            BlobNotFoundError: it is not there. OSError: it cannot be read.
+        """
+        data = await asyncio.to_thread(self._blobs.get, snapshot_key(row.id, MANIFEST))
         if hashlib.sha256(data).hexdigest() != row.sha256:
             return None
         return [ArtifactFile(**file) for file in json.loads(data)["files"]]
 
     async def is_intact(self, row: SnapshotRow) -> bool:
-        """Reads all of it, and compares the sums."""
+        """Reads all of it, and compares the sums.
+
+        Raises:
+            BlobNotFoundError: a part of it is not there. OSError: it cannot be read.
+        """
         files = await self.files(row)
         return files is not None and await self.are_intact(f"snapshots/{row.id}", files)
 
     async def are_intact(self, prefix: str, files: Sequence[ArtifactFile]) -> bool:
-        """Whether stored files have the sums that were written down."""
+        """Whether stored files have the sums that were written down. Raises as `is_intact`."""
         return await asyncio.to_thread(self._sums_agree, prefix, files)
 
     async def retire(self, run: RunState) -> int:
@@ -252,12 +257,9 @@ class SnapshotBook:
     def _sums_agree(self, prefix: str, files: Sequence[ArtifactFile]) -> bool:
         for file in files:
             digest, size = hashlib.sha256(), 0
-            try:
-                for piece in self._blobs.read(f"{prefix}/{file.name}", 0, _CHUNK_BYTES):
-                    digest.update(piece)
-                    size += len(piece)
-            except (BlobNotFoundError, OSError):
-                return False
+            for piece in self._blobs.read(f"{prefix}/{file.name}", 0, _CHUNK_BYTES):
+                digest.update(piece)
+                size += len(piece)
             if size != file.size_bytes or digest.hexdigest() != file.sha256:
                 return False
         return True

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from tensafe_server.blobs.base import BlobNotFoundError
-from tensafe_server.blobs.payloads import Payloads
+from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation
 from tensafe_server.store.base import Store
@@ -24,7 +24,7 @@ class SpecReader:
 
     Attributes:
         on_read: called when some have come.
-        on_missing: called with an operation whose spec is no longer in the blob store.
+        on_missing: called with an operation whose spec is no longer in the blob store, or damaged.
     """
 
     def __init__(self, store: Store, payloads: Payloads, ledger: Ledger) -> None:
@@ -58,8 +58,8 @@ class SpecReader:
                 spec, reference = places[operation.row.id]
                 try:
                     self._ledger.hold(operation, await self._payloads.load(spec, reference))
-                except BlobNotFoundError:
-                    log.exception("the spec of %s is gone", operation.row.id)
+                except (BlobNotFoundError, DamagedPayloadError):
+                    log.exception("the spec of %s is gone or damaged", operation.row.id)
                     self.on_missing(operation)
         except Exception:
             log.exception("specs of waiting operations could not be read; trying again")

@@ -19,14 +19,18 @@ _SCALARS_IN_A_PART = 64
 _FEW_PARTS = 64
 
 
-def check_rules(message: Message, prefix: str = "") -> None:
+def check_rules(message: Message, prefix: str = "", *, size: int | None = None) -> None:
     """Applies a message's declared rules.
+
+    Args:
+        prefix: put before the fields' names.
+        size: its bytes on the wire, for whoever knows them: to count them is to serialize it.
 
     Raises:
         TenSafeFault: INVALID_ARGUMENT, with every broken rule by field, or in a message of many
-            parts with the first; `prefix` is put before the fields' names.
+            parts with the first.
     """
-    if message.ByteSize() > _SMALL_BYTES:
+    if (message.ByteSize() if size is None else size) > _SMALL_BYTES:
         field = crowded_field(message, _MOST_PARTS, scalars=_SCALARS_IN_A_PART)
         if field:
             rule = f"the call has more than {_MOST_PARTS} parts with it; split it over several"

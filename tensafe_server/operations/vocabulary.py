@@ -20,7 +20,7 @@ def check_vocabulary(tokens: Array, field: str, model: Model, offsets: Array | N
     Raises:
         TenSafeFault: TOKEN_OUT_OF_RANGE.
     """
-    if not model.vocabulary_size:
+    if not (model.vocabulary_size and tokens.size):
         return
     if int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary_size:
         first = tuple(np.argwhere((tokens < 0) | (tokens >= model.vocabulary_size))[0])

@@ -69,6 +69,7 @@ def plan(
     if not deadlines:
         return Plan(assignments, after)
     held = {each.key for each in assignments if each.worker_id in deadlines}
+    held |= {queue.key for queue in queues if queue.avoids and queue.worker_id is None}
     assignments, after, _ = _assign(
         [queue for queue in queues if queue.key not in held],
         [worker for worker in workers if worker.id not in deadlines],
@@ -157,9 +158,8 @@ class _Turn:
             return None if spot is None else (formation, spot)
         able = [
             (formation, spot)
-            for formation in fleet.values()
-            if queue.model in formation.worker.models
-            and (queue.is_lane or formation.admits(suspect=queue.suspect))
+            for formation in self._candidates(fleet)
+            if (queue.is_lane or formation.admits(suspect=queue.suspect))
             and (spot := formation.spot(work, queue.model, 0)) is not None
         ]
         if not able:
@@ -167,6 +167,13 @@ class _Turn:
         if queue.is_lane:
             return min(able, key=lambda each: _by_room(each[0]))
         return min(able, key=lambda each: _by_runs(each[0]))
+
+    def _candidates(self, fleet: Mapping[str, Formation]) -> list[Formation]:
+        """Workers of the model; those that the run avoids only if there are no others, be they busy
+        or not."""
+        queue = self._queue
+        serving = [one for one in fleet.values() if queue.model in one.worker.models]
+        return [one for one in serving if one.worker.id not in queue.avoids] or serving
 
     def take(self, formation: Formation, spot: Spot) -> Assignment:
         """Gives the next operation away."""

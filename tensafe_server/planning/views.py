@@ -54,6 +54,7 @@ class QueueView:
         suspect: workers were lost while the run's state was brought to them. It comes to the next
             one alone, so that it is known with what that one is lost.
         is_lane: it is one operation without a place in a run, which leaves nothing at its worker.
+        avoids: workers that did not bring the run to where it stands; others come before them.
     """
 
     key: str
@@ -65,6 +66,7 @@ class QueueView:
     since_s: float = 0.0
     suspect: bool = False
     is_lane: bool = False
+    avoids: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

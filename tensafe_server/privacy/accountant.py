@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TypeVar, cast
 
 from tensafe_server.privacy import accounting
@@ -20,15 +20,23 @@ _SPACING = 64
 
 
 class Accountant:
-    """Answers in the order of the questions, from one thread: a PLD takes 0.1 s to some seconds."""
+    """Answers in the order of the questions, from two threads.
+
+    A PLD takes 0.1 s to some seconds, and who searches needs dozens of them. Searches have a thread
+    of their own, so that a step that asks for its ε waits for single PLDs at most.
+    """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="privacy-accountant")
+        self._answers, self._searches = (
+            ThreadPoolExecutor(1, thread_name_prefix=f"privacy-accountant-{name}")
+            for name in ("answers", "searches")
+        )
         self._known: OrderedDict[Hashable, int | float] = OrderedDict()
 
     def close(self) -> None:
         """Drops what waits."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._answers, self._searches):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def epsilon(self, composition: Composition, terms: Terms) -> float:
         """ε of a composition.
@@ -37,7 +45,7 @@ class Accountant:
             UnsupportedCompositionError: it cannot be added up.
         """
         key = (_frozen(composition), terms)
-        return await self._once(key, lambda: accounting.epsilon(composition, terms))
+        return await self._once(self._answers, key, lambda: accounting.epsilon(composition, terms))
 
     async def running_epsilon(
         self, composition: Composition, mechanism: Mechanism, terms: Terms
@@ -74,8 +82,11 @@ class Accountant:
         """
         others = {other: n for other, n in composition.items() if other != mechanism}
         key = (_frozen(others), mechanism, target_epsilon, terms)
+        is_slow = accounting.is_slow({**others, mechanism: 1}, terms)
         return await self._once(
-            key, lambda: accounting.most_uses(others, mechanism, target_epsilon, terms)
+            self._searches if is_slow else self._answers,
+            key,
+            lambda: accounting.most_uses(others, mechanism, target_epsilon, terms),
         )
 
     async def noise_multiplier(
@@ -94,18 +105,21 @@ class Accountant:
         """
         asked = (target_epsilon, steps, terms, sample_rate)
         return await self._once(
-            (*asked, _frozen(before)), lambda: accounting.noise_multiplier(*asked, before)
+            self._searches,
+            (*asked, _frozen(before)),
+            lambda: accounting.noise_multiplier(*asked, before),
         )
 
-    async def _once(self, key: Hashable, compute: Callable[[], T]) -> T:
+    async def _once(self, thread: Executor, key: Hashable, compute: Callable[[], T]) -> T:
         if (known := self._known.get(key)) is not None:
             return cast("T", known)
         return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._on_thread, key, compute
+            thread, self._on_thread, key, compute
         )
 
     def _on_thread(self, key: Hashable, compute: Callable[[], T]) -> T:
-        # Whoever asked the same before has been answered by now, as before a client's repetition.
+        # Whoever asked the same before has been answered by now, as before a client's repetition:
+        # equal questions go to one thread.
         if (known := self._known.get(key)) is not None:
             return cast("T", known)
         found = compute()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,10 +29,16 @@ MOST_SIGMA = 1e6
 MOST_STEPS = 2**24
 """More steps than anybody makes: what is within budget up to here is never refused."""
 _FARTHEST_OF_ONE, _FARTHEST = 130.0, 5000.0
-"""How far the grid of a PLD may reach, of one release and of all together. Its points lie 1e-4
-apart: at these ends it takes a gigabyte and half a minute, and beyond them all that there is."""
+"""How far the grid of a PLD may reach, of one release and of all together."""
+_SPACING = 1e-4
+"""Between the points of a grid, in ε: what the library has of itself."""
+_MOST_POINTS_OF_ONE, _MOST_POINTS = 300_000, 2_000_000
+"""A grid that would have more is 2, 4, … times as coarse, so that none takes more than some seconds
+and 100 MB. ε is rounded up then, by less than 1e-4 of it: it is of tens at least."""
 _AT_THE_END = 1e-12
 """The δ at which ε tells about how far a grid reaches."""
+_LEAST_DELTA = 1e-14
+"""The library cuts tails of about 1e-15 off a PLD, and counts them as infinite loss."""
 
 
 class UnsupportedCompositionError(ValueError):
@@ -42,8 +48,8 @@ class UnsupportedCompositionError(ValueError):
 def epsilon(composition: Composition, terms: Terms) -> float:
     """ε of everything in a composition together; infinite without noise.
 
-    Where so much is released that a PLD would not fit into memory, it is an upper bound: by RDP, or
-    of the same without sampling where there is no RDP.
+    Where so much is released that a PLD would not fit into memory, or δ is below what one can tell,
+    it is an upper bound: by RDP, or of the same without sampling where there is no RDP.
 
     Raises:
         UnsupportedCompositionError: different mechanisms with sampling, under REPLACE_ONE.
@@ -58,8 +64,9 @@ def epsilon(composition: Composition, terms: Terms) -> float:
             return _gaussian_epsilon(used, terms)
         if len(used) == 1:
             [(mechanism, n)] = used.items()
-            if _has_pld(mechanism, n, terms.adjacency):
-                return _pld_epsilon(mechanism, n, terms)
+            reach = _reach(mechanism, n, terms)
+            if reach is not None:
+                return _pld_epsilon(mechanism, n, terms, reach)
             if not _has_rdp(terms.adjacency, mechanism.sample_rate):
                 return _gaussian_epsilon({Mechanism(mechanism.noise_multiplier): n}, terms)
     return _rdp_epsilon(used, terms)
@@ -70,7 +77,7 @@ def is_exact(composition: Composition, terms: Terms) -> bool:
     used = {mechanism: n for mechanism, n in composition.items() if n and mechanism.sample_rate}
     if terms.accountant is AccountantType.RDP or all(one.sample_rate == 1 for one in used):
         return True
-    return len(used) == 1 and all(_has_pld(*one, terms.adjacency) for one in used.items())
+    return len(used) == 1 and all(_reach(*one, terms) is not None for one in used.items())
 
 
 def is_slow(composition: Composition, terms: Terms) -> bool:
@@ -131,7 +138,9 @@ def noise_multiplier(
         if high < _SIGMA_TOLERANCE:
             return high
     found = _root(lambda sigma: spent(sigma, terms.accountant) - target_epsilon, low, high)
-    return found if spent(found, terms.accountant) <= target_epsilon else found + _SIGMA_TOLERANCE
+    while spent(found, terms.accountant) > target_epsilon:
+        found += _SIGMA_TOLERANCE
+    return found
 
 
 def most_uses(
@@ -198,33 +207,52 @@ def _gaussian_epsilon(used: Composition, terms: Terms) -> float:
     return float(dp_accounting.get_epsilon_gaussian(1 / mu, terms.delta))
 
 
-def _pld_epsilon(mechanism: Mechanism, n: int, terms: Terms) -> float:
-    distribution = _pld(mechanism, terms.adjacency)
+def _pld_epsilon(mechanism: Mechanism, n: int, terms: Terms, reach: _Reach) -> float:
+    distribution = _pld(mechanism, terms.adjacency, reach.spacing)
     composed = distribution if n == 1 else distribution.self_compose(n)
     return float(composed.get_epsilon_for_delta(terms.delta))
 
 
-def _has_pld(mechanism: Mechanism, n: int, adjacency: Adjacency) -> bool:
-    """Whether the grid of so many sampled releases fits into memory."""
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """How far the grid of a PLD goes, in ε: of one release, and of all together."""
+
+    one: float
+    whole: float
+
+    @property
+    def spacing(self) -> float:
+        """Between its points."""
+        least = max(self.one / _MOST_POINTS_OF_ONE, self.whole / _MOST_POINTS)
+        return _SPACING * 2.0 ** math.ceil(math.log2(max(1.0, least / _SPACING)))
+
+
+def _reach(mechanism: Mechanism, n: int, terms: Terms) -> _Reach | None:
+    """Of so many sampled releases; None where their PLD would not fit into memory, or cannot tell
+    ε at that δ."""
     import dp_accounting
 
     sigma = mechanism.noise_multiplier
-    if adjacency is Adjacency.REPLACE_ONE:
+    if terms.delta < _LEAST_DELTA:
+        return None
+    if terms.adjacency is Adjacency.REPLACE_ONE:
         sigma /= 2
-    if dp_accounting.get_epsilon_gaussian(sigma, _AT_THE_END) > _FARTHEST_OF_ONE:
-        return False
-    reach = _rdp_epsilon({replace(mechanism, noise_multiplier=sigma): n}, Terms(_AT_THE_END))
-    return reach <= _FARTHEST
+    one = float(dp_accounting.get_epsilon_gaussian(sigma, _AT_THE_END))
+    if one > _FARTHEST_OF_ONE:
+        return None
+    whole = _rdp_epsilon({replace(mechanism, noise_multiplier=sigma): n}, Terms(_AT_THE_END))
+    return _Reach(one, max(one, whole)) if whole <= _FARTHEST else None
 
 
-@lru_cache(maxsize=8)
-def _pld(mechanism: Mechanism, adjacency: Adjacency) -> Any:
+@lru_cache(maxsize=32)
+def _pld(mechanism: Mechanism, adjacency: Adjacency, spacing: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(
         mechanism.noise_multiplier,
         sampling_prob=mechanism.sample_rate,
         neighboring_relation=_relation(adjacency),
+        value_discretization_interval=spacing,
     )
 
 

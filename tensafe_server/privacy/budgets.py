@@ -10,8 +10,9 @@ from tensafe.wire.status import TenSafeFault
 from tensafe_server.ids import new_id
 from tensafe_server.privacy.accountant import Accountant
 from tensafe_server.privacy.accounting import MOST_STEPS, UnsupportedCompositionError
-from tensafe_server.privacy.lines import Line, Lines, Unit, enforced, if_poisson
+from tensafe_server.privacy.lines import Line, Lines, Unit, all_drawn, enforced, if_poisson
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
+from tensafe_server.privacy.records import ReadLedger, check_whole, read_ledger
 from tensafe_server.privacy.runs import PrivateRun
 from tensafe_server.store.base import Store
 from tensafe_server.store.charges import ChargeEnd, LedgerEvent, LedgerRow, Reservation
@@ -29,12 +30,14 @@ class Cost:
         if_poisson: ε with it, had all batches been drawn as was attested; None where that is not
             attested, or not in question.
         steps_left: steps that its run may still make; None: there is no end.
+        sampling_verified: whether the server drew all that `total` adds up.
     """
 
     before: float
     total: float
     if_poisson: float | None = None
     steps_left: int | None = None
+    sampling_verified: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -68,13 +71,16 @@ class DatasetBudget:
         waiting: resolves with the next end of a charge.
     """
 
-    def __init__(self, rows: list[LedgerRow]) -> None:
-        self.lines: dict[Line, int] = {}
-        for row in rows:
-            self.lines[Line.from_json(row.line)] = row.uses
+    def __init__(self, ledger: ReadLedger) -> None:
+        self._dataset_id, self._broken = ledger.dataset_id, ledger.broken
+        self.lines = ledger.lines
         self.open: dict[str, Charge] = {}
         self.deciding = asyncio.Lock()
         self.waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def check(self) -> None:
+        """Raises TenSafeFault CHECKSUM_MISMATCH if the ledger was not what had been written."""
+        check_whole(self._dataset_id, self._broken)
 
     def opened(self, charge: Charge) -> None:
         self.open[charge.id] = charge
@@ -83,7 +89,8 @@ class DatasetBudget:
     def ended(self, charge: Charge, event: LedgerEvent) -> None:
         self.open.pop(charge.id, None)
         if event is LedgerEvent.RELEASE:
-            self.lines[Line.from_json(charge.reserved.line)] -= 1
+            line = Line.from_json(charge.reserved.line)
+            self.lines[line] = max(0, self.lines.get(line, 0) - 1)
         self.waiting.set_result(None)
         self.waiting = asyncio.get_running_loop().create_future()
 
@@ -111,13 +118,18 @@ class Budgets:
         if key not in self._datasets:
             async with self._loading:
                 if key not in self._datasets:
-                    rows = await self._store.ledger(*key)
-                    self._datasets[key] = DatasetBudget(rows)
+                    self._datasets[key] = DatasetBudget(await read_ledger(self._store, *key))
         return self._datasets[key]
 
     async def spent(self, tenant_id: str, dataset_id: str) -> Composition:
-        """What was released of a dataset, with no more assumed than was enforced."""
-        return enforced((await self.dataset(tenant_id, dataset_id)).lines)
+        """What was released of a dataset, with no more assumed than was enforced.
+
+        Raises:
+            TenSafeFault: CHECKSUM_MISMATCH.
+        """
+        budget = await self.dataset(tenant_id, dataset_id)
+        budget.check()
+        return enforced(budget.lines)
 
     async def check_unit(self, tenant_id: str, dataset_id: str, unit: Unit) -> None:
         """Refuses a privacy unit that is not that of the ledger's releases.
@@ -142,9 +154,11 @@ class Budgets:
 
         Raises:
             TenSafeFault: DP_BUDGET_EXCEEDED; UNSUPPORTED_OPTION if the ledger cannot be added up,
-                or protects other units; STORAGE_FULL or STORAGE_UNAVAILABLE.
+                or protects other units; CHECKSUM_MISMATCH if it is not what was written;
+                STORAGE_FULL or STORAGE_UNAVAILABLE.
         """
         budget = await self.dataset(tenant_id, private.dataset_id)
+        budget.check()
         reservation = Reservation(
             tenant_id=tenant_id,
             dataset_id=private.dataset_id,
@@ -179,17 +193,19 @@ class Budgets:
     async def cost(self, tenant_id: str, private: PrivateRun) -> Cost:
         """What the newest step of a run has cost, as the ledger is now."""
         budget = await self.dataset(tenant_id, private.dataset_id)
-        at_most = await self._at_most(private, budget.lines)
-        left = None if at_most is None else max(0, at_most - budget.lines.get(private.line, 0))
-        return await self._cost(private, budget.lines, left)
+        return await self._newest_cost(private, budget.lines)
 
-    async def exact_cost(self, tenant_id: str, private: PrivateRun) -> Cost:
-        """As `cost`, with nothing interpolated."""
-        budget = await self.dataset(tenant_id, private.dataset_id)
-        cost = await self.cost(tenant_id, private)
-        poisson = await self._if_poisson(private, budget.lines, exact=True)
-        total = await self._accountant.epsilon(enforced(budget.lines), private.terms)
+    async def exact_cost(self, private: PrivateRun, lines: Lines) -> Cost:
+        """As `cost`, in a ledger of these lines, with nothing interpolated."""
+        cost = await self._newest_cost(private, lines)
+        poisson = await self._if_poisson(private, lines, exact=True)
+        total = await self._accountant.epsilon(enforced(lines), private.terms)
         return replace(cost, total=total, if_poisson=poisson)
+
+    async def _newest_cost(self, private: PrivateRun, lines: Lines) -> Cost:
+        at_most = await self._at_most(private, lines)
+        left = None if at_most is None else max(0, at_most - lines.get(private.line, 0))
+        return await self._cost(private, lines, left)
 
     def end(self, charge: Charge, event: LedgerEvent) -> ChargeEnd:
         """What is to be written down of a charge's end. It holds in memory from now on, and the
@@ -231,6 +247,7 @@ class Budgets:
                 await self._epsilon(private, lines),
                 await self._if_poisson(private, lines, exact=False),
                 steps_left,
+                private.server_poisson and all_drawn(lines),
             )
         except UnsupportedCompositionError as error:
             raise _unsupported(private, error) from error

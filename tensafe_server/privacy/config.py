@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 _ENUMS = {"accountant_type", "sampling", "privacy_unit", "adjacency", "metrics"}
 _MAX_LOSS = 10.0
+_ROUNDING = 1e-9
+"""A rate that is computed from a batch size, or the reverse, is off by what float64 rounds; what
+differs by more was meant to be another number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,14 @@ class PrivateConfigs:
         """Fills in `resolved.dp`.
 
         Raises:
-            TenSafeFault: what `resolve` and `Budgets.check_unit` raise; DATASET_NOT_FOUND;
-                TOKEN_OUT_OF_RANGE or CONTEXT_EXCEEDED if the model cannot read the dataset.
+            TenSafeFault: INVALID_ARGUMENT for fields that are not enabled; what `resolve` and
+                `Budgets.check_unit` raise; DATASET_NOT_FOUND; TOKEN_OUT_OF_RANGE or
+                CONTEXT_EXCEEDED if the model cannot read the dataset.
         """
         if not given.HasField("dp"):
             return
         if not given.dp.enabled:
-            resolved.dp.CopyFrom(pb.DpConfig())
+            _refuse_unused(given.dp)
             return
         dataset = None
         if given.dp.sampling == pb.DP_SAMPLING_SERVER_POISSON and given.dp.HasField("dataset_id"):
@@ -80,6 +86,16 @@ class PrivateConfigs:
         await resolve(given, resolved, dataset, spent, self._accountant)
         unit = PrivateRun.of("", resolved).line.unit
         await self._budgets.check_unit(tenant_id, resolved.dp.dataset_id, unit)
+
+    def kept(self, tenant_id: str, config: training.RunConfig) -> AbstractContextManager[None]:
+        """Keeps what a run with this configuration draws from, until it is there.
+
+        Raises:
+            TenSafeFault: DATASET_NOT_FOUND.
+        """
+        if config.dp.sampling != pb.DP_SAMPLING_SERVER_POISSON:
+            return nullcontext()
+        return self._datasets.kept(tenant_id, config.dp.dataset_id)
 
     def expected_tokens(self, run: RunState) -> float:
         """Tokens of a batch that the server draws, on average."""
@@ -121,6 +137,14 @@ async def resolve(
             "of which nothing was released under other parameters, the accountant pld",
             field="config.dp.adjacency",
         ) from error
+
+
+def _refuse_unused(dp: pb.DpConfig) -> None:
+    """What is not enabled has no effect, and may not look as if it had one."""
+    names = [field.name for field, _ in dp.ListFields()]
+    if names:
+        rule = "has no effect without enabled; set that, or leave this out"
+        raise refused((f"config.dp.{name}", rule) for name in names)
 
 
 def _fill(dp: pb.DpConfig) -> None:
@@ -189,11 +213,11 @@ def _fill_batch_size(
         )
     if not dp.HasField("sample_rate"):
         dp.sample_rate = dp.expected_batch_size / n
-    if abs(dp.sample_rate * n - dp.expected_batch_size) > 0.5:
+    if not math.isclose(dp.sample_rate * n, dp.expected_batch_size, rel_tol=_ROUNDING):
         raise _refused(
             "sample_rate",
-            f"{dp.sample_rate:g} of {n} units is {dp.sample_rate * n:g}, expected_batch_size is "
-            f"{dp.expected_batch_size:g}; leave one of them out",
+            f"{dp.sample_rate:g} of {n} units is {dp.sample_rate * n:.10g}, expected_batch_size is "
+            f"{dp.expected_batch_size:.10g}; leave one of them out",
         )
 
 

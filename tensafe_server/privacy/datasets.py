@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 
 from tensafe.v1 import artifacts_pb2
 from tensafe.v1 import datasets_pb2 as pb
@@ -37,6 +39,8 @@ class DatasetDesk:
         self._blobs = blobs
         self._ledger = ledger
         self._datasets: dict[tuple[str, str], pb.Dataset] = {}
+        self._kept: Counter[tuple[str, str]] = Counter()
+        self._going: set[tuple[str, str]] = set()
         self._busy = asyncio.Lock()
 
     async def load(self) -> None:
@@ -48,8 +52,9 @@ class DatasetDesk:
 
     def find(self, tenant_id: str, dataset_id: str) -> pb.Dataset:
         """Raises TenSafeFault DATASET_NOT_FOUND."""
-        dataset = self._datasets.get((tenant_id, dataset_id))
-        if dataset is None or dataset.HasField("deleted_at"):
+        key = tenant_id, dataset_id
+        dataset = self._datasets.get(key)
+        if dataset is None or dataset.HasField("deleted_at") or key in self._going:
             raise TenSafeFault(
                 "DATASET_NOT_FOUND",
                 f"no dataset {dataset_id!r}; `tensafe datasets list` shows yours, and `tensafe "
@@ -57,6 +62,20 @@ class DatasetDesk:
                 dataset_id=dataset_id,
             )
         return dataset
+
+    @contextmanager
+    def kept(self, tenant_id: str, dataset_id: str) -> Iterator[None]:
+        """While a run comes into being that draws from it, nobody deletes it.
+
+        Raises:
+            TenSafeFault: DATASET_NOT_FOUND.
+        """
+        self.find(tenant_id, dataset_id)
+        self._kept[tenant_id, dataset_id] += 1
+        try:
+            yield
+        finally:
+            self._kept[tenant_id, dataset_id] -= 1
 
     def known(self, tenant_id: str, dataset_id: str) -> pb.Dataset | None:
         """One that is or was there."""
@@ -197,24 +216,41 @@ class DatasetDesk:
             there = self.known(tenant_id, request.dataset_id)
             dataset = pb.Dataset()
             dataset.CopyFrom(there or self.find(tenant_id, request.dataset_id))
-            for run in self._ledger.runs.values():
-                draws = run.private is not None and run.private.server_poisson
-                mine = run.tenant_id == tenant_id and not run.deleted
-                if mine and draws and run.config.dp.dataset_id == dataset.id:
-                    raise TenSafeFault(
-                        "DATASET_IN_USE",
-                        f"run {run.id} draws from dataset {dataset.id}; delete the run first",
-                        dataset_id=dataset.id,
-                        run_id=run.id,
-                    )
+            self._check_unused(tenant_id, dataset.id)
             if not dataset.HasField("deleted_at"):
-                dataset.deleted_at.CopyFrom(timestamp(time.time_ns()))
-                await self._store.put_dataset(tenant_id, dataset)
-                self._datasets[tenant_id, dataset.id] = dataset
-                files = DatasetFiles(self._blobs, tenant_id, dataset.id)
-                await asyncio.to_thread(files.delete)
+                await self._remove(tenant_id, dataset)
             await self._store.remember(new_request(tenant_id, request, dataset.id))
         return dataset
+
+    def _check_unused(self, tenant_id: str, dataset_id: str) -> None:
+        for run in self._ledger.runs.values():
+            draws = run.private is not None and run.private.server_poisson
+            mine = run.tenant_id == tenant_id and not run.deleted
+            if mine and draws and run.config.dp.dataset_id == dataset_id:
+                raise TenSafeFault(
+                    "DATASET_IN_USE",
+                    f"run {run.id} draws from dataset {dataset_id}; delete the run first",
+                    dataset_id=dataset_id,
+                    run_id=run.id,
+                )
+        if self._kept[tenant_id, dataset_id]:
+            raise TenSafeFault(
+                "DATASET_IN_USE",
+                f"a run that draws from dataset {dataset_id} is being created at this moment",
+                dataset_id=dataset_id,
+            )
+
+    async def _remove(self, tenant_id: str, dataset: pb.Dataset) -> None:
+        key = tenant_id, dataset.id
+        self._going.add(key)  # before anything is waited for: no run begins to draw from it now
+        try:
+            dataset.deleted_at.CopyFrom(timestamp(time.time_ns()))
+            await self._store.put_dataset(tenant_id, dataset)
+            self._datasets[key] = dataset
+            files = DatasetFiles(self._blobs, tenant_id, dataset.id)
+            await asyncio.to_thread(files.delete)
+        finally:
+            self._going.discard(key)
 
     async def _open(self, tenant_id: str, upload_id: str) -> DatasetUploadRow:
         row = await self._store.dataset_upload(tenant_id, upload_id)

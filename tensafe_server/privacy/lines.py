@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
+from tensafe_server.store.charges import LedgerRow
 
 Sampling = Literal["server_poisson", "client_attested"]
 Unit = Literal["example", "unit_id"]
@@ -50,9 +51,14 @@ class Line:
         return cls(**json.loads(text))
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the server drew its batches."""
+        return self.sampling == "server_poisson"
+
+    @property
     def mechanism(self) -> Mechanism:
         """What a use is worth with no more assumed than was enforced."""
-        if self.sampling == "server_poisson":
+        if self.is_drawn:
             return Mechanism(self.noise_multiplier, self.sample_rate or 0.0)
         return Mechanism(self.noise_multiplier)
 
@@ -65,12 +71,23 @@ Lines = Mapping[Line, int]
 """Uses of each line of a dataset's ledger."""
 
 
+def uses_of_lines(rows: Iterable[LedgerRow]) -> dict[Line, int]:
+    """Of a ledger's entries, in order."""
+    newest = {row.line: row.uses for row in rows}
+    return {Line.from_json(line): uses for line, uses in newest.items()}
+
+
 def enforced(lines: Lines) -> Composition:
     """What a dataset's ledger is worth with no more assumed than was enforced."""
     total: Counter[Mechanism] = Counter()
     for line, uses in lines.items():
         total[line.mechanism] += line.most_in_one_unit(uses)
     return total
+
+
+def all_drawn(lines: Lines) -> bool:
+    """Whether the server drew the batches of all that counts."""
+    return all(line.is_drawn for line, uses in lines.items() if uses)
 
 
 def if_poisson(lines: Lines) -> Composition | None:

@@ -46,7 +46,7 @@ def dp_metrics(private: PrivateRun, cost: Cost, of_worker: DpMetrics) -> DpMetri
     told = DpMetrics(
         noise_applied=of_worker.noise_applied and private.noise_multiplier > 0,
         delta=private.terms.delta,
-        sampling_verified=private.server_poisson,
+        sampling_verified=cost.sampling_verified,
     )
     if cost.total < float("inf"):
         told.epsilon_spent = max(0.0, cost.total - cost.before)

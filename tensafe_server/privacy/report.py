@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 from tensafe.v1 import privacy_pb2 as pb
 from tensafe.wire.status import TenSafeFault
@@ -13,9 +14,10 @@ from tensafe_server.privacy.budgets import Budgets
 from tensafe_server.privacy.datasets import DatasetDesk
 from tensafe_server.privacy.lines import Line, Lines, enforced
 from tensafe_server.privacy.mechanisms import AccountantType
+from tensafe_server.privacy.records import ReadLedger, check_whole, read_ledger
 from tensafe_server.privacy.runs import PrivateRun, Units
 from tensafe_server.store.base import Store
-from tensafe_server.store.charges import GENESIS, LedgerRow, first_break
+from tensafe_server.store.charges import GENESIS
 
 _ADJACENT = {
     pb.DP_ADJACENCY_ADD_OR_REMOVE_ONE: "adding or removing one",
@@ -49,7 +51,13 @@ _MIXED = (
     "releases on this dataset differ in their parameters: added up by RDP, a valid filter also "
     "where parameters are chosen by looking at results"
 )
-_MUCH = "so much was released that no PLD can be computed: ε is an upper bound, by RDP"
+_NO_PLD = (
+    "no PLD can be computed of so much, or at so small a δ: ε is an upper bound, by RDP, or of the "
+    "same without sampling"
+)
+_PRIVACY_UNITS = {"example": pb.PRIVACY_UNIT_EXAMPLE, "unit_id": pb.PRIVACY_UNIT_UNIT_ID}
+_UNITS = {"example": "example", "unit_id": "unit"}
+_HASHED = {"example": "its tokens", "unit_id": "its unit_id"}
 _STORAGE = (
     "storage: uploads lie in the tenant's own folder with owner-only permissions, not encrypted; "
     "operators and workers see the data"
@@ -79,26 +87,20 @@ class Reports:
                 run_id=run.id,
             )
         await self._store.flushed()
-        rows = await self._store.ledger(run.tenant_id, private.dataset_id)
-        broken = first_break(rows)
-        if broken is not None:
-            raise TenSafeFault(
-                "CHECKSUM_MISMATCH",
-                f"the ledger of dataset {private.dataset_id} is not what was written, from entry "
-                f"{broken} on; restore the server's store from a backup, and tell the operator",
-                dataset_id=private.dataset_id,
-                position=broken,
-            )
-        return await self._made(run, private, rows)
+        ledger = await read_ledger(self._store, run.tenant_id, private.dataset_id)
+        check_whole(ledger.dataset_id, ledger.broken)
+        return await self._made(run, private, ledger)
 
     async def _made(
-        self, run: RunState, private: PrivateRun, rows: list[LedgerRow]
+        self, run: RunState, private: PrivateRun, ledger: ReadLedger
     ) -> pb.PrivacyReport:
-        lines = _uses(rows)
-        cost = await self._budgets.exact_cost(run.tenant_id, private)
+        # All of it is of these entries, whatever is added meanwhile.
+        rows, lines = ledger.rows, ledger.lines
+        cost = await self._budgets.exact_cost(private, lines)
         report = _configured(run, private)
         report.delta = private.terms.delta
-        report.test_mode = any(line.test_mode and uses for line, uses in lines.items())
+        report.test_mode = any(line.test_mode for line in _all_lines(private, lines))
+        report.sampling_verified = cost.sampling_verified
         if math.isfinite(cost.total):
             report.epsilon = cost.total
         if cost.if_poisson is not None and math.isfinite(cost.if_poisson):
@@ -123,7 +125,7 @@ class Reports:
         _explain(report, private, lines)
         if self._any_raw(run.tenant_id, private.dataset_id):
             report.caveats.append(_RAW)
-        report.headline = _headline(report, private)
+        report.headline = _headline(report, private, lines)
         return report
 
     def _any_raw(self, tenant_id: str, dataset_id: str) -> bool:
@@ -135,8 +137,10 @@ class Reports:
         )
 
 
-def _uses(rows: list[LedgerRow]) -> dict[Line, int]:
-    return {Line.from_json(row.line): row.uses for row in rows}
+def _all_lines(private: PrivateRun, lines: Lines) -> list[Line]:
+    """The run's own, used or not, and every other that counts."""
+    others = [line for line, uses in lines.items() if uses and line != private.line]
+    return [private.line, *others]
 
 
 def _configured(run: RunState, private: PrivateRun) -> pb.PrivacyReport:
@@ -146,7 +150,6 @@ def _configured(run: RunState, private: PrivateRun) -> pb.PrivacyReport:
         adjacency=dp.adjacency,
         privacy_unit=dp.privacy_unit,
         sampling=dp.sampling,
-        sampling_verified=private.server_poisson,
         noise_multiplier=dp.noise_multiplier,
         max_grad_norm=dp.max_grad_norm,
         expected_batch_size=dp.expected_batch_size,
@@ -168,6 +171,7 @@ def _line(line: Line, uses: int) -> pb.LedgerLine:
         run_id=line.run_id,
         test_mode=line.test_mode,
         uses=uses,
+        privacy_unit=_PRIVACY_UNITS[line.unit],
     )
     if line.sample_rate is not None:
         message.sample_rate = line.sample_rate
@@ -177,7 +181,7 @@ def _line(line: Line, uses: int) -> pb.LedgerLine:
 
 
 def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> None:
-    unit = "unit" if private.units is Units.UNIT_ID else "example"
+    unit = _UNITS[private.line.unit]
     report.enforced.append(
         f"each {unit} adds at most {report.max_grad_norm:g} (L2) to a step's sum, and to one sum a "
         "step; noise once a step; division by the expected batch size"
@@ -186,63 +190,99 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> Non
         "every charge was in the ledger before its step was made, and counts if anything failed "
         "after that; the state after a step was stored before its result was told"
     )
-    if private.target_epsilon is not None:
-        report.enforced.append(f"no step was made that would pass ε {private.target_epsilon:g}")
-    if private.server_poisson:
+    target = private.target_epsilon
+    if target is not None:
         report.enforced.append(
-            f"the server drew each batch itself, every {unit} with probability "
-            f"{report.sample_rate:g}, and told nobody who was in it"
+            f"no step of this run has taken the ledger past ε {target:g}; other runs have bounds "
+            "of their own, or none"
         )
-        if private.units is Units.UNIT_ID:
-            report.attested.append("unit ids: that rows of one person have one unit_id")
-        report.attested.append(
+    used = _all_lines(private, lines)
+    drawn = [line for line in used if line.is_drawn]
+    chosen = [line for line in used if not line.is_drawn]
+    report.enforced.extend(
+        dict.fromkeys(  # others may differ in their noise alone
+            f"the server drew each batch itself, every {unit} with probability "
+            f"{line.sample_rate:g}, and told nobody who was in it{_whose(line, private)}"
+            for line in drawn
+        )
+    )
+    for line in chosen:
+        if line.max_participation is not None:
+            report.enforced.append(
+                f"each {unit} was in at most {line.max_participation} steps of run {line.run_id}, "
+                f"by a keyed hash of {_HASHED[line.unit]}{_whose(line, private)}"
+            )
+    report.attested.extend(_attested(report, private, drawn=bool(drawn), chosen=chosen))
+    report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
+    if drawn:
+        report.caveats.append(_PUBLIC)
+    if target is not None and not report.epsilon <= target:
+        report.caveats.append(
+            f"the ledger is past this run's target ε {target:g}: steps of other runs took it there"
+        )
+    if report.accountant_used != report.accountant:
+        report.caveats.append(_MIXED if len(enforced(lines)) > 1 else _NO_PLD)
+
+
+def _whose(line: Line, private: PrivateRun) -> str:
+    return "" if line == private.line else " (other runs on this dataset)"
+
+
+def _attested(
+    report: pb.PrivacyReport, private: PrivateRun, *, drawn: bool, chosen: Sequence[Line]
+) -> Iterator[str]:
+    """What rests on the tenant's word, for all that counts.
+
+    Args:
+        drawn: whether any of it was drawn by the server.
+        chosen: of what clients have chosen.
+    """
+    by_id = private.units is Units.UNIT_ID
+    if chosen:
+        yield (
+            f"dataset_id: that all runs on this data name {report.dataset_id!r}; another name has "
+            "another ledger"
+        )
+    if drawn:
+        yield (
             "the dataset: that other datasets of the tenant do not hold the same data in another "
             "form"
         )
-    else:
-        _explain_attested(report, private)
-    report.attested.append(_NOTHING_ELSE)
-    report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
-    if private.server_poisson:
-        report.caveats.append(_PUBLIC)
-    if report.accountant_used != report.accountant:
-        report.caveats.append(_MIXED if len(enforced(lines)) > 1 else _MUCH)
-
-
-def _explain_attested(report: pb.PrivacyReport, private: PrivateRun) -> None:
-    if private.line.max_participation is not None:
-        report.enforced.append(
-            f"each unit was in at most {private.line.max_participation} steps of this run, by a "
-            "keyed hash of " + ("its unit_id" if private.units is Units.UNIT_ID else "its tokens")
+    if by_id:
+        yield "unit ids: that all rows of one person have one unit_id"
+    elif chosen:
+        yield "examples: that near-duplicates, whose hashes differ, are not one and the same"
+    if chosen:
+        others = "" if private.line in chosen else " (of other runs on this dataset)"
+        yield (
+            f"choice of batches{others}: that which examples are in one was decided without a look "
+            "at other examples, but at what was released with noise"
         )
-    report.attested.append(
-        f"dataset_id: that all runs on this data name {report.dataset_id!r}; another name has "
-        "another ledger"
-    )
-    report.attested.append(
-        "unit ids: that one person has one unit_id"
-        if private.units is Units.UNIT_ID
-        else "examples: that near-duplicates, whose hashes differ, are not one and the same"
-    )
-    report.attested.append(
-        "batches: that an example's tokens and weights were made of that example alone"
-    )
-    if private.line.sample_rate is not None:
-        report.attested.append(
+        yield (
+            f"batches{others}: that an example's tokens and weights were made of that example alone"
+        )
+    if private.line in chosen and private.line.sample_rate is not None:
+        yield (
             "sampling: epsilon_if_poisson holds only if every batch was drawn by Poisson sampling "
             f"at {private.line.sample_rate:g}; the server has not seen that (sampling_verified: "
             "false)"
         )
+    yield _NOTHING_ELSE
 
 
-def _headline(report: pb.PrivacyReport, private: PrivateRun) -> str:
-    if report.test_mode or private.line.test_mode:
+def _headline(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> str:
+    used = _all_lines(private, lines)
+    if report.test_mode:
         return "privacy: none (test mode)"
-    if not report.HasField("epsilon"):
+    if any(line.noise_multiplier == 0 for line in used):
         return "privacy: none (no noise, ε is infinite)"
-    unit = "unit" if private.units is Units.UNIT_ID else "example"
+    if not report.HasField("epsilon"):
+        return f"privacy: none (no finite ε can be told at δ = {report.delta:g})"
+    unit = _UNITS[private.line.unit]
     about = f"{_ADJACENT[report.adjacency]} {unit}, over all runs on dataset {report.dataset_id}"
     text = f"privacy: ε = {report.epsilon:.4f} at δ = {report.delta:g} for {about}"
-    if private.server_poisson:
+    if report.sampling_verified:
         return f"{text}; batches drawn by the server"
+    if any(line.is_drawn for line in used):
+        return f"{text}; batches drawn by the server in part, no assumption about the others"
     return f"{text}; no assumption about sampling"

@@ -25,6 +25,7 @@ from tensafe_server.privacy.participation import OpenWindow, unit_keys
 from tensafe_server.privacy.runs import PrivateRun
 from tensafe_server.store.base import OperationRow, Store
 from tensafe_server.store.charges import LedgerEvent
+from tensafe_server.unexpected import unexpected
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +171,8 @@ class PrivateSteps:
                 await asyncio.sleep(_RETRY_S)
             else:
                 self._refuse(operation, fault)
-        except Exception:
-            error_id = secrets.token_hex(6)
-            log.exception("%s cannot be prepared, error id %s", operation.row.id, error_id)
-            text = f"the server failed, error id {error_id}; its log says why"
-            self._refuse(operation, TenSafeFault("INTERNAL", text, error_id=error_id))
+        except Exception as error:
+            self._refuse(operation, unexpected(log, f"preparing {operation.row.id}", error))
         finally:
             operation.preparing = False
             self.on_ready()

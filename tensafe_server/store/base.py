@@ -16,7 +16,7 @@ from tensafe.v1.artifacts_pb2 import Artifact
 from tensafe.v1.datasets_pb2 import Dataset
 from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.v1.models_pb2 import Model
-from tensafe_server.store.charges import ChargeEnd, LedgerRow, Reservation
+from tensafe_server.store.charges import ChargeEnd, LedgerRecord, LedgerRow, Reservation
 
 
 class SchemaTooNewError(RuntimeError):
@@ -246,7 +246,13 @@ class Pruned:
 
 
 class Store(Protocol):
-    """Durable state. One process owns it."""
+    """Durable state. One process owns it.
+
+    Attributes:
+        was_cut: what was last written to it may be lost, though it was told that it was there.
+    """
+
+    was_cut: bool
 
     # Identity.
     async def tenants(self) -> list[TenantRow]: ...
@@ -328,6 +334,7 @@ class Store(Protocol):
     async def ledger(
         self, tenant_id: str, dataset_id: str, after: int = 0, limit: int = -1
     ) -> list[LedgerRow]: ...
+    async def ledger_record(self, tenant_id: str, dataset_id: str) -> LedgerRecord: ...
     async def open_charges(self) -> list[LedgerRow]: ...
     async def unit_uses(self, run_id: str, units: Sequence[bytes]) -> dict[bytes, int]: ...
     async def secret(self, name: str, fresh: bytes) -> bytes: ...

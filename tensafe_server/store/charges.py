@@ -95,6 +95,28 @@ class ChargeEnd:
     units: Sequence[bytes] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LedgerRecord:
+    """A whole ledger.
+
+    Attributes:
+        end: position and SHA-256 of its newest entry, noted apart from it; None: it has none.
+    """
+
+    rows: list[LedgerRow]
+    end: tuple[int, str] | None
+
+    def first_break(self) -> int | None:
+        """As the function; entries that are missing at the end, or one too many, count too."""
+        broken = first_break(self.rows)
+        if broken is not None:
+            return broken
+        found = (self.rows[-1].position, self.rows[-1].sha256) if self.rows else None
+        if found == self.end:
+            return None
+        return min(len(self.rows), self.end[0] if self.end is not None else 0) + 1
+
+
 def first_break(rows: Iterable[LedgerRow]) -> int | None:
     """The position from which on a ledger, read from its beginning, is not what was written; None
     if it is whole."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from tensafe_server.store.base import StoreDamagedError
@@ -28,8 +30,9 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_and_recover(path: Path) -> sqlite3.Connection:
-    """The first connection after a start. Says in the log what the write-ahead log has lost.
+def connect_and_recover(path: Path) -> tuple[sqlite3.Connection, bool]:
+    """The first connection after a start, and whether the write-ahead log has lost something at its
+    end, which the process's log says too.
 
     Raises:
         StoreDamagedError: if that would be all of it; nothing is changed.
@@ -42,7 +45,9 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
             "transactions cannot be read; restore the directory from a backup, or move this file "
             "away to start without what it held"
         )
+    _make_private(path)
     connection = connect(path)
+    lost = ""
     try:
         if wal.frame_bytes:
             _, kept_frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -52,4 +57,11 @@ def connect_and_recover(path: Path) -> sqlite3.Connection:
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, bool(lost)
+
+
+def _make_private(path: Path) -> None:
+    """Makes a new file that its owner alone can read: tenants' data lies in it, and the directory
+    may be one that everybody can enter. SQLite gives the files beside it the same mode."""
+    with suppress(OSError):  # SQLite says better what is wrong
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

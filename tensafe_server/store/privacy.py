@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from tensafe import failpoints
-from tensafe_server.store.charges import GENESIS, ChargeEnd, LedgerEvent, LedgerRow, Reservation
+from tensafe_server.store.charges import (
+    GENESIS,
+    ChargeEnd,
+    LedgerEvent,
+    LedgerRecord,
+    LedgerRow,
+    Reservation,
+)
 from tensafe_server.store.tables import SqliteTables, columns, row_values
 
 _INSERT = (
@@ -25,6 +32,14 @@ _OPEN = f"""
       AND NOT EXISTS (SELECT 1 FROM dp_ledger ended
         WHERE ended.operation_id = reserved.operation_id
           AND ended.charge_id = reserved.charge_id AND ended.event != 'reserve')"""  # noqa: S608
+_ALL = f"""
+    SELECT {columns(LedgerRow)} FROM dp_ledger WHERE tenant_id = ? AND dataset_id = ?
+    ORDER BY position"""  # noqa: S608
+_END = "SELECT position, sha256 FROM dp_heads WHERE tenant_id = ? AND dataset_id = ?"
+_FIRST_END = "INSERT INTO dp_heads VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
+_MOVE_END = """
+    UPDATE dp_heads SET position = ?, sha256 = ?
+    WHERE tenant_id = ? AND dataset_id = ? AND position = ? AND sha256 = ?"""
 _UNITS_AT_ONCE = 10_000
 
 
@@ -56,6 +71,21 @@ class SqlitePrivacy(SqliteTables):
             " ORDER BY position LIMIT ?",
             (tenant_id, dataset_id, after, limit),
         )
+
+    async def ledger_record(self, tenant_id: str, dataset_id: str) -> LedgerRecord:
+        """A dataset's entries, and where the ledger ends, as they were at one moment."""
+
+        def read(connection: sqlite3.Connection) -> LedgerRecord:
+            key = (tenant_id, dataset_id)
+            connection.execute("BEGIN")
+            try:
+                rows = connection.execute(_ALL, key).fetchall()
+                end = connection.execute(_END, key).fetchone()
+            finally:
+                connection.execute("COMMIT")
+            return LedgerRecord([LedgerRow(*row) for row in rows], end)
+
+        return await self._read(read)
 
     async def open_charges(self) -> list[LedgerRow]:
         """Charges of unfinished operations of which nobody knows yet what became."""
@@ -149,4 +179,10 @@ def _append(
         sha256="",
     ).sealed(before)
     connection.execute(_INSERT, row_values(row))
+    key, end = (row.tenant_id, row.dataset_id), (row.position, row.sha256)
+    if position == 0:
+        connection.execute(_FIRST_END, (*key, *end))
+    else:
+        # Not where it is another: then entries are gone, and that is to stay seen.
+        connection.execute(_MOVE_END, (*end, *key, position, before))
     return row

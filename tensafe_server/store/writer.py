@@ -164,10 +164,12 @@ class GroupCommitWriter:
 
 
 def _resolve(group: list[_Item], error: Exception | None) -> None:
-    if error is None:
-        for item in group:
+    for item in group if error is None else ():
+        try:
             if item.then is not None:
                 item.then()
+        except Exception:  # what others have written is on disk, and they are told
+            log.exception("what was to follow a write to the store failed")
     for item in group:
         if item.future.cancelled():
             continue

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tensafe.v1 import operations_pb2 as ops
+from tensafe.v1.artifacts_pb2 import Artifact
+from tensafe.v1.training_pb2 import OperationSpec
 from tensafe_server.store import migrations
 from tensafe_server.store.base import RunRow, SchemaTooNewError
 from tensafe_server.store.migrations import migrate, schema_version
@@ -63,6 +66,36 @@ def test_a_store_of_the_first_version_opens_with_its_data(first_version: Path):
 
     asyncio.run(read())
     assert schema_version(connect(first_version)) == NEWEST
+
+
+def test_times_to_live_outlive_the_upgrade(first_version: Path):
+    """More of them than are read at once."""
+    timed, untimed = OperationSpec(run_id="run-1"), OperationSpec(run_id="run-1")
+    timed.time_to_live.FromNanoseconds(70)
+    ending, lasting = Artifact(id="art-1"), Artifact(id="art-2")
+    ending.expires_at.FromNanoseconds(80)
+    connection = connect(first_version)
+    for number in range(600):
+        spec = (untimed if number % 2 else timed).SerializeToString()
+        state = ops.OPERATION_STATE_QUEUED if number < 500 else ops.OPERATION_STATE_SUCCEEDED
+        connection.execute(
+            "INSERT INTO operations (id, tenant_id, session_id, kind, state, executed, spec_hash,"
+            " spec, cost, created_ns) VALUES (?, 'ten-1', '', 2, ?, 0, x'aa', ?, 1, 5)",
+            (f"more-{number}", state, spec),
+        )
+        body = (lasting if number % 2 else ending).SerializeToString()
+        connection.execute(
+            "INSERT INTO artifacts VALUES (?, 'ten-1', 'run-1', 1, ?, 5)", (f"art-{number}", body)
+        )
+    migrate(connection)
+
+    def values(query: str) -> list[int | None]:
+        return [value for (value,) in connection.execute(query)]
+
+    deadlines = values("SELECT deadline_ns FROM operations WHERE id LIKE 'more-%' ORDER BY rowid")
+    assert deadlines == [75, None] * 250 + [None] * 100
+    assert values("SELECT expires_ns FROM artifacts ORDER BY rowid") == [80, None] * 300
+    assert values("SELECT deadline_ns FROM operations WHERE id = 'op-2'") == [None]
 
 
 def test_an_upgraded_store_and_a_new_one_are_alike(first_version: Path, tmp_path: Path):

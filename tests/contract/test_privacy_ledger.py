@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 
 from tensafe.v1 import operations_pb2 as ops
+from tensafe_server.store import migrations
 from tensafe_server.store.base import (
     Finish,
     OperationRow,
@@ -20,7 +22,14 @@ from tensafe_server.store.base import (
     Store,
     TenantRow,
 )
-from tensafe_server.store.charges import ChargeEnd, LedgerEvent, Reservation, first_break
+from tensafe_server.store.charges import (
+    GENESIS,
+    ChargeEnd,
+    LedgerEvent,
+    LedgerRow,
+    Reservation,
+    first_break,
+)
 from tensafe_server.store.sqlite import SqliteStore
 
 
@@ -137,7 +146,11 @@ def test_no_entry_can_be_changed_or_taken_out(path: Path):
 
     run_test(path, body)
     connection = sqlite3.connect(path)
-    for statement in ("UPDATE dp_ledger SET uses = 0", "DELETE FROM dp_ledger"):
+    for statement in (
+        "UPDATE dp_ledger SET uses = 0",
+        "DELETE FROM dp_ledger",
+        "INSERT OR REPLACE INTO dp_ledger SELECT * FROM dp_ledger",
+    ):
         with pytest.raises(sqlite3.IntegrityError, match="append-only"):
             connection.execute(statement)
 
@@ -160,6 +173,71 @@ def test_a_change_behind_the_stores_back_breaks_the_chain(path: Path):
         assert first_break([resealed, *rows[1:]]) == 2
 
     run_test(path, write)
+    run_test(path, read)
+
+
+def test_the_end_of_an_older_stores_ledger_is_known(path: Path, tmp_path: Path):
+    """One that was written before ends were noted."""
+    older = tmp_path / "migrations"
+    older.mkdir()
+    for script in sorted(Path(migrations.__file__).parent.glob("*.sql"))[:6]:
+        shutil.copy(script, older)
+    connection = sqlite3.connect(path, isolation_level=None)
+    migrations.migrate(connection, older)
+    connection.execute("INSERT INTO tenants (id, name, created_ns) VALUES ('ten-1', 'a', 1)")
+    before = GENESIS
+    for position in range(1, 4):
+        like = LedgerRow("ten-1", "ds-1", position, "reserve", "c", "r", "o", 1, "l", 1, 1, "")
+        row = like.sealed(before)
+        before = row.sha256
+        connection.execute(f"INSERT INTO dp_ledger VALUES ({', '.join('?' * 12)})", astuple(row))
+    connection.close()
+
+    async def read(store: Store) -> None:
+        record = await store.ledger_record("ten-1", "ds-1")
+        assert (len(record.rows), record.first_break()) == (3, None)
+        await store.reserve_charge(reservation(1))
+        record = await store.ledger_record("ten-1", "ds-1")
+        assert (len(record.rows), record.first_break()) == (4, None)
+
+    async def main() -> None:
+        store = await SqliteStore.open(path)
+        try:
+            await read(store)
+        finally:
+            await store.close()
+
+    asyncio.run(main())
+
+
+CUTS = {
+    "the newest entry": "DELETE FROM dp_ledger WHERE position = 4",
+    "all entries": "DELETE FROM dp_ledger",
+    "the note of the end": "DELETE FROM dp_heads",
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_what_is_cut_off_the_end_is_missed_for_ever(path: Path, cut: str):
+    async def write(store: Store) -> None:
+        for number in range(1, 5):
+            await store.reserve_charge(reservation(number))
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is None
+        assert (await store.ledger_record("ten-1", "ds-2")).first_break() is None
+
+    async def read(store: Store) -> None:
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is not None
+        # Nor does what is written behind it hide that.
+        await store.reserve_charge(reservation(5))
+        await store.reserve_charge(reservation(6))
+        assert (await store.ledger_record("ten-1", "ds-1")).first_break() is not None
+
+    run_test(path, write)
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TRIGGER dp_ledger_is_never_cut")
+    connection.execute(cut)
+    connection.commit()
+    connection.close()
     run_test(path, read)
 
 

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import rpcs
 
-from tensafe.v1 import (
-    admin_pb2,
-    artifacts_pb2,
-    datasets_pb2,
-    metrics_pb2,
-    models_pb2,
-    operations_pb2,
-    privacy_pb2,
-    training_pb2,
-)
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations.validation import check_rules
 
-PROTOS = Path(__file__).resolve().parents[2] / "protos/tensafe/v1"
-MODULES = [
-    admin_pb2,
-    artifacts_pb2,
-    datasets_pb2,
-    metrics_pb2,
-    models_pb2,
-    operations_pb2,
-    privacy_pb2,
-    training_pb2,
-]
 METHODS = {
-    f"{service.name}/{method.name}": method
-    for module in MODULES
-    for service in module.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
+    name.removeprefix("tensafe.v1."): method
+    for name, method in rpcs.METHODS.items()
+    if "WorkerService" not in name  # our own workers alone call it, with ids of another kind
 }
 # What changes nothing; what has another key to be known by again (a run and its seq, a file and its
 # offset); and AttachRun, which twice is the same as once and of which the second must tell anew.
@@ -48,7 +26,7 @@ WITHOUT_REQUEST_ID = re.compile(
 def comment(name: str) -> str:
     """What stands above an RPC, on one line."""
     service, method = name.split("/")
-    for path in PROTOS.glob("*.proto"):
+    for path in rpcs.PROTOS.glob("*.proto"):
         text = path.read_text()
         if f"service {service} {{" in text:
             inside = text.split(f"service {service} {{")[1]

@@ -112,6 +112,22 @@ def test_an_adapter_made_elsewhere_computes_what_plain_peft_computes_and_trains_
     assert list(sampled.samples[0].tokens) == list(again.samples[0].tokens)
 
 
+def test_a_download_mixes_no_two_artifacts(client: ServiceClient, tmp_path: Path):
+    run = client.create_training_client(CONFIG)
+    train(run, range(1))
+    whole = run.save_state().artifact_id
+    run.forward_backward([Datum([5, 6], [6, 7])])
+    in_a_window = run.save_state().artifact_id
+    adapter_alone = run.save_state(include_optimizer=False).artifact_id
+    client.download_artifact(whole, tmp_path)
+    client.download_artifact(in_a_window, tmp_path)  # has all files that the other has
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for artifact_id in (whole, adapter_alone):
+        with pytest.raises(ConfigError, match=r"accumulator\.safetensors of another artifact"):
+            client.download_artifact(artifact_id, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_run_made_from_an_artifact_goes_on_to_the_same_bits(client: ServiceClient):
     whole = client.create_training_client(CONFIG)
     train(whole, range(3))

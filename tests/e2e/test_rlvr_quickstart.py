@@ -42,7 +42,7 @@ def rlvr(service: LocalService, *arguments: str) -> list[dict[str, Any]]:
 def test_the_command_of_the_page_trains(tiny_service: LocalService):
     arguments = shlex.split(COMMAND.replace("smollm2-135m", "tiny"))[2:]
     arguments[arguments.index("--iterations") + 1] = "4"
-    events = rlvr(tiny_service, *arguments, "--set", "eval_problems=8")
+    events = rlvr(tiny_service, *arguments, "--eval-problems", "8")
     kinds = [event["event"] for event in events]
     assert kinds.count("iteration") == 4
     assert kinds.count("eval") == 2
@@ -81,7 +81,16 @@ def test_a_task_of_reasoning_gym(tiny_service: LocalService):
         (["chain-sum", "--model", "tiny", "--set", "clip"], "NAME=VALUE"),
         (["chain-sum", "--model", "tiny", "--set", "clip_lo=0.5"], "clip_low"),
         (["chain-sum", "--model", "tiny", "--algorithm", "rloo", "--set", "clip_low=0.5"], "rloo"),
-        (["chain-sum", "--model", "tiny", "--set", "eval_every=1"], "--eval-every N"),
+        (["chain-sum", "--model", "tiny", "--set", "eval_every=1"], "give --eval-every"),
+        (["chain-sum", "--model", "tiny", "--set", "learning_rate=1"], "give --lr"),
+        (["chain-sum", "--model", "tiny", "--set", "seed=1"], "give --seed"),
+        (["chain-sum", "--model", "tiny", *2 * ["--set", "top_k=5"]], "given twice"),
+        (["chain-sum", "--model", "tiny", "--warm-up-lr", "1"], "without --warm-up"),
+        (["chain-sum", "--model", "tiny", "--eval-problems", "9"], "without --eval-every"),
+        (
+            [__file__, "--model", "tiny", "--reward", "exact_match", "--eval-data", __file__],
+            "without --eval-every",
+        ),
         ([__file__, "--model", "tiny", "--task-seed", "1"], "--task-seed"),
         (["chain-sum", "--resume", "run-1", "--warm-up", "3"], "--warm-up"),
     ],
@@ -115,6 +124,23 @@ def test_ctrl_c_saves_and_the_command_it_prints_goes_on(tiny_service: LocalServi
     assert re.findall(r"^iteration (\d+)/", resumed, re.M) == [str(done + 1), str(done + 2)]
 
 
+def test_a_training_with_a_seed_goes_on_with_it(tiny_service: LocalService):
+    short = ["--prompts", "2", "--group-size", "2", "--max-tokens", "2", "--checkpoint-every", "1"]
+    rlvr(tiny_service, "chain-sum", "--model", "tiny", "--seed", "5", *short, "--iterations", "1")
+    (newest, *_) = json.loads(run_tensafe(tiny_service, "runs", "list", "--json").stdout)
+    on = ["chain-sum", "--resume", str(newest["id"]), *short, "--iterations", "2"]
+    resumed = rlvr(tiny_service, *on)
+    assert [event["event"] for event in resumed] == ["iteration", "saved"]
+    assert resumed[0]["iteration"] == 2
+    whole = rlvr(
+        tiny_service,
+        *("chain-sum", "--model", "tiny", "--seed", "5", *short, "--iterations", "2"),
+    )
+    same = ("reward_mean", "response_tokens", "sampled_tokens")
+    assert [resumed[0][name] for name in same] == [whole[1][name] for name in same]
+    assert resumed[0]["entropy"] == pytest.approx(whole[1]["entropy"], abs=1e-4)
+
+
 def test_another_task_is_refused_on_resume(tiny_service: LocalService, tmp_path: Path):
     short = ["--prompts", "2", "--group-size", "2", "--max-tokens", "2", "--iterations", "1"]
 
@@ -135,6 +161,10 @@ def test_another_task_is_refused_on_resume(tiny_service: LocalService, tmp_path:
     judged = ["--reward", "exact_match"]
     assert "task is 'file of sha256" in refused(run_id, str(one), *judged)
     run_id = begun(str(one), *judged)
+    other_reward = ["--reward", "numeric_match"]
+    assert "reward is 'numeric_match', and was" in refused(run_id, str(one), *other_reward)
+    ignoring = [*judged, "--reward-options", '{"ignore_case": true}']
+    assert "reward_options is" in refused(run_id, str(one), *ignoring)
     assert "task is 'file of sha256" in refused(run_id, str(other), *judged)
     moved = one.rename(tmp_path / "moved.jsonl")
     assert rlvr(tiny_service, str(moved), *judged, "--resume", run_id, *short)[-1]["artifact_id"]

@@ -30,6 +30,7 @@ TOLD = re.compile(r"admin key, shown only now: (ts_\S+)")
 def test_up_ends_with_0_on_a_signal(tmp_path: Path, number: signal.Signals):
     with local_service(directory=tmp_path) as service:
         run_tensafe(service, "runs", "list")
+        assert "fork" not in service.log
         service.process.send_signal(number)
         assert service.process.wait(30) == 0
         assert service.process.stdout is not None
@@ -75,16 +76,26 @@ def test_up_is_found_wherever_it_listens(tmp_path: Path, host: str):
         assert "[::]" not in target
 
 
-def test_a_start_ends_the_workers_key_of_the_one_before(tmp_path: Path):
+def test_a_start_leaves_no_key_of_its_workers_and_ends_none_of_the_operators(tmp_path: Path):
+    made = ["admin", "keys", "create", "--kind", "worker", "--name", "local workers"]
     for start in (1, 2):
         with local_service(directory=tmp_path) as service:
-            keys = [
-                key
-                for key in run_json(service, "admin", "keys", "list")
-                if key["name"] == "local workers"
+            assert run_json(service, "models", "list"), "its own worker serves"
+            if start == 1:
+                run_json(service, *made)
+            keys = run_json(service, "admin", "keys", "list")
+            of_workers = [key for key in keys if key["kind"] == "worker"]
+            assert [(key["name"], key["revoked_at"]) for key in of_workers] == [
+                ("local workers", None)
             ]
-            assert len(keys) == start
-            assert [key["revoked_at"] is None for key in keys] == [False] * (start - 1) + [True]
+
+
+def test_what_tenants_store_is_the_owners_alone_in_a_directory_for_all(tmp_path: Path):
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    with local_service(directory=tmp_path):
+        open_to_others = [path for path in data.rglob("*") if path.stat().st_mode & 0o077]
+        assert {path.name for path in open_to_others} == {"lock"}, "which is empty"
 
 
 def test_a_terminals_ctrl_c_reaches_the_workers_through_up_alone(tmp_path: Path):

@@ -6,6 +6,7 @@ Everything between the store and the mock backend is the real thing.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import tempfile
 from collections import Counter
@@ -16,6 +17,7 @@ from uuid import uuid4
 
 from tensafe.v1 import types_pb2 as types
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import Payloads
@@ -56,7 +58,8 @@ class _Backend(MockBackend):
     """Takes part in all that a real one does, and little at a time.
 
     Attributes:
-        scarce: calls for which it has no memory, and how often.
+        scarce: calls for which it has no memory, and how often. They fail before they have done
+            anything, so that it is not the backend that closes a window behind them.
     """
 
     instant = False
@@ -73,21 +76,13 @@ class _Backend(MockBackend):
         super().open_run(run_id, *arguments)
 
     def forward_backward(self, run_id: str, *arguments: Any) -> LossOutcome:
-        try:
-            self._allocate("forward_backward")
-        except TenSafeFault:
-            self.poison(run_id)
-            raise
+        self._allocate("forward_backward")
         return super().forward_backward(run_id, *arguments)
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         window = self._runs[run_id].window
         if window.is_open and not window.poisoned:
-            try:
-                self._allocate("optim_step")
-            except TenSafeFault:
-                self.drop_window(run_id)
-                raise
+            self._allocate("optim_step")
         return super().optim_step(run_id, request)
 
     def _allocate(self, what: str) -> None:
@@ -97,7 +92,13 @@ class _Backend(MockBackend):
 
 
 class _Transfers:
-    """Reads the coordinator's blobs; nothing here saves."""
+    """Reads and writes the coordinator's blobs.
+
+    Attributes:
+        reception: of the coordinator's life at the time.
+    """
+
+    reception: Reception
 
     def __init__(self, blobs: Path) -> None:
         self._blobs = blobs
@@ -106,6 +107,23 @@ class _Transfers:
         folder = self._blobs / "snapshots" / snapshot_id
         shutil.copytree(folder, directory, dirs_exist_ok=True)
 
+    def fetch(self, artifact_id: str, directory: Path) -> None:
+        shutil.copytree(self._blobs / "artifacts" / artifact_id, directory, dirs_exist_ok=True)
+
+    def upload(self, artifact_id: str, epoch: int, directory: Path) -> list[ArtifactFile]:
+        self.reception.upload_fence(artifact_id, epoch)()
+        folder = self._blobs / "artifacts" / artifact_id
+        shutil.copytree(directory, folder, dirs_exist_ok=True)
+        files = [_file(path) for path in sorted(folder.iterdir())]
+        self.reception.stored(artifact_id, files)
+        return files
+
+
+def _file(path: Path) -> ArtifactFile:
+    data = path.read_bytes()
+    sha256 = hashlib.sha256(data).hexdigest()
+    return ArtifactFile(name=path.name, size_bytes=len(data), sha256=sha256)
+
 
 class Worker:
     """A worker's process."""
@@ -113,7 +131,8 @@ class Worker:
     def __init__(self, blobs: Path, name: str) -> None:
         self.name = name
         self.backend = _Backend()
-        self.executor = Executor(self.backend, _Transfers(blobs), lambda: None)  # type: ignore[arg-type]
+        self.transfers = _Transfers(blobs)
+        self.executor = Executor(self.backend, self.transfers, lambda: None)  # type: ignore[arg-type]
         self.instance = uuid4().hex
 
     def register(self) -> pb.Register:
@@ -239,16 +258,16 @@ class Coordinator:
         outcomes = Outcomes(store, self.ledger, self.hub, payloads, self.privacy.outcomes)
         self.pruner = Pruner(store, blobs, payloads, self.ledger, self.book, 3600.0)
         restorer = Restorer(store, payloads, self.book, self.privacy.steps)
-        specs = SpecReader(store, payloads, self.ledger)
+        specs = self.specs = SpecReader(store, payloads, self.ledger)
         self.blame = Blame(store, self.ledger, return_s=3600.0)
         self.dispatcher = Dispatcher(
             *(store, self.ledger, restorer, specs),
             *(CompanyPolicy(0.0), self.blame, self.privacy.steps),
         )
         self.cancellation = Cancellation(store, self.ledger, outcomes, self.dispatcher)
-        artifacts = ArtifactBook(store, self.ledger, blobs)
+        self.artifacts = ArtifactBook(store, self.ledger, blobs)
         self.intake = Intake(
-            *(store, self.ledger, self.models, payloads, self.hub, artifacts),
+            *(store, self.ledger, self.models, payloads, self.hub, self.artifacts),
             *(Limits(), self.privacy.configs),
         )
         comparer = Comparer(store, payloads)
@@ -277,7 +296,7 @@ class Coordinator:
     async def load(self) -> None:
         await self.models.load()
         await self.hub.load()
-        await recover(self.store, self.payloads, self.models, self.ledger)
+        await recover(self.store, self.payloads, self.models, self.ledger, self.specs.on_missing)
         await self.blame.load()
         await self.privacy.load()
         self.dispatcher.kick()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1 import types_pb2 as types
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import DeleteArtifactRequest
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
@@ -72,7 +74,7 @@ class World:
         self.specs: dict[str, training.OperationSpec] = {}
         self.next_seq: dict[str, int] = {}
         self.skipped: dict[str, list[int]] = {}
-        self._lane = 0
+        self._lane = self._deletions = 0
         self.do(self._begin(runs, workers))
 
     async def _begin(self, runs: int, workers: int) -> None:
@@ -175,6 +177,22 @@ class World:
         self.specs[outcome.operation_id] = spec
         return outcome
 
+    async def newest_artifact(self, run_id: str) -> str | None:
+        """Of those that the run has saved and that are there."""
+        found = await self.store.artifacts(TENANT, run_id, Page(1), time.time_ns())
+        return found[0][1].id if found else None
+
+    async def delete_artifact(self, artifact_id: str) -> bool:
+        """Whether nothing needs it."""
+        self._deletions += 1
+        name = f"request-delete-{self._deletions}"
+        request = DeleteArtifactRequest(artifact_id=artifact_id, request_id=name)
+        try:
+            await self.coordinator.artifacts.delete(TENANT, request)
+        except TenSafeFault as fault:
+            return fault.detail.reason != "ARTIFACT_IN_USE"
+        return True
+
     async def close_gap(self, run_id: str) -> None:
         """Nobody fills it in time."""
         await self.coordinator.gaps.close(self.coordinator.ledger.runs[run_id])
@@ -247,6 +265,7 @@ class World:
         host = self.hosts[at]
         host.fenced = None
         if host.link is None:
+            host.worker.transfers.reception = self.coordinator.reception
             host.link = await self.coordinator.reception.arrive(host.worker.register())
 
     async def kill_worker(self, at: int = 0) -> None:
@@ -279,6 +298,8 @@ class World:
         self.cancels.clear()
         self.coordinator = Coordinator(self.store, self.blobs)
         await self.coordinator.load()
+        for host in self.hosts:
+            host.worker.transfers.reception = self.coordinator.reception
 
     async def drain(self, spec: training.OperationSpec) -> None:
         """The coordinator ends in order; what comes meanwhile is refused."""

@@ -152,6 +152,7 @@ def test_running_goes_to_its_end(
 ):
     running = tc.forward_backward(batch(GATE), deadline_s=SOON_S if way == "deadline" else None)
     wait_state(client, running, "running")
+    assert running.running()
     if way == "cancel":
         assert not running.cancel()
     else:  # a deadline behind it, which passes later

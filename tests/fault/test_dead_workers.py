@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness.faulty_fleet import FaultyCluster, batch, train, wait_running
-from harness.faulty_worker import GATE, GATED, HANG, HANGING_SEED
+from harness.faulty_worker import BREAKING_SEED, GATE, GATED, HANG, HANGING_SEED
 from harness.proxy import TcpProxy
 
 SILENCE_S = "1.5"
@@ -137,3 +137,21 @@ def test_a_worker_whose_watchdog_fails_is_told_to_end(fleet: FaultyCluster, hang
         if hangs == "operation":
             assert tc.optim_step().exception(60).reason == "WINDOW_POISONED"  # type: ignore[union-attr]
             assert [step for step, _ in train(tc, 2)] == [1, 2]
+
+
+def test_a_worker_whose_executor_fails_ends(fleet: FaultyCluster):
+    """It would go on to say that it is well, and execute nothing."""
+    with fleet.client() as client:
+        worker = fleet.add_faulty_worker()
+        broken = client.create_training_client({"model_ref": "any", "seed": BREAKING_SEED})
+        other = client.create_training_client({"model_ref": "any", "seed": 8})
+        assert train(broken, 1)
+        assert train(other, 1)
+        client.delete_run(broken.run_id)
+        waiting = other.forward_backward(batch())
+        assert fleet.next_death() == (worker, 75)
+        worker.wait_said("the executor has failed")
+        worker.wait_said("nobody knows why")
+        fleet.revive(worker)
+        assert waiting.result(60).loss
+        assert other.optim_step().result(60).step == 2

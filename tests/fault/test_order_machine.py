@@ -31,6 +31,8 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "update": {"optim_step": training.OptimStep()},
     "sample": {"sample": sample(3)},
     "refused": {"forward_backward": forward_backward([])},
+    "save": {"save_state": training.SaveState()},
+    "save_weights": {"save_state": training.SaveState(include_optimizer=False)},
 }
 OTHER = {"forward": training.Forward(batch=forward_backward().batch)}
 
@@ -43,6 +45,7 @@ class Follower:
         self.step = 0
         self.gradients = 0
         self.poisoned = False
+        self.saved: dict[str, tuple[int, int, bool]] = {}
 
     def follow(self, run_id: str) -> None:
         for number, row in enumerate(self.world.rows(run_id), 1):
@@ -77,6 +80,22 @@ class Follower:
             assert reason == ("WINDOW_POISONED" if self.poisoned else "EMPTY_WINDOW"), reason
             assert self.poisoned or not self.gradients
         self.gradients, self.poisoned = 0, False
+
+    def save_state(self, row) -> None:
+        if row.state == SUCCEEDED:
+            artifact = self.world.result(row).save_state.artifact
+            assert artifact.step == self.step
+            self.saved[artifact.id] = self.step, self.gradients, self.poisoned
+
+    def load_state(self, row) -> None:
+        if row.state == SUCCEEDED:
+            result = self.world.result(row).load_state
+            step, gradients, poisoned = self.saved[result.artifact_id]
+            if result.optimizer_restored:
+                self.step, self.gradients, self.poisoned = step, gradients, poisoned
+            else:
+                self.gradients, self.poisoned = 0, False
+            assert result.step == self.step
 
     def sample(self, row) -> None:
         if row.state == SUCCEEDED:
@@ -144,7 +163,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         run=run_numbers,
-        what=st.sampled_from(["gradient", "gradient", "large", "update", "sample", "refused"]),
+        what=st.sampled_from(["gradient", "large", "update", "sample", "refused", "save"]),
         deadline=st.booleans(),
         target=operations,
     )
@@ -207,6 +226,29 @@ class Machine(RuleBasedStateMachine):
         self._submit(run, "sample")
         self.train(run, steps, 8)
         self.snapshot(run, at)
+
+    @rule(run=run_numbers, what=st.sampled_from(["save", "save_weights"]), weights=st.booleans())
+    def save_and_go_back(self, run: int, what: str, weights: bool) -> None:
+        self._submit(run, what)
+        self._flow(8)
+        self.train(run, 1, 0)
+        self.go_back(run, weights)
+
+    @rule(run=run_numbers, weights=st.booleans())
+    def go_back(self, run: int, weights: bool) -> None:
+        """To what was saved last."""
+        artifact_id = self.world.do(self.world.newest_artifact(self.runs[run]))
+        if artifact_id is not None:
+            load = training.LoadState(artifact_id=artifact_id)
+            if weights:
+                load.include_optimizer = False
+            self._send([self.world.next(self.runs[run], load_state=load)])
+
+    @rule(run=run_numbers)
+    def delete_artifact(self, run: int) -> None:
+        artifact_id = self.world.do(self.world.newest_artifact(self.runs[run]))
+        if artifact_id is not None:
+            self.world.do(self.world.delete_artifact(artifact_id))
 
     @rule(tokens=st.integers(1, 5), target=operations)
     def lane(self, tokens: int) -> str:

@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
-from tensafe.v1.worker_pb2 import Plan, RefusedSnapshot, Report
+from tensafe.v1.worker_pb2 import OperationStarted, Plan, RefusedSnapshot, Report
 from tensafe.wire.status import from_status
 from tensafe_server.fleet import dispatcher
 from tensafe_server.fleet.link import WorkerLink
@@ -424,6 +424,88 @@ def test_what_waits_fails_if_its_run_never_comes_to_its_log_and_the_run_is_as_it
     assert world.result(world.rows(run)[-1]).optim_step.step == 2
 
 
+@pytest.mark.parametrize("executed", [True, False])
+def test_whoever_has_what_a_torn_log_has_lost_is_not_believed(
+    world: World, run: str, executed: bool
+):
+    """The disk had said that it was there, and the worker was sent it."""
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)
+    [lost] = submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    while executed and world.worker.execute():
+        pass
+    world.do(world.store._execute("DELETE FROM operations WHERE id = ?", (lost,)))
+    world.do(world.restart())
+    world.do(world.connect())
+    world.next_seq[run] -= 1
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[2:] == ["EMPTY_WINDOW", "SUCCEEDED", "SUCCEEDED"]
+
+
+@pytest.mark.usefixtures("no_rest")
+def test_whoever_gave_a_run_up_gets_it_again_only_if_there_is_nobody_else():
+    """A worker that takes nothing on holds the fewest runs."""
+    world = World(runs=3, workers=2)
+    sick = world.hosts[0]
+    sick.worker.backend.scarce["open_run"] = 1000
+    for run in world.next_seq:
+        submit(world, run, GRADIENT, UPDATE, GRADIENT)
+    world.finish()
+    world.do(world.kill_worker(1))
+    for run in world.next_seq:
+        submit(world, run, UPDATE)
+    world.finish()
+    assert [outcomes(world, run) for run in world.next_seq] == [["SUCCEEDED"] * 4] * 3
+    assert sick.worker.backend.scarce["open_run"] < 1000, "it was tried"
+    world.close()
+
+
+@pytest.mark.usefixtures("no_rest")
+def test_a_run_may_be_given_up_again_once_it_has_gone_on(world: World, run: str):
+    for _ in range(3):
+        submit(world, run, GRADIENT, UPDATE)
+        world.finish()
+        world.do(world.kill_worker())
+        world.worker.backend.scarce["open_run"] = 2
+    world.finish()
+    submit(world, run, GRADIENT)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 7
+
+
+@pytest.mark.usefixtures("no_rest")
+def test_to_begin_is_not_to_go_on(world: World, run: str):
+    """What loses its run each time that it begins is not tried for ever."""
+    [operation] = submit(world, run, GRADIENT)
+    for _ in range(3):
+        world.do(world.deliver())
+        epoch = world.coordinator.ledger.runs[run].epoch
+        begun = OperationStarted(operation_id=operation, epoch=epoch)
+        refused = RefusedSnapshot(run_id=run, epoch=epoch, error=Status(code=13, message="?"))
+        assert world.link is not None
+        world.do(world.coordinator.reception.report(world.link, Report(started=[begun])))
+        world.do(world.coordinator.reception.report(world.link, Report(refused=[refused])))
+    assert outcomes(world, run) == ["INTERNAL"]
+
+
+def test_a_gradient_that_failed_is_missing_from_its_window_and_from_its_replay(
+    world: World, run: str
+):
+    submit(world, run, GRADIENT)
+    flow(world)
+    world.worker.backend.scarce["forward_backward"] = 1
+    submit(world, run, GRADIENT, UPDATE, GRADIENT, UPDATE)
+    flow(world, 10)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    failed = ["OUT_OF_MEMORY", "WINDOW_POISONED"]
+    assert outcomes(world, run) == ["SUCCEEDED", *failed, *["SUCCEEDED"] * 4]
+    assert world.coordinator.replays.mismatches == 0
+
+
 def test_an_update_that_failed_for_the_moment_does_not_succeed_when_it_is_replayed(
     world: World, run: str
 ):
@@ -480,6 +562,23 @@ def test_nothing_is_taken_in_over_a_stream_that_is_fenced_off(world: World, run:
     assert not world.store.outcomes
     world.finish()
     assert list(world.store.outcomes.values()) == [1]
+
+
+def test_a_stream_that_takes_the_place_of_another_is_no_loss(world: World, run: str):
+    """The worker has noticed before the coordinator that the first was cut."""
+    submit(world, run, GRADIENT)
+    for kills in range(2):
+        world.do(world.deliver())
+        world.worker.begin()
+        world.do(world.report())
+        if not kills:
+            world.do(world.kill_worker())  # one is held against it
+    world.hosts[0].link = None
+    world.do(world.connect())
+    assert outcomes(world, run) == [], "it is not given up"
+    world.do(world.kill_worker())
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"]
 
 
 @pytest.mark.usefixtures("no_rest")

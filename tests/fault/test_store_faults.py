@@ -126,7 +126,10 @@ def test_a_torn_log_keeps_what_was_committed_before_the_tear(tmp_path: Path, dam
         assert [future.result(60) for future in steps(again, SMALL, 2)]
         assert cluster.stop() == [0, 0]
         check_log(cluster.data)
-        assert committed(cluster.data, tmp_path / "end")[: len(kept)] == kept
+        end = committed(cluster.data, tmp_path / "end")
+        assert end[: len(kept)] == kept
+        told = whole[-1][2]
+        assert all(cursor > told for _, _, cursor in end[len(kept) :]), "no cursor is used again"
 
 
 def test_a_log_that_cannot_be_read_at_all_is_not_dropped(tmp_path: Path):

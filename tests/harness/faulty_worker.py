@@ -6,8 +6,8 @@ It takes the options of `tensafe worker`. Where a forward_backward's first token
 prompt is GATED, or a save_state's metadata named one, the operation waits until the test opens the
 FIFO named by FAULTY_GATE; other samples wait as `gated_sampler` says. CRASH_LATER crashes the
 worker while the file named by FAULTY_DEADLY is there; the other marks are below. Taking on a run of
-HANGING_SEED hangs. What it saves tells which worker did. With FAULTY_WATCHDOG set, its watchdog
-never bites.
+HANGING_SEED hangs; to forget one of BREAKING_SEED fails, which is no operation's failure. What it
+saves tells which worker did. With FAULTY_WATCHDOG set, its watchdog never bites.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 GATE, HANG, HANG_WITH_LOCK, CRASH, CRASH_LATER = 60_001, 60_002, 60_003, 60_004, 60_005
-HANGING_SEED = 60_006
+HANGING_SEED, BREAKING_SEED = 60_006, 60_007
 GATED = "wait at the gate"
 
 
@@ -72,6 +72,11 @@ def main() -> None:
             if settings.seed == HANGING_SEED:
                 hang_for_ever()
             super().open_run(run_id, settings, state)
+
+        def close_run(self, run_id):
+            if run_id in self._runs and self._runs[run_id].settings.seed == BREAKING_SEED:
+                raise ValueError("nobody knows why")
+            super().close_run(run_id)
 
         def forward_backward(self, run_id, seq, request):
             act_on(int(request.batch.input_tokens[0]))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from parity.tiny_runs import metric, request_of, rows_of, settings
 
+from tensafe.wire.status import TenSafeFault
+from workers.engine import checkpoints
 from workers.engine.engine import TorchBackend
 from workers.engine.residency import state_bytes
 from workers.operations import StepRequest
@@ -64,6 +66,44 @@ def test_a_full_disk_keeps_runs_in_memory(base, monkeypatch):
         expected = train(TorchBackend([base], run_bytes=2**30))
         assert train(backend) == expected
     assert set(backend._runs.resident) == set(NAMES)
+
+
+@pytest.mark.parametrize("lack", ["file", "memory"])
+def test_a_run_that_does_not_come_back_fails_alone(base, monkeypatch, lack):
+    backend, alone = TorchBackend([base], run_bytes=1), TorchBackend([base], run_bytes=2**30)
+    for each in (backend, alone):
+        for name in ("b", "a", "c"):
+            each.open_run(name, settings(), None)
+    request = request_of(rows_of(0, [9, 5]))
+    backend.forward_backward("b", 1, request)  # "a" and "c" wait on disk
+    alone.forward_backward("b", 1, request)
+    _, folder = backend._runs._aside["a"]
+    load = checkpoints.load
+
+    def scarce(run, directory, include_optimizer):
+        if lack == "memory" and directory == folder:
+            raise MemoryError
+        return load(run, directory, include_optimizer)
+
+    if lack == "file":
+        (folder / checkpoints.ADAPTER_FILE).unlink()
+    monkeypatch.setattr(checkpoints, "load", scarce)
+    entries = [(name, 2, request) for name in ("a", "b", "c")]
+    outcomes = backend.forward_backward_group(entries)
+    steps = backend.optim_step_group([(name, StepRequest()) for name in ("a", "b", "c")])
+    assert isinstance(outcomes[0], Exception)
+    assert isinstance(steps[0], Exception)
+    if lack == "memory":
+        assert outcomes[0].detail.reason == steps[0].detail.reason == "OUT_OF_MEMORY"
+    expected = alone.forward_backward_group(entries[1:])
+    alone.optim_step_group([(name, StepRequest()) for name in ("b", "c")])
+    assert [metric(each, "loss") for each in outcomes[1:]] == [
+        metric(each, "loss") for each in expected
+    ]
+    for name in ("b", "c"):
+        assert torch.equal(backend._runs[name].adapter.weights, alone._runs[name].adapter.weights)
+    with pytest.raises((TenSafeFault, OSError)):
+        backend.poison("a")
 
 
 def test_a_run_that_is_closed_leaves_no_file(base):

@@ -21,12 +21,22 @@ from parity.sampled import (
     token_prompts,
 )
 from parity.scarce_memory import fault_at
-from parity.tiny_runs import TARGETS, perturb, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import (
+    TARGETS,
+    VOCABULARY,
+    perturb,
+    request_of,
+    rows_of,
+    settings,
+    tiny_llama,
+)
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
-from workers.operations import SampleOutcome, StepRequest, Stop
+from workers.engine.sampling import prompts as prompts_module
+from workers.engine.sampling import sampler as sampler_module
+from workers.operations import ArtifactWeights, Prompt, SampleOutcome, StepRequest, Stop
 
 BASE = freeze("tiny", tiny_llama())
 RANKS = {"a": 4, "b": 1, "c": 9}
@@ -315,6 +325,27 @@ def test_whatever_befalls_the_run_a_sample_goes_on_with_its_weights(change, tmp_
     assert_same(sample_outcomes(sampler, 1)["op"].completions, alone)
 
 
+def test_without_room_for_a_copy_the_weights_stay_as_they_are(monkeypatch):
+    backend = opened()
+    pinned = backend.sampler.pins.of(backend._runs["a"])
+    before = pinned.adapter.weights.clone()
+    train = request_of(rows_of(1, [5]))
+
+    def scarce(adapter):
+        raise MemoryError
+
+    backend.forward_backward("a", 1, train)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pinned.adapter), "copy", scarce)
+        outcomes = backend.optim_step_group([("a", StepRequest())])
+    assert outcomes[0].detail.reason == "OUT_OF_MEMORY"
+    backend.drop_window("a")
+    backend.forward_backward("a", 2, train)
+    assert backend.optim_step("a", StepRequest()).applied
+    assert torch.equal(pinned.adapter.weights, before)
+    assert not torch.equal(backend._runs["a"].adapter.weights, before)
+
+
 def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them():
     backend = opened()
     adapter = backend._runs["a"].adapter
@@ -322,12 +353,12 @@ def test_weights_are_copied_only_if_they_change_while_somebody_samples_from_them
     first, second = pins.of(backend._runs["a"]), pins.of(backend._runs["a"])
     assert first is second
     assert first.adapter is adapter
-    pins.before_change([backend._runs["a"]])
+    pins.before_change(backend._runs["a"])
     assert first.adapter is not adapter
     assert torch.equal(first.adapter.weights, adapter.weights)
     assert pins.of(backend._runs["a"]).adapter is adapter
     del second
-    pins.before_change([backend._runs["a"]])  # nobody is there to copy for
+    pins.before_change(backend._runs["a"])  # nobody is there to copy for
     assert pins._live == {}
     third = pins.of(backend._runs["a"])
     backend.close_run("a")
@@ -362,6 +393,37 @@ def test_copies_of_weights_count_as_memory_of_samples():
     both = [sample_outcomes(backend.sampler, 2) for backend in (wide, narrow)]
     for name in ("before", "behind"):
         assert_same(*(completions_of(found[name]) for found in both))
+
+
+def test_adapters_that_are_kept_of_artifacts_make_room_for_rows(tmp_path):
+    """In room for a row and one adapter, loaded and in a pass, no other one is kept."""
+    lora = {"rank": 32, "target_modules": TARGETS}
+    adapter_bytes = BASE.new_adapter(settings(lora=lora).lora).weights.nbytes
+    maker = TorchBackend([BASE])
+    artifacts = []
+    for index in range(3):
+        maker.open_run(f"run-{index}", settings(lora=lora), None)
+        perturb(maker, f"run-{index}", seed=index)
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        maker.save_state(f"run-{index}", directory, include_optimizer=False)
+        artifacts.append(ArtifactWeights(f"art-{index}", directory))
+
+    def drawn(memory: int) -> tuple[list[list[int]], list[str]]:
+        backend = TorchBackend([BASE], sample_bytes=memory)
+        tokens = []
+        for artifact in artifacts:
+            request = request_for(token_prompts(5), None, max_tokens=20)
+            request.artifact = artifact
+            tokens.append(backend.sample("op", request).completions[0].tokens.tolist())
+        return tokens, list(backend.sampler.artifacts._kept)
+
+    row = 64 * 512
+    wide, kept = drawn(row + 4 * adapter_bytes)
+    assert kept == ["art-0", "art-1", "art-2"]
+    narrow, kept = drawn(row + 2 * adapter_bytes)
+    assert kept == ["art-2"]
+    assert narrow == wide
 
 
 def test_a_row_that_can_never_fit_fails_by_itself():
@@ -455,3 +517,56 @@ def test_samples_follow_the_distribution_that_forward_gives():
     # χ² with at most 96 degrees of freedom: mean 95, standard deviation 14.
     assert error.sum() < likely.sum() + 6 * np.sqrt(2 * likely.sum())
     assert expected.sum() == pytest.approx(4000, rel=1e-5)
+
+
+def reading_slowly(monkeypatch: pytest.MonkeyPatch) -> TorchBackend:
+    """Three prompts of a call are read at a time."""
+    monkeypatch.setattr(sampler_module, "_CHARACTERS_AT_ONCE", 3 * prompts_module._CHARACTERS_EACH)
+    return opened()
+
+
+def test_many_prompts_are_read_between_steps_and_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    many = request_for(token_prompts(*range(3, 23)), "a", max_tokens=4)
+    expected = opened().sample(1, many).completions
+    backend = reading_slowly(monkeypatch)
+    sampler = backend.sampler
+    sampler.submit("many", 1, many)
+    sampler.submit("one", 1, request_for(token_prompts(5), "b", max_tokens=2))
+    backend.forward_backward("a", 1, request_of(rows_of(1, [20, 20])))
+    backend.optim_step("a", StepRequest(learning_rate=0.5))
+    order, outcomes = [], {}
+    while len(outcomes) < 2:
+        sampler.step()
+        ended = dict(sampler.collect())
+        order += ended
+        outcomes |= ended
+    assert order == ["one", "many"], "others need not wait until it is read"
+    assert_same(completions_of(outcomes["many"]), expected)
+    assert not sampler.busy
+
+
+def test_a_prompt_that_is_refused_while_others_run_ends_its_operation_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    backend = reading_slowly(monkeypatch)
+    bad = Prompt(tokens=np.array([VOCABULARY + 1], np.int32))
+    requests = {
+        "bad": request_for([*token_prompts(*[4] * 9), bad], "a"),
+        "good": request_for(token_prompts(*[4] * 9), "b", max_tokens=2),
+    }
+    outcomes = sample_together(backend, requests)
+    fault = outcomes["bad"]
+    assert isinstance(fault, TenSafeFault)
+    assert fault.detail.reason == "TOKEN_OUT_OF_RANGE"
+    assert "prompts[9]" in str(fault.detail)
+    alone = opened().sample(1, requests["good"]).completions
+    assert_same(completions_of(outcomes["good"]), alone)
+
+
+def test_what_is_cancelled_while_it_is_read_is_read_no_further(monkeypatch: pytest.MonkeyPatch):
+    backend = reading_slowly(monkeypatch)
+    backend.sampler.submit("op", 1, request_for(token_prompts(*[4] * 9), "a"))
+    backend.sampler.step()
+    backend.sampler.cancel("op")
+    assert not backend.sampler.busy
+    assert backend.sampler.collect() == []

@@ -57,6 +57,32 @@ def test_nothing_is_computed_twice_or_on_the_loop(monkeypatch: pytest.MonkeyPatc
     assert calls[0].startswith("privacy-accountant")
 
 
+def test_a_step_does_not_wait_for_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another tenant's new run may have to look for its noise in hard parameters."""
+    begun, go = threading.Event(), threading.Event()
+
+    def endless(*args: object) -> float:
+        begun.set()
+        assert go.wait(60)
+        return 1.0
+
+    monkeypatch.setattr(accounting, "noise_multiplier", endless)
+    monkeypatch.setattr(accounting, "most_uses", lambda *args: 7)
+
+    async def ask() -> None:
+        accountant, terms = Accountant(), Terms(1e-5)
+        search = asyncio.create_task(accountant.noise_multiplier(8.0, 40, terms, 0.02, {}))
+        await asyncio.to_thread(begun.wait, 60)
+        assert await accountant.epsilon({MECHANISM: 3}, terms) > 0
+        assert await accountant.most_uses({}, Mechanism(2.0), 3.0, terms) == 7
+        assert not search.done()
+        go.set()
+        assert await search == 1.0
+        accountant.close()
+
+    asyncio.run(ask())
+
+
 def test_who_asks_the_same_again_meanwhile_waits_for_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,8 +12,9 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensafe_server.privacy import accounting
 from tensafe_server.privacy.accounting import epsilon, most_uses, noise_multiplier
-from tensafe_server.privacy.mechanisms import AccountantType, Mechanism, Terms
+from tensafe_server.privacy.mechanisms import AccountantType, Adjacency, Mechanism, Terms
 
 ACCOUNTANTS = {AccountantType.PLD: PLDAccountant, AccountantType.RDP: RdpAccountant}
 TOLERANCES = {AccountantType.PLD: 2e-3, AccountantType.RDP: 1e-3}
@@ -70,6 +71,31 @@ def test_at_the_edges(
     assert ours == pytest.approx(
         direct(accountant, q, sigma, steps, delta), abs=TOLERANCES[accountant]
     )
+
+
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "adjacency"),
+    [
+        (0.02, 0.2, 100, Adjacency.ADD_OR_REMOVE_ONE),
+        (0.5, 1.0, 2000, Adjacency.ZERO_OUT),
+        (0.02, 0.5, 2000, Adjacency.REPLACE_ONE),
+    ],
+)
+def test_a_grid_stays_small_and_its_epsilon_close(
+    q: float, sigma: float, steps: int, adjacency: Adjacency
+) -> None:
+    """Where the library's own would have millions of points."""
+    mechanism, terms = Mechanism(sigma, q), Terms(1e-5, adjacency=adjacency)
+    reach = accounting._reach(mechanism, steps, terms)
+    assert reach is not None
+    assert reach.one / reach.spacing <= 300_000
+    assert reach.whole / reach.spacing <= 2_000_000
+    assert reach.spacing > 1e-4
+    ours = epsilon({mechanism: steps}, terms)
+    finer = accounting._pld_epsilon(
+        mechanism, steps, terms, accounting._Reach(reach.one / 2, reach.whole / 2)
+    )
+    assert finer - 1e-9 <= ours <= finer * (1 + 1e-4)
 
 
 @BOTH

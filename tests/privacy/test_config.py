@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from tensafe.v1 import privacy_pb2 as pb
 from tensafe.v1 import training_pb2 as training
+from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe_client import DPConfig
+from tensafe_server.operations.validation import check_rules
 from tensafe_server.privacy.accountant import Accountant
 from tensafe_server.privacy.accounting import epsilon
-from tensafe_server.privacy.config import DatasetSize, resolve
+from tensafe_server.privacy.config import DatasetSize, PrivateConfigs, resolve
 from tensafe_server.privacy.mechanisms import Composition, Mechanism
 from tensafe_server.privacy.runs import PrivateRun
 
@@ -106,6 +109,10 @@ def test_what_was_given_stays(resolved: Any) -> None:
             "sample_rate",
             {"sample_rate": 0.5, "expected_batch_size": 8, "sampling": "server_poisson"},
         ),
+        (
+            "sample_rate",
+            {"sample_rate": 0.0084, "expected_batch_size": 8, "sampling": "server_poisson"},
+        ),
         ("expected_batch_size", {"expected_batch_size": 1001, "sampling": "server_poisson"}),
     ],
 )
@@ -138,6 +145,7 @@ def test_all_that_is_wrong_is_named_at_once(resolved: Any) -> None:
         ({"sample_rate": 0.05, "expected_batch_size": 50.0}, {}, 0.05, 50.0),
         ({"sample_rate": 0.05}, {"batch_size": 50}, 0.05, 50.0),
         ({"privacy_unit": "unit_id"}, {}, 0.04, 8.0),
+        ({"sample_rate": 0.1 + 0.2, "expected_batch_size": 300.0}, {}, 0.3, 300.0),
     ],
 )
 def test_rate_and_expected_size_of_a_drawn_batch(
@@ -209,6 +217,30 @@ def test_a_noised_loss_takes_its_part_of_the_target(resolved: Any) -> None:
     with pytest.raises(TenSafeFault) as caught:
         resolved(run=run, target_epsilon=3.0, loss_noise_multiplier=1.0)
     assert violations(caught.value) == ["loss_noise_multiplier"]
+
+
+def test_what_is_not_enabled_is_refused_by_field(accountant: Accountant) -> None:
+    """Options that are taken and do nothing look like privacy."""
+    given = training.RunConfig(model_ref="m", dp=pb.DpConfig(noise_multiplier=1.0, test_seed=3))
+    configs = PrivateConfigs(None, None, accountant)  # type: ignore[arg-type]
+    with pytest.raises(TenSafeFault) as caught:
+        asyncio.run(configs.resolve("ten-1", given, given, Model()))
+    assert violations(caught.value) == ["noise_multiplier", "test_seed"]
+    given.dp.CopyFrom(pb.DpConfig())
+    asyncio.run(configs.resolve("ten-1", given, given, Model()))
+
+
+def test_a_participation_that_no_store_can_count_is_refused() -> None:
+    dp = pb.DpConfig(enabled=True, dataset_id="corpus", noise_multiplier=1.0)
+    request = training.CreateRunRequest(config={"model_ref": "m", "dp": dp}, request_id="12345678")
+    for fits, most in ((True, 2**53 - 1), (False, 2**53), (False, 2**63), (False, 2**64 - 1)):
+        request.config.dp.max_participation = most
+        if fits:
+            check_rules(request)
+            continue
+        with pytest.raises(TenSafeFault) as caught:
+            check_rules(request)
+        assert violations(caught.value) == ["max_participation"]
 
 
 def test_what_no_accountant_adds_up_is_refused_at_once(resolved: Any) -> None:

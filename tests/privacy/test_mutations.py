@@ -24,6 +24,8 @@ CAUGHT_BY = {
     "halve_the_noise": f"{NOISE}::test_its_variance_is_that_of_the_settings",
     "number_masks_by_place": f"{BOUNDS}::"
     "test_a_neighbour_moves_the_sum_by_the_bound_at_most[float32-0.3-None-10000]",
+    "number_masks_by_calls": f"{BOUNDS}::"
+    "test_a_call_before_moves_the_sum_by_the_bound_at_most[float32]",
     "tell_of_broken_units": f"{BOUNDS}::"
     "test_a_unit_that_is_not_finite_adds_nothing_and_is_no_error[float32-None-10000]",
 }

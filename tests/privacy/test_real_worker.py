@@ -104,6 +104,7 @@ def test_a_forward_of_a_private_run_is_refused_and_of_its_artifact_is_not(client
 
 
 UNSCORED = {
+    "no row": [],
     "a mapping": {"input_ids": [[5, 6, 7]], "labels": [[-100, -100, -100]]},
     "datums": [Datum([5, 6], [6, 7], [0.0, 0.0]), Datum([3], [4], [0.0])],
 }
@@ -118,6 +119,7 @@ def test_a_batch_in_which_nothing_is_scored_is_as_an_empty_one(client: ServiceCl
         tc = client.create_training_client({"model_ref": "tiny", "seed": 1, "dp_config": dp})
         if own is not None:
             gradient = tc.forward_backward(own).result(timeout=120)
+            assert gradient.metrics["tokens"] == 0 or own
             shapes.append((set(gradient.metrics), gradient.outputs))
         step = tc.optim_step().result(timeout=120)
         assert step.dp is not None

@@ -17,7 +17,7 @@ from workers.backend import NoisedFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 from workers.mock import MockBackend
-from workers.operations import PrivateMetrics, RunSettings, StepRequest
+from workers.operations import Batch, LossRequest, PrivateMetrics, RunSettings, StepRequest
 
 BASE = freeze("tiny", tiny_llama())
 STEP = StepRequest(charged=True)
@@ -217,6 +217,35 @@ def test_an_empty_window_steps(metrics):
     assert (step.step, step.applied) == (1, True)
     assert step.grad_norm > 0
     assert "loss" not in names(step)
+
+
+@pytest.mark.parametrize("metrics", PrivateMetrics)
+def test_an_empty_batch_adds_nothing_and_is_no_error(backend, metrics):
+    """As one that was drawn, and has nobody in it."""
+    empty = LossRequest(
+        Batch(
+            np.zeros(1, np.int64),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.int32),
+            np.zeros(0, np.float32),
+            units=np.zeros(0, np.int32),
+        )
+    )
+    backend.open_run("run", private(settings(), noise_multiplier=1.0, metrics=metrics), None)
+    outcome = backend.forward_backward("run", 1, empty)
+    assert metric(outcome, "tokens") == 0
+    step = backend.optim_step("run", STEP)
+    assert (step.step, step.applied) == (1, True)
+    backend.forward_backward("run", 2, empty)
+    backend.forward_backward("run", 3, private_request(ROWS))
+    together = [("run", 4, empty), ("other", 1, empty)]
+    backend.open_run("other", private(settings(), noise_multiplier=1.0), None)
+    assert [metric(one, "tokens") for one in backend.forward_backward_group(together)] == [0, 0]
+    assert backend.optim_step("run", STEP).step == 2
+    assert backend.private_step("run", 5, [empty], STEP).step == 3
+    backend.open_run("plain", settings(), None)
+    with pytest.raises(TenSafeFault):
+        backend.forward_backward("plain", 1, empty)
 
 
 def test_a_step_after_the_last_one_costs_nothing():

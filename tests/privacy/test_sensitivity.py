@@ -126,6 +126,19 @@ def test_a_neighbour_moves_the_sum_by_the_bound_at_most(base, budget, units, dro
         assert shape(outcome) == shape(told)
 
 
+def test_a_call_before_moves_the_sum_by_the_bound_at_most(base):
+    """In how many pieces a drawn batch comes depends on who is in it; the masks do not."""
+    rows = clean_rows(1)
+    found = []
+    for calls in ([rows[1:]], [rows[:1], rows[1:]]):
+        backend = TorchBackend([base], token_budget=10_000)
+        open_private(backend, lora={"dropout": 0.3}, max_grad_norm=BOUND)
+        for seq, call in enumerate(calls, 1):
+            backend.forward_backward("run", seq, private_request(call))
+        found.append(unit_sum(backend))
+    assert 0.9 * BOUND < (found[0] - found[1]).norm() <= BOUND * (1 + 1e-6)
+
+
 @given(lengths=st.lists(st.integers(1, 200), min_size=2, max_size=20), out=st.integers(0, 19))
 def test_a_documents_padding_depends_on_nobody_else(lengths, out):
     """Of attention on a CPU: over another padded length, a product adds up in another order. In

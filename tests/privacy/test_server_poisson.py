@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from grpc_status import rpc_status
 from harness.cluster import Cluster
 from harness.private_clients import BATCH, events, ledger, one_step, private_run
 from harness.private_worker import PrivateWorker, VanishedError, is_kind
 
+from tensafe.v1 import worker_pb2
+from tensafe.wire.status import from_status
 from tensafe_client import (
     DatasetInUseError,
     DatasetNotFoundError,
@@ -109,6 +113,33 @@ def test_nobody_is_told_who_was_drawn_nor_how_many(
     log = cluster.coordinator.log
     assert "drawn" not in log
     assert "units" not in log
+
+
+def test_a_draw_is_for_the_worker_and_the_charge_that_it_was_made_for(
+    worker: PrivateWorker, client: ServiceClient, rows: list[Datum]
+) -> None:
+    answers = []
+
+    def ask(stage: str, planned: Any) -> None:
+        if stage != "begin":
+            return
+        for worker_id, charge_id in (
+            (worker._worker_id, "chg-other"),
+            ("worker-other", planned.charge.id),
+        ):
+            request = worker_pb2.FetchPrivateBatchRequest(
+                worker_id=worker_id, operation_id=planned.operation_id, charge_id=charge_id
+            )
+            try:
+                list(worker._stub.FetchPrivateBatch(request, metadata=worker._metadata))
+                answers.append("rows")
+            except grpc.RpcError as error:
+                answers.append(from_status(rpc_status.from_call(error)).reason)
+
+    worker.before = ask
+    tc = poisson_run(client, client.upload_dataset(rows).id)
+    assert tc.train_private(1)[0].applied
+    assert answers == ["STALE_ASSIGNMENT"] * 2
 
 
 def test_units_are_drawn_and_sent_whole(
@@ -355,6 +386,7 @@ def test_the_report_of_attested_batches_has_both_epsilons(
     attested = " ".join(report.attested)
     assert "dataset_id" in attested
     assert "tokens and weights were made of that example alone" in attested
+    assert "decided without a look at other examples" in attested
     assert "trained on this data outside of this ledger" in attested
     assert "sampling_verified: false" in attested
     assert any("at most 2 steps" in text for text in report.enforced)

@@ -192,11 +192,30 @@ def test_a_poisoned_window_costs_nothing(
     tc = private_run(client)
     tc.forward_backward(BATCH)
     with pytest.raises(BatchError):
-        tc.forward_backward([])
+        tc.forward_backward([7])  # type: ignore[list-item]
     with pytest.raises(WindowPoisonedError):
         tc.optim_step().result(60)
     assert events(cluster) == ["reserve", "release"]
     assert one_step(tc).result(60).applied
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_empty_batch_is_one_like_all_others(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient, accumulated: int
+) -> None:
+    """It is noised and charged, and its shape tells nothing but what its sender knows."""
+    tc = private_run(client, {"gradient_accumulation_steps": accumulated}, max_participation=1)
+    for batch in ([], BATCH)[:accumulated]:
+        gradient = tc.forward_backward(batch)
+        step = tc.optim_step()
+        assert gradient.result(60).metrics["tokens"] == sum(map(len, batch))
+    assert step.result(60).applied
+    [(_, window)] = worker.runs[tc.run_id].applied
+    assert [units for _, units in window] == [[], [0, 1]][:accumulated]
+    assert events(cluster)[-1] == "commit"
+    free = client.create_training_client({"model_ref": "m"})
+    with pytest.raises(BatchError, match="is empty"):
+        free.forward_backward([])
 
 
 def test_a_unit_adds_to_a_window_once(worker: PrivateWorker, client: ServiceClient) -> None:

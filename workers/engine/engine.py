@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ from workers.operations import (
 from workers.window import Window
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _MOST_RANK = 1024
 _RUNS_SHARE = 1 / 3
@@ -174,11 +175,16 @@ class TorchBackend(Backend):
 
     def forward_backward_group(
         self, entries: Sequence[tuple[str, int, LossRequest]]
-    ) -> list[LossOutcome | TenSafeFault]:
+    ) -> list[LossOutcome | Exception]:
         runs = self._runs.take(run_id for run_id, _, _ in entries)
-        members = [(run, request) for run, (_, _, request) in zip(runs, entries, strict=True)]
-        (name,) = {run.model.name for run, _ in members}
-        return training.forward_backward(members, self._budgets[name], self._objective)
+
+        def compute(
+            members: Sequence[tuple[Run, LossRequest]],
+        ) -> Sequence[LossOutcome | Exception]:
+            (name,) = {run.model.name for run, _ in members}
+            return training.forward_backward(members, self._budgets[name], self._objective)
+
+        return _of_those_here(runs, [request for _, _, request in entries], compute)
 
     def _objective(self, run: Run, request: LossRequest) -> Objective:
         def adapter_of(artifact: ArtifactWeights) -> Adapter:
@@ -201,10 +207,18 @@ class TorchBackend(Backend):
     def optim_step_group(
         self, entries: Sequence[tuple[str, StepRequest]]
     ) -> list[StepOutcome | Exception]:
-        runs = self._runs.take(run_id for run_id, _ in entries)
-        self._sampler.pins.before_change(runs)
-        requests = [request for _, request in entries]
-        return updates.optim_step(list(zip(runs, requests, strict=True)))
+        runs = [self._before_change(run) for run in self._runs.take(one for one, _ in entries)]
+        return _of_those_here(runs, [request for _, request in entries], updates.optim_step)
+
+    def _before_change(self, run: Run | Exception) -> Run | Exception:
+        """The run, ready to be changed; or why it is not to be."""
+        try:
+            if isinstance(run, Run):
+                with memory_faults("copy of the weights that samples go by"):
+                    self._sampler.pins.before_change(run)
+        except TenSafeFault as fault:
+            return fault
+        return run
 
     @property
     def sampler(self) -> TorchSampler:
@@ -221,7 +235,8 @@ class TorchBackend(Backend):
         self, run_id: str, directory: Path, include_optimizer: bool | None
     ) -> LoadOutcome:
         run = self._runs[run_id]
-        self._sampler.pins.before_change([run])
+        with memory_faults("copy of the weights that samples go by"):
+            self._sampler.pins.before_change(run)
         return checkpoints.load(run, directory, include_optimizer)
 
     def base_model(self, reference: str) -> BaseModel:
@@ -239,6 +254,18 @@ class TorchBackend(Backend):
                 model_ref=reference,
             )
         return model
+
+
+def _of_those_here(
+    runs: Sequence[Run | Exception],
+    requests: Sequence[R],
+    execute: Callable[[Sequence[tuple[Run, R]]], Sequence[T | Exception]],
+) -> list[T | Exception]:
+    """What came of each request; where its run is not here, why."""
+    pairs = zip(runs, requests, strict=True)
+    here = [(run, request) for run, request in pairs if isinstance(run, Run)]
+    outcomes = iter(execute(here) if here else [])
+    return [run if isinstance(run, Exception) else next(outcomes) for run in runs]
 
 
 def _only(outcomes: Sequence[T | Exception]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import tempfile
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from workers.engine import checkpoints
+from workers.engine.memory import memory_faults
 from workers.engine.run import Run
 from workers.operations import RunSettings
 
@@ -44,22 +46,25 @@ class Residency:
         return run_id in self._resident or run_id in self._aside
 
     def __getitem__(self, run_id: str) -> Run:
-        return self.take([run_id])[0]
+        (run,) = self.take([run_id])
+        if isinstance(run, Exception):
+            raise run
+        return run
 
     def __setitem__(self, run_id: str, run: Run) -> None:
         self._drop(run_id)
         self._resident[run_id] = run
         self._make_room({run_id})
 
-    def take(self, run_ids: Iterable[str]) -> list[Run]:
-        """These runs, all in memory together."""
+    def take(self, run_ids: Iterable[str]) -> list[Run | Exception]:
+        """These runs, all in memory together; in place of one that cannot be there, why."""
         wanted = list(run_ids)
-        runs = []
+        runs: list[Run | Exception] = []
         for run_id in wanted:
-            if run_id in self._aside:
-                self._bring_back(run_id)
-            self._resident.move_to_end(run_id)
-            runs.append(self._resident[run_id])
+            try:
+                runs.append(self._at_hand(run_id))
+            except Exception as error:
+                runs.append(error)
         self._make_room(set(wanted))
         return runs
 
@@ -72,6 +77,13 @@ class Residency:
         """Ids of those in memory, the one idle longest first."""
         return list(self._resident)
 
+    def _at_hand(self, run_id: str) -> Run:
+        if run_id in self._aside:
+            with memory_faults("run"):
+                self._bring_back(run_id)
+        self._resident.move_to_end(run_id)
+        return self._resident[run_id]
+
     def _make_room(self, at_work: set[str]) -> None:
         taken = sum(state_bytes(run) for run in self._resident.values())
         for run_id in [each for each in self._resident if each not in at_work]:
@@ -83,10 +95,11 @@ class Residency:
 
     def _set_aside(self, run_id: str) -> bool:
         run = self._resident[run_id]
-        directory = Path(tempfile.mkdtemp(dir=self._directory.name))
+        directory = Path(self._directory.name) / secrets.token_hex(8)
         try:
+            directory.mkdir()
             checkpoints.capture(run, True, self._fingerprint()).write(directory)
-        except OSError as error:
+        except Exception as error:  # of the disk, in the words of whichever library wrote; memory
             log.warning("run %s stays in memory beyond its limit: %s", run_id, error)
             shutil.rmtree(directory, ignore_errors=True)
             return False

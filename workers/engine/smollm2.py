@@ -40,6 +40,9 @@ def prepare_smollm2() -> Path:
     with FileLock(target.with_suffix(".lock")):
         if target.is_dir():
             return target
+        # Of processes that were ended while they converted: under the lock there are no others.
+        for left in target.parent.glob(f".{_DIRECTORY}-*"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{_DIRECTORY}-", dir=target.parent))
         try:
             _convert(_gguf_file(), temporary)

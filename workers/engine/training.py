@@ -94,7 +94,7 @@ def forward_backward(
             run.adapter.release_gradient()
         raise
     elapsed_ms = (time.perf_counter() - begin) * 1e3
-    tokens = sum(len(call.batch.tokens) for _, call in admitted)
+    tokens = max(1, sum(len(call.batch.tokens) for _, call in admitted))
     for (index, call), computed in zip(admitted, found, strict=True):
         run, _ = entries[index]
         share_ms = elapsed_ms * len(call.batch.tokens) / tokens
@@ -176,6 +176,7 @@ def _call(run: Run, request: LossRequest, resolve: Resolve) -> Call:
         TenSafeFault: what is wrong with it.
     """
     model = run.model
+    is_empty = request.batch.is_empty
     if run.private is not None:
         request = private_request(request)
     elif request.batch.units is not None:
@@ -197,6 +198,8 @@ def _call(run: Run, request: LossRequest, resolve: Resolve) -> Call:
     # Masks by the step: how many calls came before may depend on who was in their batches.
     units = request.batch.units
     batch = private_batch(batch, objective.reduction, units, run.unit_tokens)
+    if is_empty:
+        batch = replace(batch, tokens=batch.tokens[:0])  # of what stands in its place none counts
     return Call(run.adapter, batch, objective, run.seed, run.window.step)
 
 

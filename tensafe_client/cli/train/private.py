@@ -12,7 +12,7 @@ from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.failures import INTERRUPTED
 from tensafe_client.cli.lazy import examples
 from tensafe_client.cli.output import json_option, print_line
-from tensafe_client.cli.train.run_options import NewRun, resume_command, run_options
+from tensafe_client.cli.train.run_options import NewRun, attach, resume_command, run_options
 from tensafe_client.cli.train.stopping import stopping_on_signals
 from tensafe_client.errors import DPBudgetExceededError, TenSafeError
 from tensafe_client.private_training import PrivateSteps
@@ -99,7 +99,7 @@ def private(
     if resume is None:
         run = replace(new_run, options=_config(dataset_id, steps or _STEPS, options)).create(client)
     else:
-        run = client.training_client(resume)
+        run = attach(client, resume)
         _check_resumed(run, dataset_id)
     total = steps or run.config.max_steps or _STEPS
     if run.step >= total:

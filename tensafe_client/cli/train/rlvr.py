@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from tensafe_client import ServiceClient
+from tensafe_client import ArtifactInfo, ServiceClient
 from tensafe_client.cli.connecting import connect
 from tensafe_client.cli.failures import INTERRUPTED
 from tensafe_client.cli.lazy import examples
@@ -33,7 +35,7 @@ from tensafe_client.rlvr import (
     warm_up,
 )
 from tensafe_client.rlvr.algorithms import ALGORITHMS
-from tensafe_client.rlvr.state import is_checkpoint
+from tensafe_client.rlvr.state import is_checkpoint, seed_of
 from tensafe_client.training import TrainingClient
 
 _REPEATED_ON_RESUME = (
@@ -185,6 +187,7 @@ def rlvr(
     new_run.check(resume)
     if resume is not None and warm_up_steps:
         raise click.UsageError("--warm-up is for a new run; leave it out to go on with one")
+    _refuse_what_has_no_effect(ctx, eval_every, warm_up_steps)
     config = RLVRConfig.of(
         {
             **options,
@@ -192,15 +195,19 @@ def rlvr(
             "eval_every": eval_every or 0,
             "checkpoint_every": checkpoint_every or 0,
             **({} if seed is None else {"seed": seed}),
-            **_parsed(settings),
+            **_parsed(settings, ctx.command.params),
         }
     )
     tasks = read_tasks(task, reward, reward_options, eval_data, task_seed)
     if eval_every and tasks.held_out is None:
         raise click.UsageError("--eval-every needs --eval-data for a file of problems")
     client = connect(ctx)
-    checkpoint = None if resume is None else _newest_checkpoint(client, resume)
-    run = new_run.create(client) if resume is None else client.training_client(resume)
+    if resume is None:
+        checkpoint, run = None, new_run.create(client)
+    else:
+        artifact = _newest_checkpoint(client, resume)
+        checkpoint, run = artifact.id, client.training_client(resume)
+        config = dataclasses.replace(config, seed=seed_of(artifact.metadata))
     printer = _Printer(as_json, config.iterations)
     printer.notice(f"run {run.run_id}: {config.algorithm}, iterations to {config.iterations}")
     tokenizer = tokenizer_of(client, run.config.model_ref)
@@ -220,7 +227,10 @@ def rlvr(
                 on_evaluation=printer.evaluation,
             ).run(resume=checkpoint, stop=stop)
     except TenSafeError:
-        printer.notice(f"The run {run.run_id} stays; to go on from its last checkpoint:\n  {again}")
+        printer.notice(
+            f"The run {run.run_id} stays; to go on from its last checkpoint, if it has one:\n"
+            f"  {again}"
+        )
         raise
     printer.saved(result.artifact_id)
     if result.stopped:
@@ -233,6 +243,7 @@ def rlvr(
 
 
 _OF_THE_RUN = ("rank", "alpha", "dropout", "seed", "name", "deterministic")
+_FIELDS = frozenset(field.name for field in dataclasses.fields(RLVRConfig))
 
 
 class _Printer:
@@ -298,25 +309,41 @@ def _warm_up(
     )
 
 
-def _newest_checkpoint(client: ServiceClient, run_id: str) -> str:
+def _newest_checkpoint(client: ServiceClient, run_id: str) -> ArtifactInfo:
     for artifact in client.artifacts(run_id):
         if is_checkpoint(artifact.metadata):
-            return artifact.id
+            return artifact
     raise click.BadParameter(
         f"{run_id} has no checkpoint of `tensafe train rlvr`", param_hint="--resume"
     )
 
 
-def _parsed(settings: Sequence[str]) -> dict[str, Any]:
+def _refuse_what_has_no_effect(
+    ctx: click.Context, eval_every: int | None, warm_up_steps: int
+) -> None:
+    for name, has_effect, needs in (
+        ("eval_data", eval_every, "--eval-every"),
+        ("eval_problems", eval_every, "--eval-every"),
+        ("warm_up_lr", warm_up_steps, "--warm-up"),
+    ):
+        if not has_effect and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{flag} has no effect without {needs}")
+
+
+def _parsed(settings: Sequence[str], parameters: Sequence[click.Parameter]) -> dict[str, Any]:
+    flags = {one.name: one.opts[0] for one in parameters if one.name in _FIELDS}
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise click.BadParameter(f"{setting!r} is not NAME=VALUE", param_hint="--set")
+        if name in flags:
+            raise click.UsageError(f"--set {name} has an option of its own: give {flags[name]}")
+        if name in values:
+            raise click.UsageError(f"--set {name} is given twice; give it once")
         try:
             values[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             values[name] = text
-    if "eval_every" in values:
-        raise click.UsageError("--set eval_every has an option of its own: give --eval-every N")
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import click
 
 from tensafe_client import ServiceClient
 from tensafe_client.data.chat import ChatTokenizer
-from tensafe_client.errors import ConfigError
+from tensafe_client.errors import ConfigError, OperationCancelledError
 from tensafe_client.training import TrainingClient
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,6 +40,8 @@ _OPTIONS = (
     click.option("--resume", metavar="RUN", help="Go on with this run."),
 )
 _LORA = ("rank", "alpha", "dropout")
+_RECENT = 500
+"""Operations among which are all that a command has on their way."""
 
 
 def run_options(command: F) -> F:
@@ -86,6 +89,19 @@ class NewRun:
         if self.learning_rate is not None:
             config["optimizer"] = {"learning_rate": self.learning_rate}
         return client.create_training_client(config)
+
+
+def attach(client: ServiceClient, run_id: str) -> TrainingClient:
+    """Attaches to a run once what was sent to it before has ended: its step then says how far it
+    is, also if whoever drove it was killed a moment ago."""
+    run = client.training_client(run_id)
+    recent = client.operations(run_id, limit=_RECENT)
+    waiting = [one.id for one in recent if one.state in ("queued", "running")]
+    if waiting:  # the newest is the first, and ends as the last
+        with suppress(OperationCancelledError):
+            client.future(waiting[0]).exception()
+    run.refresh()
+    return run
 
 
 def tokenizer_of(client: ServiceClient, model_ref: str) -> ChatTokenizer:

@@ -19,6 +19,7 @@ from tensafe_client.cli.train.dataset import STDLIB_DOCSTRINGS, encode_examples,
 from tensafe_client.cli.train.progress import choose_progress
 from tensafe_client.cli.train.run_options import (
     NewRun,
+    attach,
     resume_command,
     run_options,
     tokenizer_of,
@@ -129,7 +130,7 @@ def sft(
     shape = _schedule(schedule, steps, warmup)
     found = read_examples(data, eval_data)
     client = connect(ctx)
-    attached = client.training_client(resume) if resume else None
+    attached = attach(client, resume) if resume else None
     if attached is not None and attached.step >= steps:
         raise click.BadParameter(
             f"{attached.run_id} has {attached.step} steps already; name more to go on",

@@ -77,10 +77,15 @@ def read_tasks(
         raise click.UsageError(
             f"a file of problems needs --reward, one of {', '.join(rewards.rewards())}"
         )
-    judge = rewards.reward(reward, **_parsed(options))
+    parsed = _parsed(options)
+    judge = rewards.reward(reward, **parsed)
     evaluated = None if held_out is None else PromptSet(read_problems(held_out), judge)
     digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
-    names = {"task": f"file of sha256 {digest[:16]}"}
+    names = {
+        "task": f"file of sha256 {digest[:16]}",
+        "reward": reward,
+        "reward_options": json.dumps(parsed, sort_keys=True),
+    }
     return Tasks(PromptSet(read_problems(task), judge), evaluated, names)
 
 

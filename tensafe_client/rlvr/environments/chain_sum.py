@@ -69,7 +69,11 @@ class ChainSum:
         found = _INTEGER.fullmatch((answer or "").strip())
         if found is None:
             return 0.0
-        return 1.0 if int(found[0]) == int(entry["answer"]) else self.integer_reward
+        try:
+            right = int(found[0]) == int(entry["answer"])
+        except ValueError:  # more digits than Python reads
+            right = False
+        return 1.0 if right else self.integer_reward
 
     def _number(self, draw: random.Random) -> int:
         digits = draw.randint(self.min_digits, self.max_digits)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, DecimalException
+from decimal import Decimal, DecimalException, localcontext
 from typing import Any
 
 from tensafe_client.checks import (
@@ -22,6 +22,8 @@ from tensafe_client.rlvr.rewards.registry import register_reward
 
 _DECIMAL = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _NUMBER = re.compile(rf"({_DECIMAL})(?: ?/ ?(\d[\d,]*))?")
+_MORE_DIGITS = 40
+_FORMULA_BEGINS = ("$", "\\(", "\\[", "\\boxed")
 
 
 def expected(meta: Mapping[str, Any]) -> str:
@@ -96,7 +98,9 @@ def _is_near(
 ) -> bool:
     """Whether |a / b − c / d| ≤ tolerance, without dividing; what has a divisor of 0 is not."""
     (a, b), (c, d) = one, other
-    return bool(b and d) and abs(a * d - c * b) <= Decimal(str(tolerance)) * b * d
+    digits = sum(len(number.as_tuple().digits) for number in (a, b, c, d))
+    with localcontext(prec=digits + _MORE_DIGITS):  # a difference in the last digit is one
+        return bool(b and d) and abs(a * d - c * b) <= Decimal(str(tolerance)) * b * d
 
 
 @register_reward("regex")
@@ -131,7 +135,11 @@ class RegexMatch:
 @register_reward("json_schema")
 @dataclass(frozen=True)
 class JsonSchema:
-    """1 if the completion is JSON that the schema takes, else `parses` if it is JSON at all."""
+    """1 if the completion is JSON that the schema takes, else `parses` if it is JSON at all.
+
+    What is nested too deeply to be read is no JSON, and what is too deep or too large a number to
+    be judged is not taken.
+    """
 
     schema: Mapping[str, Any]
     parses: float = 0.0
@@ -144,18 +152,29 @@ class JsonSchema:
         try:
             validator_for(self.schema).check_schema(self.schema)
         except Exception as error:
-            raise ConfigError.of("schema", f"is no JSON schema: {error}") from error
+            # The whole text of such an error has the schema of all schemas in it.
+            problem = getattr(error, "message", error)
+            raise ConfigError.of("schema", f"is no JSON schema: {problem}") from error
         _check_finite("parses", self.parses)
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         from jsonschema.validators import validator_for
 
         try:
-            value = json.loads(completion)
+            value = json.loads(completion, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return 0.0
-        valid = validator_for(self.schema)(self.schema).is_valid(value)
+        validator = validator_for(self.schema)(self.schema)
+        try:
+            valid = validator.is_valid(value)
+        except (RecursionError, OverflowError):  # [[[…]]] and 1e999: no failure of ours
+            valid = False
         return 1.0 if valid else self.parses
+
+
+def _refuse_constant(name: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON")
 
 
 @register_reward("length")
@@ -201,14 +220,32 @@ class Keywords:
 @register_reward("math_verify")
 @dataclass(frozen=True)
 class MathVerify:
-    """1 if the completion's last formula equals the answer, as `math-verify` judges it."""
+    """1 if the completion's last formula equals the answer, as `math-verify` judges it.
+
+    The answer may be a formula without `$` around it; one in which nothing can be read is an error.
+    """
 
     def __call__(self, prompt: Any, completion: str, meta: Mapping[str, Any]) -> float:
         try:
             from math_verify import parse, verify
         except ImportError as error:
             raise MissingExtraError.of("the reward math_verify", "rlvr") from error
+        answer = expected(meta)
         # Its own limits of time work by signals, in main threads only; ours kill the process.
-        gold = parse(expected(meta), parsing_timeout=None)
+        gold = next(
+            (found for text in _as_formula(answer) if (found := parse(text, parsing_timeout=None))),
+            None,
+        )
+        if gold is None:
+            raise ValueError(f"nothing can be read in the problem's answer {answer!r}")
         given = parse(completion, parsing_timeout=None)
         return float(verify(gold, given, timeout_seconds=None))
+
+
+def _as_formula(answer: str) -> tuple[str, ...]:
+    """How an answer may be meant, the likeliest first: `math-verify` reads no formula without
+    marks around it, and of some only the numbers."""
+    if any(mark in answer for mark in _FORMULA_BEGINS):
+        return (answer,)
+    marked = f"${answer}$"
+    return (marked, answer) if "\\" in answer else (answer, marked)

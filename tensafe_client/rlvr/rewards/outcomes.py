@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 1e30
+"""Of a reward: advantages are float32, and divided by a standard deviation."""
+
 
 def total(outcome: Any) -> float:
     """The reward itself, of a reward function's outcome.
@@ -21,7 +24,10 @@ def total(outcome: Any) -> float:
         raise TypeError(f"a reward must be a number, or a dict with 'reward'; got {outcome!r}")
     if not math.isfinite(value):
         raise ValueError(f"a reward must be finite, got {value}")
-    return float(value)
+    number = float(value)
+    if abs(number) > LARGEST:
+        raise ValueError(f"a reward must be from {-LARGEST:g} to {LARGEST:g}, got {number:g}")
+    return number
 
 
 def plain(outcome: Any) -> float | dict[str, float]:
@@ -41,7 +47,7 @@ def plain(outcome: Any) -> float | dict[str, float]:
 def _name(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"the parts of a reward have names for keys, got {name!r}")
-    return name
+    return "".join(name)  # a subclass may be pickled as anything
 
 
 def _part(name: Any, value: Any) -> float:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -176,5 +178,7 @@ class _Scorer:
         return self._pipes.receive(timeout_s)
 
     def kill(self) -> None:
-        self._process.kill()
+        """Ends it, and what its rewards have started: they are a group of their own."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

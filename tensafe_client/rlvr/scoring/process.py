@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import threading
 from typing import Any
@@ -34,7 +35,7 @@ def _read(pipes: Pipes, requests: queue.SimpleQueue[Any]) -> None:
         try:
             requests.put(pipes.receive())
         except PipeClosedError:
-            os._exit(0)
+            os.killpg(0, signal.SIGKILL)  # and whatever the rewards have started
         except BaseException as error:
             requests.put(_failure(error))
 
@@ -54,11 +55,17 @@ def _checked(reply: Any) -> Reply:
         raise TypeError(f"an environment's reply must be a Reply, got {reply!r}")
     if reply.then is not None and not isinstance(reply.then, str):
         raise TypeError(f"a Reply's then must be text or None, got {reply.then!r}")
-    return Reply(plain(reply.reward), reply.then)
+    # A subclass of str may be pickled as anything, and UTF-8 cannot hold half a surrogate pair.
+    then = None if reply.then is None else reply.then.encode().decode()
+    return Reply(plain(reply.reward), then)
 
 
 def _failure(error: BaseException) -> Failure:
-    return Failure("error", f"{type(error).__name__}: {error}")
+    try:
+        told = str(error)
+    except Exception as broken:
+        told = f"it has no text: {type(broken).__name__}"
+    return Failure("error", f"{type(error).__name__}: {told}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tensafe import failpoints
 from tensafe_server.store.base import SchemaTooNewError
+from tensafe_server.store.migrations.fills import FILLS
 
 _DIRECTORY = Path(__file__).parent
 _NAME = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
@@ -44,6 +45,8 @@ def migrate(connection: sqlite3.Connection, directory: Path = _DIRECTORY) -> tup
         try:
             for statement in _statements(script.read_text()):
                 connection.execute(statement)
+            if version in FILLS:
+                FILLS[version](connection)
             failpoints.hit("mid-migration")
             connection.execute(
                 "INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (str(version),)

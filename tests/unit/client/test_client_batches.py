@@ -99,6 +99,25 @@ def test_torch_tensors_of_other_types_are_taken() -> None:
     assert unpack(batch) == [([5, 6], [6, 7], [0.0, 1.0])]
 
 
+def test_weights_and_loss_inputs_may_be_as_a_bfloat16_model_gives_them() -> None:
+    torch = pytest.importorskip("torch")
+    numbers = torch.tensor([0.5, -1.25], dtype=torch.bfloat16, requires_grad=True)
+    datum = Datum([1, 2], [2, 3], numbers, logprobs=numbers)
+    assert datum.weights.tolist() == datum.inputs["logprobs"].tolist() == [0.5, -1.25]
+    assert datum.weights.dtype == datum.inputs["logprobs"].dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_tensor_that_is_no_array_is_refused(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    bad = ids.to_sparse() if kind == "sparse" else ids.to("meta")
+    with pytest.raises(BatchError, match="weights is not an array of numbers"):
+        Datum([1, 2], [2, 3], bad[0] if kind == "meta" else bad)
+    with pytest.raises(BatchError, match="input_ids is not an array of numbers"):
+        encode_batch({"input_ids": bad, "labels": ids})
+
+
 def test_loss_is_that_of_transformers() -> None:
     torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(0)
@@ -178,6 +197,11 @@ def test_columns_without_effect_are_passed_over() -> None:
 def test_bad_datums(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(BatchError):
         Datum(*arguments)
+
+
+def test_weights_of_a_wrong_type_are_told_so() -> None:
+    with pytest.raises(BatchError, match="weights must be numbers, got object"):
+        Datum([1, 2], [2, 3], [None, 1.0])
 
 
 def test_datum_weights_may_be_negative_or_missing() -> None:

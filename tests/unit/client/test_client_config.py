@@ -189,5 +189,8 @@ def test_service_client_takes_every_form() -> None:
 def test_privacy_is_on_or_off_and_never_left_open() -> None:
     """None means the default elsewhere, and unset is off on the wire."""
     assert DPConfig().enabled
+    assert DPConfig(enabled=False, noise_multiplier=None).given_fields()["enabled"] is False
+    with pytest.raises(ConfigError, match=r"DPConfig.noise_multiplier has no effect"):
+        DPConfig(enabled=False, noise_multiplier=1.0)
     with pytest.raises(ConfigError, match="enabled"):
         TrainingConfig.of({"model_ref": "m", "dp_config": {"enabled": None}})

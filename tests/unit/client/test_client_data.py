@@ -42,7 +42,7 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         "",
         {"prompt": "p", "completion": "c"},
         {"prompt": [user], "completion": [assistant]},
-        {"text": "t"},
+        {"text": "t", "system": None, "tools": []},
     )
     assert read_jsonl(path) == [
         Example(messages=(user, assistant)),
@@ -76,9 +76,16 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         ({"text": "t", "unit_id": ""}, "`unit_id`"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "messages[0].content"),
         (r'{"text": "\ud83d\ude00 \ud83d"}', "at character 2"),
+        *(
+            ({"prompt": "p", "completion": "c", name: value}, f"`{name}` would not be read")
+            for name, value in (("tools", [{}]), ("system", "be brief"), ("input", "2 + 2"))
+        ),
+        ({"messages": [{"role": "assistant", "content": "a"}], "system": "s"}, "`system` would"),
+        ({"instruction": "i", "output": "o"}, "it has instruction, output"),
+        ('{"prompt": "a", "completion": "b", "prompt": "c"}', "the key 'prompt' twice"),
         (
-            {"messages": [{"role": "user", "content": "x"}], "tools": [{}]},
-            "`tools` is not supported",
+            '{"messages": [{"role": "assistant", "content": "a", "content": "b"}]}',
+            "the key 'content' twice",
         ),
         pytest.param("[" * 100_000, "nested too deeply", id="nested"),
     ],

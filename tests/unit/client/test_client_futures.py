@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fake_server import FakeCoordinator
 
+from tensafe.v1 import operations_pb2 as ops
 from tensafe.wire.status import TenSafeFault
 from tensafe_client import (
     ForwardBackwardResult,
@@ -42,10 +43,18 @@ def test_repr_tells_the_story(tc: TrainingClient, server: FakeCoordinator) -> No
     server.gate.clear()
     future = tc.optim_step()
     assert repr(future) == f"<OperationFuture optim_step {tc.run_id} seq=1 op-? sending>"
+    assert not future.running()
     server.gate.set()
+    with pytest.raises(OperationTimeoutError):
+        future.result(timeout=0.3)
+    assert repr(future) == f"<OperationFuture optim_step {tc.run_id} seq=1 op-1 accepted>"
+    assert not future.running()
+    server.stored["op-1"].operation.state = ops.OPERATION_STATE_RUNNING
+    assert future.running()
     server.release()
     future.result(timeout=10)
     assert repr(future) == f"<OperationFuture optim_step {tc.run_id} seq=1 op-1 succeeded>"
+    assert not future.running()
 
 
 def test_failures_are_typed(tc: TrainingClient, server: FakeCoordinator) -> None:

@@ -39,7 +39,11 @@ def test_chained_sums_are_right_and_a_function_of_seed_and_index():
 
 
 @pytest.mark.parametrize(
-    ("answer", "score"), [("-2", 1.0), (" -2 ", 1.0), ("-3", 0.2), ("+2", 0.2), ("2.0", 0), ("", 0)]
+    ("answer", "score"),
+    [
+        *(("-2", 1.0), (" -2 ", 1.0), ("-3", 0.2), ("+2", 0.2), ("2.0", 0), ("", 0)),
+        ("-" + "2" * 5000, 0.2),
+    ],
 )
 def test_chained_sums_are_scored(answer, score):
     assert ChainSum().score_answer(answer, {"answer": "-2"}) == score

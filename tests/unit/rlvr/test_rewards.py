@@ -10,6 +10,7 @@ from tensafe_client.rlvr import rewards
 from tensafe_client.rlvr.rewards.outcomes import plain, total
 
 ANSWER_7 = {"answer": "7"}
+NESTED = {"type": "array", "items": {"$ref": "#"}}
 TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
 
 
@@ -38,6 +39,9 @@ TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
         ("numeric_match", {"tolerance": 0.2}, "x = 1/3", {"answer": "1/2"}, 1.0),
         ("numeric_match", {"tolerance": 0.1}, "x = 1/3", {"answer": "1/2"}, 0.0),
         ("numeric_match", {"any_number": 0.2}, "7/0", ANSWER_7, 0.2),
+        ("numeric_match", {}, "1" + "0" * 29 + "1", {"answer": "1" + "0" * 30}, 0.0),
+        ("numeric_match", {}, "1" + "0" * 30, {"answer": "1e30"}, 1.0),
+        ("numeric_match", {}, "0." + "3" * 40, {"answer": "1/3"}, 0.0),
         ("regex", {"pattern": r"<answer>.*</answer>"}, "a <answer>\n7</answer>", {}, 1.0),
         (
             "regex",
@@ -58,6 +62,11 @@ TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
         ("json_schema", {"schema": {"required": ["a"]}, "parses": 0.1}, '{"b": 1}', {}, 0.1),
         ("json_schema", {"schema": {"required": ["a"]}, "parses": 0.1}, "{a", {}, 0.0),
         ("json_schema", {"schema": {}}, "[" * 100_000, {}, 0.0),
+        ("json_schema", {"schema": {"type": "number"}, "parses": 0.1}, "NaN", {}, 0.0),
+        ("json_schema", {"schema": {}, "parses": 0.1}, "[-Infinity]", {}, 0.0),
+        ("json_schema", {"schema": {"multipleOf": 0.1}, "parses": 0.1}, "1e999", {}, 0.1),
+        ("json_schema", {"schema": NESTED, "parses": 0.1}, "[[]]", {}, 1.0),
+        ("json_schema", {"schema": NESTED, "parses": 0.1}, "[" * 900 + "]" * 900, {}, 0.1),
         ("length", {"target": 3, "scale": 10}, "abc", {}, 1.0),
         ("length", {"target": 3, "scale": 10}, "a" * 8, {}, 0.5),
         ("length", {"target": 3, "scale": 10}, "a" * 99, {}, 0.0),
@@ -65,6 +74,12 @@ TAGGED = {"pattern": r"<answer>(.*?)</answer>", "group": 1}
         ("keywords", {"keywords": ["red"], "ignore_case": False}, "Red", {}, 0.0),
         ("math_verify", {}, r"so $\frac{14}{2}$", ANSWER_7, 1.0),
         ("math_verify", {}, r"so $\frac{13}{2}$", ANSWER_7, 0.0),
+        ("math_verify", {}, "no formula", ANSWER_7, 0.0),
+        ("math_verify", {}, r"so $\sqrt{2}$", {"answer": r"\sqrt{2}"}, 1.0),
+        ("math_verify", {}, "so $2$", {"answer": r"\sqrt{2}"}, 0.0),
+        ("math_verify", {}, "so $1+x$", {"answer": "x+1"}, 1.0),
+        ("math_verify", {}, "so $(1, 2)$", {"answer": "(1,2)"}, 1.0),
+        ("math_verify", {}, "so $0.5$", {"answer": r"\(\frac{1}{2}\)"}, 1.0),
     ],
 )
 def test_known_answers(name, options, completion, meta, expected):
@@ -158,6 +173,18 @@ def test_an_answer_that_is_no_number_is_told():
             rewards.NumericMatch()("p", "7", {"answer": answer})
 
 
+def test_an_answer_without_a_formula_is_told():
+    for answer in ("", " "):
+        with pytest.raises(ValueError, match="nothing can be read"):
+            rewards.MathVerify()("p", "$7$", {"answer": answer})
+
+
+def test_a_schema_that_is_none_is_named_in_a_line():
+    with pytest.raises(ConfigError, match="is no JSON schema") as caught:
+        rewards.reward("json_schema", schema={"type": "word"})
+    assert "\n" not in caught.value.message
+
+
 def test_a_name_is_taken_once():
     with pytest.raises(ConfigError, match="exact_match"):
         rewards.register_reward("exact_match")(rewards.ExactMatch)
@@ -177,6 +204,9 @@ def test_only_finite_numbers_are_rewards():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
             total(bad)
+    for large in (1e39, -1e300, 10**31):
+        with pytest.raises(ValueError, match="from -1e\\+30 to 1e\\+30"):
+            total(large)
 
 
 @pytest.mark.parametrize(

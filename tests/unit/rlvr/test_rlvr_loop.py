@@ -23,10 +23,21 @@ from tensafe_client.rlvr.state import TrainerState
 
 
 @dataclass
+class FirstTurn(Done):
+    """Writes down that it was given up."""
+
+    log: list[str] = field(default_factory=list)
+
+    def cancel(self) -> bool:
+        self.log.append(f"drop {self.value}")
+        return True
+
+
+@dataclass
 class Begun:
     first: int
     sampled_at: int
-    first_turn: Done = field(default_factory=lambda: Done(None))
+    first_turn: FirstTurn
 
 
 @dataclass
@@ -41,8 +52,9 @@ class Collector:
     iteration: Callable[[], int] = lambda: 0
 
     def begin(self, problems: range, samples: int, *, sampled_at: int, seed: int) -> Begun:
-        self.run.log.append(f"sample {problems.start // len(problems)}")
-        return Begun(problems.start, sampled_at)
+        number = problems.start // len(problems)
+        self.run.log.append(f"sample {number}")
+        return Begun(problems.start, sampled_at, FirstTurn(number, self.run.log))
 
     def finish(self, begun: Begun) -> CollectedBatch:
         rollouts = []
@@ -73,11 +85,12 @@ def trained(
     stop: threading.Event | None = None,
     saved: dict[str, Any] | None = None,
     on_report: Callable[[IterationReport], None] = lambda _: None,
+    run: Run | None = None,
     **config: Any,
 ) -> tuple[Run, Collector, RLVRResult]:
     """A whole training, or the rest of one that was saved."""
     asked = RLVRConfig(**{"prompts": 2, "group_size": 2, "iterations": 3, **config})
-    run, state = Run(), TrainerState.fresh(asked)
+    run, state = run or Run(), TrainerState.fresh(asked)
     if saved is not None:
         state = TrainerState.from_metadata(saved, asked)
     collector = Collector(run, rewards, asked.prompts, iteration=lambda: state.iteration)
@@ -187,6 +200,18 @@ def test_the_average_takes_in_what_is_dropped_too():
     assert {float(one.inputs["advantages"][-1]) for one in run.learned[0]} == {2.0}
 
 
+def test_the_average_takes_each_batch_in_once_however_many_join_it():
+    run, _, _ = trained(
+        lambda _: [1.0, 1.0],
+        algorithm="reinforce",
+        baseline="moving_average",
+        max_batches=3,
+        iterations=1,
+    )
+    average = run.metadata["rlvr"]["average"]
+    assert average["weight"] == average["total"] == pytest.approx(0.1)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     most=st.integers(0, 3),
@@ -249,6 +274,25 @@ def test_failed_rewards_are_counted_left_out_and_bounded():
         )
 
 
+def test_what_was_learned_before_rewards_failed_is_told_and_nothing_goes_on():
+    told: list[int] = []
+    run = Run()
+    with pytest.raises(RewardsFailedError) as caught:
+        trained(
+            lambda problem: [0.0, 1.0] if problem < 4 else [None, None],
+            on_report=lambda report: told.append(report.iteration),
+            run=run,
+            iterations=9,
+            max_staleness=3,
+        )
+    assert told == [1, 2]
+    assert caught.value.metadata["run_id"] == "run-1"
+    assert run.log == [
+        *("sample 0", "sample 1", "sample 2", "sample 3", "update 1"),
+        *("sample 4", "update 2", "drop 4", "drop 3"),
+    ]
+
+
 def test_a_stop_gives_back_what_was_sampled_ahead():
     stop = threading.Event()
     run, _, result = trained(stop=stop, on_report=lambda _: stop.set(), iterations=9)
@@ -256,6 +300,7 @@ def test_a_stop_gives_back_what_was_sampled_ahead():
     assert run.log[-1] == "save"
     assert result.artifact_id == f"art-{run.step}"
     assert len(result.reports) == run.step < 9
+    assert run.metadata["rlvr"]["next_batch"] == run.step
 
 
 def numbers(run: Run) -> list[list[tuple[Any, ...]]]:

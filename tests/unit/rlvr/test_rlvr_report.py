@@ -10,7 +10,10 @@ import pytest
 from tensafe.v1 import operations_pb2, types_pb2
 from tensafe_client import ForwardBackwardResult
 from tensafe_client.results import result_of
-from tensafe_client.rlvr.report import last_loss, loss_metrics
+from tensafe_client.rlvr import Problem
+from tensafe_client.rlvr.report import last_loss, loss_metrics, rewarded
+from tensafe_client.rlvr.rollouts import Rollout
+from tensafe_client.rlvr.scoring import Failure
 
 HOW = {
     "loss": "sum",
@@ -71,3 +74,19 @@ def test_results_say_how_their_metrics_combine():
     for name, how in (("ratio_max", types_pb2.REDUCTION_MAX), ("kl", types_pb2.REDUCTION_MEAN)):
         operation.result.forward_backward.metrics.add(name=name, value=1.0, reduction=how)
     assert result_of(operation, None).reductions == {"ratio_max": "max", "kl": "mean"}
+
+
+def test_a_problem_is_solved_where_its_environment_says_so_or_by_the_reward():
+    def scored(reward: float, **parts: float) -> Rollout:
+        rollout = Rollout(Problem("p"), 0, [1])
+        rollout.score({"reward": reward, **parts})
+        return rollout
+
+    failed = scored(5.0)
+    failed.failure = Failure("error", "no verdict")
+    every = [scored(0.9), scored(1.0), scored(1.2, correct=0), scored(0.0, correct=1), failed]
+    found = rewarded(every, pass_reward=1.0)
+    assert found.pass_rate == 2 / 5
+    assert (found.least, found.most) == (0.0, 1.2)
+    assert found.parts == {"correct": 0.5}
+    assert rewarded(every, pass_reward=0.5).pass_rate == 3 / 5

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_run import Run
 
-from tensafe_client import Datum
+from tensafe_client import ConfigError, Datum
 from tensafe_client.rlvr import Problem, Reply, RLVRTrainer, trainer
 
 SHORT = {"iterations": 1, "prompts": 2, "group_size": 4, "max_tokens": 5, "reward_processes": 1}
@@ -41,9 +41,12 @@ class Letters:
 
 
 @pytest.fixture(autouse=True)
-def _a_model_of_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Of any context, in a service of one artifact."""
     model = SimpleNamespace(context_length=0)
-    monkeypatch.setattr(trainer, "Api", lambda _: SimpleNamespace(model=lambda _: model))
+    api = SimpleNamespace(model=lambda _: model, artifact={"art-1": object()}.__getitem__)
+    monkeypatch.setattr(trainer, "Api", lambda _: api)
+    return model
 
 
 def trained(**config: Any) -> Run:
@@ -82,6 +85,17 @@ def test_rollouts_are_sampled_as_configured_and_held_out_problems_as_theirs():
     assert first == last == {**training, **unfiltered}
 
 
+def test_draws_are_of_the_seed_and_the_batch_and_evaluations_draw_alike():
+    def seeds(seed: int) -> list[int]:
+        run = trained(seed=seed, iterations=2, max_staleness=0, eval_every=1)
+        return [options["seed"] for options in run.sampled]
+
+    before, first, between, second, after = seeds(1)
+    assert before == between == after
+    assert len({before, first, second}) == 3
+    assert not {before, first, second} & set(seeds(2))
+
+
 def test_a_learned_token_has_the_models_own_logprob_for_its_q():
     run = trained(temperature=0.7)
     learned = [datum for update in run.learned for datum in update]
@@ -106,6 +120,26 @@ def test_the_loss_and_the_step_have_their_options():
     of_call = {"loss_fn": "importance_sampling", "loss_config": {}, "reduction": "sum"}
     assert plain.passed == [of_call]
     assert plain.stepped == [{"learning_rate": None, "grad_clip_norm": None}]
+
+
+@pytest.mark.parametrize("prompt", [[5, 6], (5, 6), np.array([5, 6]), [np.int32(5), np.int32(6)]])
+def test_token_ids_of_any_integers_are_prompts(monkeypatch: pytest.MonkeyPatch, prompt: Any):
+    monkeypatch.setattr(Parity, "problem", lambda *_: Problem(prompt))
+    assert {tuple(datum.tokens[:2]) for datum in trained().learned[0]} == {(5, 6)}
+
+
+def test_a_prompt_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Parity, "problem", lambda *_: Problem([]))
+    with pytest.raises(ConfigError, match="environment has a prompt without"):
+        trained()
+
+
+def test_a_reference_that_is_not_there_is_refused_before_anything_is_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(Run, "sample_async", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(KeyError, match="art-2"):
+        trained(kl_coef=0.1, reference="art-2")
 
 
 def test_completions_that_were_cut_are_masked_if_asked():
@@ -147,3 +181,30 @@ def test_an_episode_ends_after_a_turn_that_was_cut():
     assert report.parts["turns"] == (8 + 5) / 8
     cut = sum(sample.finish_reason == "length" for sample in run.samples)
     assert report.truncated == cut / 8
+    seeds = [options["seed"] for options in run.sampled]
+    assert len(set(seeds)) == len(seeds) == 2, "a turn draws as the one before it"
+
+
+@pytest.mark.parametrize(("context", "asked_again"), [(10, 5), (9, 0)])
+def test_an_episode_ends_where_the_environment_says_too_much(
+    model: SimpleNamespace, context: int, asked_again: int
+):
+    """Prompt, turn and `again` are 9 tokens, which something must follow: where they do not fit,
+    the update has none that the model cannot read."""
+    model.context_length = context
+    run = Run()
+    (report,) = (
+        RLVRTrainer(
+            run,  # type: ignore[arg-type]
+            Insisting(),
+            {**SHORT, "max_turns": 2},
+            tokenizer=Letters(),  # type: ignore[arg-type]
+        )
+        .run()
+        .reports
+    )
+    assert len(run.samples) == 8 + asked_again
+    longest = max(len(datum) for update in run.learned for datum in update)
+    assert longest == (2 + 2 + 5 + 2 if asked_again else 2 + 2) - 1
+    if not asked_again:
+        assert report.truncated == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,18 @@ import pytest
 from tensafe_client import ConfigError
 from tensafe_client.rlvr import Problem, PromptSet, Reply, rewards
 from tensafe_client.rlvr.scoring import Failure, ScoringPool
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Trap(str):
+    """Text that is unpickled as something else, which any function may give."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (9,)
 
 
 @dataclass
@@ -48,6 +62,12 @@ class Misbehaving:
             return 1.0  # type: ignore[return-value]
         if said == "then":
             return Reply(1.0, then=5)  # type: ignore[arg-type]
+        if said == "half":
+            return Reply(1.0, then="\ud800")
+        if said == "mute":
+            raise Mute
+        if said == "trap":
+            return Reply({"reward": 1.0, Trap("name"): 1}, then=Trap("go on"))
         if said == "pid":
             return Reply(float(os.getpid()))
         return Reply({"reward": len(said), "turns": len(completions)}, then="go on")
@@ -72,6 +92,13 @@ def test_replies_come_as_the_environment_gives_them():
         ("none", "error", "TypeError: the reward's part 'x' must be a number, got None"),
         ("number", "error", "TypeError: an environment's reply must be a Reply, got 1.0"),
         ("then", "error", "TypeError: a Reply's then must be text or None, got 5"),
+        (
+            "half",
+            "error",
+            "UnicodeEncodeError: 'utf-8' codec can't encode character '\\ud800' in position 0: "
+            "surrogates not allowed",
+        ),
+        ("mute", "error", "Mute: it has no text: RuntimeError"),
         ("hang", "timeout", "no reward within 2 s"),
         ("die", "crash", "the process that computed it ended"),
     ],
@@ -89,6 +116,37 @@ def test_numpys_numbers_come_as_plain_ones():
     assert isinstance(reply.reward, dict)
     assert reply.reward == {"reward": 0.5, "right": 1.0}
     assert {type(value) for value in reply.reward.values()} == {float}
+
+
+def test_a_reply_comes_as_plain_text_whatever_its_class():
+    with ScoringPool(Misbehaving(), processes=1) as pool:
+        reply = pool.submit(Problem("p"), ["trap"]).result()
+    assert reply == Reply({"reward": 1.0, "name": 1.0}, then="go on")
+
+
+def _started(path: Path, reward: Any, timeout_s: float) -> tuple[ScoringPool, int]:
+    """A pool whose reward has started a process and hangs, and a handle of that process."""
+    os.mkfifo(path)
+    pool = ScoringPool(PromptSet([Problem("p")], reward), processes=1, timeout_s=timeout_s)
+    pool.submit(Problem("p"), ["abc"])
+    return pool, os.pidfd_open(int(path.read_text()))
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["too long", "closed"])
+def test_what_a_reward_has_started_ends_with_its_process(tmp_path: Path, closed: bool):
+    told = tmp_path / "told"
+
+    def reward(prompt, completion, meta):
+        started = subprocess.Popen(["sleep", "3600"])
+        told.write_text(str(started.pid))
+        threading.Event().wait()
+
+    pool, handle = _started(told, reward, 3600 if closed else 2)
+    if closed:
+        pool.close()
+    assert select.select([handle], [], [], 60)[0], "it goes on"
+    pool.close()
+    os.close(handle)
 
 
 def test_functions_of_a_script_and_lambdas_go_too():
@@ -147,20 +205,20 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Path):
 def test_processes_end_with_their_parent_even_while_a_reward_hangs(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, threading, time\n"
+        "import os, subprocess, threading\n"
         "from tensafe_client.rlvr import Problem, PromptSet\n"
         "from tensafe_client.rlvr.scoring import ScoringPool\n"
         "def reward(prompt, completion, meta):\n"
-        "    print(os.getpid(), flush=True)\n"
+        "    started = subprocess.Popen(['sleep', '3600'])\n"
+        "    print(os.getpid(), started.pid, flush=True)\n"
         "    threading.Event().wait()\n"
         "pool = ScoringPool(PromptSet([Problem('p')], reward), processes=1, timeout_s=3600)\n"
         "pool.submit(Problem('p'), ['abc']).result()\n"
     )
     with subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True) as parent:
         assert parent.stderr is not None
-        handle = os.pidfd_open(int(parent.stderr.readline()))
+        handles = [os.pidfd_open(int(pid)) for pid in parent.stderr.readline().split()]
         parent.kill()
-    import select
-
-    assert select.select([handle], [], [], 30)[0], "it outlives its parent"
-    os.close(handle)
+    for handle in handles:
+        assert select.select([handle], [], [], 30)[0], "it outlives its parent"
+        os.close(handle)

@@ -57,6 +57,38 @@ def forward_backward(
     )
 
 
+@pytest.mark.parametrize(("field", "most"), [("artifact_id", 64), ("base_model", 256)])
+def test_names_of_weights_are_short(field: str, most: int):
+    def sampling(size: int) -> pb.OperationSpec:
+        weights = pb.SampleWeights(**{field: "x" * size})
+        prompts = [pb.Prompt(text="x")]
+        return pb.OperationSpec(sample=pb.Sample(prompts=prompts, weights=weights))
+
+    check_rules(sampling(most))
+    with pytest.raises(TenSafeFault, match=rf"sample\.weights\.{field}: must be at most {most}"):
+        check_rules(sampling(most + 1))
+
+
+HUGE = types.Tensor(dtype=types.DATA_TYPE_INT64, shape=[2**62, 0])
+HUGE_HALVES = types.Tensor(dtype=types.DATA_TYPE_BFLOAT16, shape=[2, 2**62, 0])
+
+
+@pytest.mark.parametrize("tensor", [HUGE, HUGE_HALVES], ids=["int64", "bfloat16"])
+@pytest.mark.parametrize("field", ["offsets", "input_tokens", "target_tokens", "prompt"])
+def test_a_shape_beyond_all_memory_is_refused_also_if_it_is_empty(field: str, tensor: types.Tensor):
+    spec = forward_backward([1, 2], [0, 2])
+    batch = spec.forward_backward.batch.inline
+    if field == "prompt":
+        spec = pb.OperationSpec(sample=pb.Sample(prompts=[pb.Prompt(tokens=tensor)]))
+    elif field == "target_tokens":
+        batch.loss_inputs[0].tensor.CopyFrom(tensor)
+    else:
+        getattr(batch, field).CopyFrom(tensor)
+    with pytest.raises(TenSafeFault, match="shape") as caught:
+        check_content(spec, MODEL)
+    assert caught.value.detail.reason == "INVALID_BATCH"
+
+
 def test_a_good_batch_costs_its_tokens_three_times():
     assert check_content(forward_backward([1, 2, 3], [0, 1, 3]), MODEL) == 9.0
 

@@ -18,7 +18,8 @@ def test_a_restart_passes_over_epochs_that_a_kill_kept_from_the_disk(tmp_path: P
         # Given to workers, and lost with the process before the commit.
         lost = [small.run_state.begin_epoch() for _ in range(5)]
         ledger = Ledger()
-        await recover(small.store, small.payloads, ModelRegistry(small.store, small.blobs), ledger)
+        models = ModelRegistry(small.store, small.blobs)
+        await recover(small.store, small.payloads, models, ledger, lambda operation: None)
         run = ledger.runs["run-1"]
         # A worker that holds the run under the epoch in the store still goes on with it.
         assert run.epoch == written

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,6 +87,60 @@ def test_a_worker_that_never_served_is_not_started_again(monkeypatch: pytest.Mon
         await launcher.stop(5)
 
     asyncio.run(main())
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Where there is no memory for another process, a worker has just been killed for it."""
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.001)
+    start = asyncio.create_subprocess_exec
+    tries = 0
+
+    async def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", failing)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+
+    async def main() -> None:
+        launcher = LocalLauncher()
+        launcher.served.add("w")
+        async with said("w ended with status 1, for the 3. time"):
+            launcher.start(WorkerSpec("w", [], "k"))
+        await launcher.stop(5)
+
+    asyncio.run(main())
+    assert "w could not be started (Cannot allocate memory), for the 1. time" in caplog.text
+
+
+def test_what_a_killed_worker_leaves_behind_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    told, program = tmp_path / "told", tmp_path / "worker"
+    program.write_text(
+        f'#!/bin/sh\necho x >"$TMPDIR/adapter"\nls "$TMPDIR"/* >{told}\nkill -9 $$\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 3600.0)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def main() -> None:
+        launcher = LocalLauncher()
+        launcher.served.add("w")
+        async with said("w was killed"):
+            launcher.start(WorkerSpec("w", [], "k"))
+        await launcher.stop(5)
+
+    asyncio.run(main())
+    left = Path(told.read_text().strip())
+    assert left.name == "adapter"
+    assert left.parent.name.startswith("tensafe-w-")
+    assert not left.parent.exists()
 
 
 @pytest.mark.parametrize(

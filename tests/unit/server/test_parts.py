@@ -10,7 +10,7 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as pb
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.operations import validation
-from tensafe_server.operations.intake import _parts
+from tensafe_server.operations.intake import _turns
 from tensafe_server.operations.parts import crowded_field
 from tensafe_server.operations.validation import check_rules
 
@@ -124,6 +124,6 @@ def test_a_call_of_many_prompts_is_cut():
     many = pb.OperationSpec(sample=pb.Sample(prompts=[pb.Prompt(text="a")] * 4_096))
     other = pb.OperationSpec(optim_step=pb.OptimStep())
     specs = [other, few, few, few, other, many, many, other]
-    assert [len(part) for part in _parts(specs)] == [3, 2, 1, 2]
-    assert [spec for part in _parts(specs) for spec in part] == specs
-    assert [len(part) for part in _parts([other] * 1_024)] == [1_024]
+    assert [len(part) for part in _turns(specs)] == [3, 2, 1, 2]
+    assert [spec for part in _turns(specs) for spec in part] == specs
+    assert [len(part) for part in _turns([other] * 1_024)] == [1_024]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tensafe_server.planning.fairness import FairShares
 from tensafe_server.planning.planner import plan
-from tensafe_server.planning.views import Arrivals, QueueView, Work, WorkerView
+from tensafe_server.planning.views import Arrivals, Kind, QueueView, Work, WorkerView
 
 MODELS = ("small", "large")
 
@@ -175,6 +175,34 @@ def test_new_runs_go_to_the_worker_with_the_fewest():
     ]
     assignments = plan(queues, workers, FairShares()).assignments
     assert [assignment.worker_id for assignment in assignments] == ["idle", "idle", "busy"]
+
+
+def test_a_run_goes_back_to_whoever_gave_it_up_only_if_there_is_nobody_else():
+    def where(queue: QueueView, *workers: WorkerView) -> list[str]:
+        return [each.worker_id for each in plan([queue], workers, FairShares()).assignments]
+
+    models = frozenset(MODELS)
+    sick, well = WorkerView("sick", models, 4, 0), WorkerView("well", models, 4, 7)
+    run = QueueView("run", "a", "small", works(1), avoids=frozenset({"sick"}))
+    assert where(run, sick, well) == ["well"]
+    assert where(run, sick, replace(well, credits=0)) == [], "it waits"
+    assert where(run, sick, replace(well, models=frozenset({"large"}))) == ["sick"]
+    assert where(run, sick) == ["sick"]
+    assert where(replace(run, worker_id="sick"), sick, well) == ["sick"], "it is there by now"
+
+
+def test_nor_does_it_while_the_others_wait_for_company():
+    models = frozenset(MODELS)
+    sick = WorkerView("sick", models, 4, 0)
+    well = WorkerView("well", models, 1, 7, 100.0, idle=True, company=models)
+    small = [Work(1, Kind.GRADIENT)]
+    run = QueueView("run", "b", "small", works(1), avoids=frozenset({"sick"}))
+    other = QueueView("other", "a", "small", small, worker_id="well")
+    decided = plan([run, other], [sick, well], FairShares(), 0.0, 1.0)
+    assert decided.wake_at_s == 1.0
+    assert decided.assignments == []
+    later = plan([run, other], [sick, well], FairShares(), 2.0, 1.0)
+    assert {each.worker_id for each in later.assignments} == {"well"}
 
 
 @settings(deadline=None)

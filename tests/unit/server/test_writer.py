@@ -80,3 +80,18 @@ def test_closing_does_not_wait_for_the_disk(tmp_path: Path):
 
     assert with_writer(tmp_path / "db", body) == []
     assert isinstance(waiting[0].exception(), TenSafeFault)
+
+
+def test_what_follows_one_write_keeps_nobody_else_from_being_told(tmp_path: Path, caplog):
+    told: list[int] = []
+
+    def fail() -> None:
+        raise ValueError("nobody knows why")
+
+    async def body(writer: GroupCommitWriter, connection: sqlite3.Connection) -> None:
+        writes = [writer.submit(insert(1), fail), writer.submit(insert(2), lambda: told.append(2))]
+        await asyncio.wait_for(asyncio.gather(*writes), 10)
+
+    assert with_writer(tmp_path / "db", body) == [1, 2]
+    assert told == [2]
+    assert "nobody knows why" in caplog.text

@@ -198,3 +198,10 @@ def test_a_nucleus_is_found_however_flat_the_distribution(spread):
         (token,) = drawn([logits], [params], [point]).tokens
         end = np.cumsum(expected)[token]
         assert end - expected[token] - 1e-9 <= point <= end + 1e-9
+
+
+@pytest.mark.parametrize("point", [0.0, 0.25, 0.75, 0.999])
+def test_a_nucleus_whose_share_is_reached_exactly_takes_nothing_more(point):
+    found = drawn([np.zeros(4)], [SamplingParams(top_p=0.5)], [point])
+    assert found.tokens == [int(point >= 0.5)]
+    assert found.logprobs == [pytest.approx(np.log(0.5))]

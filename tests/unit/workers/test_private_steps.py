@@ -163,10 +163,45 @@ def test_a_charge_is_given_back_where_nothing_was_noised(driver):
     assert poisoned[2].charge_unused
 
 
+class BriefBackend(MockBackend):
+    """Has little to remember."""
+
+    credits = 2
+
+
+def test_other_runs_do_not_take_the_place_of_what_a_private_run_is_asked_for(transfers):
+    driver = Driver(BriefBackend(), transfers)
+    try:
+        both = [private(), assignment("run-2")]
+        told = driver.run(gradient(1), charged(2), runs=both)  # and nobody hears of it
+        others = [operation(seq, "run-2", **forward_backward()) for seq in range(1, 9)]
+        driver.run(*others)
+        assert driver.run(gradient(1), charged(2)) == told
+        # Not under its next assignment, whose operations are executed anew.
+        (anew,) = driver.run(gradient(1, epoch=2), runs=[private(epoch=2)])
+        assert (anew.epoch, anew.HasField("result")) == (2, True)
+    finally:
+        driver.executor.close()
+
+
+def test_what_was_cancelled_of_a_private_run_stays_so(transfers):
+    driver = Driver(BriefBackend(), transfers)
+    try:
+        driver.run(gradient(1), runs=[private(), assignment("run-2")])
+        waiting = gradient(2)
+        driver.executor._progress.expect([waiting])
+        driver.executor.cancel(waiting.operation_id)
+        driver.run(*[operation(seq, "run-2", **forward_backward()) for seq in range(1, 9)])
+        (again,) = driver.run(waiting)
+        assert again.cancelled
+    finally:
+        driver.executor.close()
+
+
 def test_an_update_without_a_charge_is_never_made(driver):
     assert reason(driver.run(gradient(1), operation(2, **OPTIM), runs=[private()])[1]) == "INTERNAL"
     window = driver.executor._backend._runs["run-1"].window
-    assert (window.step, window.backwards) == (0, 1)
+    assert (window.step, window.backwards) == (0, 0), "closed, as a replay has it"
     (done,) = driver.run(charged(3))
     assert done.result.optim_step.applied
 

@@ -9,10 +9,17 @@ from harness.tokenizers_of_kinds import byte_level, sentence_piece
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import _longest_token
-from workers.engine.sampling.prompts import encode
+from workers.engine.sampling.prompts import PromptReader
 from workers.operations import Prompt
 
 CONTEXT = 16
+
+
+def encode(model, prompts):
+    reader = PromptReader(model, prompts)
+    reader.read(10**9)
+    assert reader.complete
+    return reader.encoded
 
 
 class Counted:

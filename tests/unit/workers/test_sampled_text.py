@@ -188,3 +188,8 @@ def test_end_tokens_hold_unless_a_stop_is_given():
     assert not StopRule(model(tokenizer, frozenset({4})), Stop()).is_end_token(4)
     rule = StopRule(model(tokenizer, frozenset({4})), Stop(tokens=(5, 6)))
     assert [token for token in range(9) if rule.is_end_token(token)] == [5, 6]
+
+
+def test_of_several_stop_strings_the_one_that_begins_first_ends_the_text():
+    rule = StopRule(model(KINDS["bytes"]), Stop(strings=("cd", "bc", "d")))
+    assert rule.find("abcd", 4) == 1

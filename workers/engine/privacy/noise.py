@@ -1,4 +1,4 @@
-"""Gaussian noise from a cryptographic generator; see docs/adr/0013.
+"""Gaussian noise from a cryptographic generator; see docs/adr/0016.
 
 A key serves for one vector and is gone. Uniform numbers are 53 bits of ChaCha20's key stream
 (RFC 8439); pairs of them become pairs of normal numbers by Box and Muller's transform, in float64.

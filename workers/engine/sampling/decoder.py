@@ -27,7 +27,7 @@ from workers.engine.sampling.passes import Document, decode, logits_of, prefill
 from workers.engine.sampling.row_adapters import RowAdapters
 from workers.engine.sampling.rows import Job, Prefix, Row
 from workers.engine.sampling.tiles import Tile, first_rows
-from workers.engine.sampling.weights import PinnedWeights
+from workers.engine.sampling.weights import ArtifactShelf, PinnedWeights
 from workers.operations import SampleOutcome
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Decoder:
     """The operations on one model, from their submission to their outcomes.
 
     Args:
+        shelf: adapters of artifacts that are kept for a next time, as long as there is room.
         cache_bytes: most memory for keys, values and the adapters beside them.
         most_rows: of the batch; with more of them together a row costs no less.
         prompt_tokens: of prompts computed in one step, unless one alone has more; what bounds the
@@ -49,9 +50,16 @@ class Decoder:
     """
 
     def __init__(
-        self, model: BaseModel, *, cache_bytes: int, most_rows: int, prompt_tokens: int
+        self,
+        model: BaseModel,
+        shelf: ArtifactShelf,
+        *,
+        cache_bytes: int,
+        most_rows: int,
+        prompt_tokens: int,
     ) -> None:
         self._model = model
+        self._shelf = shelf
         self._cache: KeyValueCache[Row] = KeyValueCache(
             model.layer_shapes, model.dtype, model.device, cache_bytes
         )
@@ -176,34 +184,45 @@ class Decoder:
         """Takes places for rows of one operation, the next that wait of it; False, and none, if
         there is no room. If there never will be, the operation fails."""
         job = rows[0].job
-        in_use = self._weights_in_use()
-        self._cache.beside_bytes = self._beside_bytes(in_use, job.weights)
-        taken = []
-        for row in rows:
-            row.place = self._cache.take(row.capacity, row, alone=alone)
-            if row.place is None:
-                break
-            taken.append(row)
-        else:
+        if self._take_places(rows, alone=alone) or (
+            self._shelf.clear(self._model, self._weights()) and self._take_places(rows, alone=alone)
+        ):
             for _ in rows:
                 job.pending.popleft()
             job.live += len(rows)
             return True
-        for row in taken:
-            self._release(row)
+        in_use = self._weights_in_use()
         self._cache.beside_bytes = self._beside_bytes(in_use)
         if not in_use:  # nothing will be freed, so it does not fit at all
             self._fail(job, _too_large(f"{len(rows)} rows" if alone else "a row"))
         return False
 
+    def _take_places(self, rows: Sequence[Row], *, alone: bool) -> bool:
+        """A place for each of these rows, or none."""
+        self._cache.beside_bytes = self._beside_bytes(self._weights_in_use(), rows[0].job.weights)
+        taken: list[Row] = []
+        for row in rows:
+            row.place = self._cache.take(row.capacity, row, alone=alone)
+            if row.place is None:
+                for one in taken:
+                    self._release(one)
+                return False
+            taken.append(row)
+        return True
+
     def _beside_bytes(self, in_use: Sequence[PinnedWeights], *more: PinnedWeights) -> int:
         """Memory of adapters beside the rows: as passes hold them, and what is kept for operations
-        alone. That of operations that wait does not count against the only one that runs, which
-        would then wait for ever."""
+        alone or for a next time. That of operations that wait does not count against the only one
+        that runs, which would then wait for ever."""
         used = [*in_use, *more]
-        kept = [job.weights for job in self._jobs.values()] if in_use else used
-        own = {one for one in kept if one.owns_adapter}
+        every = self._weights()
+        own = {one for one in (every if in_use else used) if one.owns_adapter}
+        own.update(self._shelf.idle(self._model, every))
         return _stack_bytes(self._model, used) + sum(one.adapter_bytes for one in own)
+
+    def _weights(self) -> set[PinnedWeights]:
+        """Of all operations, those that wait too."""
+        return {job.weights for job in self._jobs.values()}
 
     def _weights_in_use(self) -> list[PinnedWeights]:
         return list(dict.fromkeys(job.weights for job in self._jobs.values() if job.live))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import check_tokens
 from workers.operations import Int32, Prompt
+
+_CHARACTERS_EACH = 64
+"""What a prompt costs beside its length, as characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +25,35 @@ class EncodedPrompt:
     tokens: Int32
 
 
-def encode(model: BaseModel, prompts: list[Prompt]) -> list[EncodedPrompt]:
-    """Encodes the prompts of one call.
+class PromptReader:
+    """Encodes the prompts of one call, some at a time: what else the worker does waits meanwhile.
 
-    Raises:
-        TenSafeFault: NO_CHAT_TEMPLATE, TOKEN_OUT_OF_RANGE, CONTEXT_EXCEEDED; INVALID_ARGUMENT for
-            an empty prompt, or text for a model without tokenizer.
+    Attributes:
+        encoded: those that are done, in the call's order.
     """
-    return [_encode(model, prompt, index) for index, prompt in enumerate(prompts)]
+
+    def __init__(self, model: BaseModel, prompts: Sequence[Prompt]) -> None:
+        self.encoded: list[EncodedPrompt] = []
+        self._model = model
+        self._prompts = prompts
+
+    @property
+    def complete(self) -> bool:
+        """Whether all are encoded."""
+        return len(self.encoded) == len(self._prompts)
+
+    def read(self, characters: int) -> None:
+        """Encodes the next prompts, of about so many characters together, one at least.
+
+        Raises:
+            TenSafeFault: NO_CHAT_TEMPLATE, TOKEN_OUT_OF_RANGE, CONTEXT_EXCEEDED; INVALID_ARGUMENT
+                for an empty prompt, or text for a model without tokenizer.
+        """
+        while not self.complete and characters > 0:
+            index = len(self.encoded)
+            prompt = _encode(self._model, self._prompts[index], index)
+            self.encoded.append(prompt)
+            characters -= len(prompt.text) + _CHARACTERS_EACH
 
 
 def _encode(model: BaseModel, prompt: Prompt, index: int) -> EncodedPrompt:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.memory import memory_faults
 from workers.engine.run import Run
-from workers.engine.sampling import prompts
 from workers.engine.sampling.decoder import Decoder
+from workers.engine.sampling.prompts import PromptReader
 from workers.engine.sampling.rows import Job
 from workers.engine.sampling.weights import ArtifactShelf, PinnedWeights, Pins
 from workers.operations import LoraSettings, SampleOutcome, SampleRequest
@@ -17,6 +19,20 @@ from workers.sampler import OnChunk
 
 _MOST_ROWS_CPU, _MOST_ROWS_GPU = 64, 256
 _PROMPT_TOKENS_CPU, _PROMPT_TOKENS_GPU = 512, 8192
+_CHARACTERS_AT_ONCE = 2**15
+"""Text that is encoded between two steps of whatever else there is: some 10 ms of a core."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """An operation on its way to a decoder."""
+
+    operation_id: str
+    request: SampleRequest
+    weights: PinnedWeights
+    draws: tuple[int, str | int]
+    on_chunk: OnChunk | None
+    prompts: PromptReader
 
 
 class TorchSampler:
@@ -42,11 +58,14 @@ class TorchSampler:
         self._models = models
         self._find_run = find_run
         self.pins = Pins()
+        self._reading: deque[_Taken] = deque()
+        self._failed: list[tuple[str, SampleOutcome | Exception]] = []
         self.artifacts = ArtifactShelf(self._model, check_lora)
         distinct = list({id(model): model for model in models.values()}.values())
         self._decoders = {
             model.name: Decoder(
                 model,
+                self.artifacts,
                 cache_bytes=cache_bytes // len(distinct),
                 most_rows=_MOST_ROWS_CPU if model.device == "cpu" else _MOST_ROWS_GPU,
                 prompt_tokens=_PROMPT_TOKENS_CPU if model.device == "cpu" else _PROMPT_TOKENS_GPU,
@@ -68,29 +87,64 @@ class TorchSampler:
     ) -> None:
         with memory_faults("sample"):
             weights = self._weights(request)
-            encoded = prompts.encode(weights.model, request.prompts)
-            job = Job(
+            taken = _Taken(
                 operation_id,
                 request,
                 weights,
-                encoded,
                 _draws(weights, key, request),
                 on_chunk if request.stream else None,
+                PromptReader(weights.model, request.prompts),
             )
-            self._decoders[weights.model.name].submit(job)
+            self._read(taken)
+        if not taken.prompts.complete:
+            self._reading.append(taken)
 
     @property
     def busy(self) -> bool:
-        return any(decoder.busy for decoder in self._decoders.values())
+        return bool(self._reading or self._failed) or any(
+            decoder.busy for decoder in self._decoders.values()
+        )
 
     def step(self) -> None:
+        if self._reading:
+            self._read_on()
         for decoder in self._decoders.values():
             decoder.step()
 
     def collect(self) -> list[tuple[str, SampleOutcome | Exception]]:
-        return [each for decoder in self._decoders.values() for each in decoder.collect()]
+        failed, self._failed = self._failed, []
+        ended = [each for decoder in self._decoders.values() for each in decoder.collect()]
+        return [*failed, *ended]
+
+    def _read_on(self) -> None:
+        """Encodes some more of the operation that came first."""
+        taken = self._reading[0]
+        try:
+            with memory_faults("sample"):
+                self._read(taken)
+        except Exception as error:  # this operation's alone
+            self._failed.append((taken.operation_id, error))
+            self._reading.popleft()
+            return
+        if taken.prompts.complete:
+            self._reading.popleft()
+
+    def _read(self, taken: _Taken) -> None:
+        """Encodes some of its prompts; one that has all of them is decoded."""
+        taken.prompts.read(_CHARACTERS_AT_ONCE)
+        if taken.prompts.complete:
+            job = Job(
+                taken.operation_id,
+                taken.request,
+                taken.weights,
+                taken.prompts.encoded,
+                taken.draws,
+                taken.on_chunk,
+            )
+            self._decoders[taken.weights.model.name].submit(job)
 
     def cancel(self, operation_id: str) -> None:
+        self._reading = deque(one for one in self._reading if one.operation_id != operation_id)
         for decoder in self._decoders.values():
             decoder.cancel(operation_id)
 

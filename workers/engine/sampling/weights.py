@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -96,16 +96,16 @@ class Pins:
         if pinned is not None:
             pinned.owns_adapter = True
 
-    def before_change(self, runs: Iterable[Run]) -> None:
-        """These runs' adapters are about to change: whoever goes by them gets a copy."""
-        for run in runs:
-            live = self._live.pop(run.run_id, None)
-            pinned = live() if live is not None else None
-            if pinned is None:
-                continue
+    def before_change(self, run: Run) -> None:
+        """The run's adapter is about to change: whoever goes by it gets a copy. If there is no room
+        for one, it must not change, and they go by it still."""
+        live = self._live.get(run.run_id)
+        pinned = live() if live is not None else None
+        if pinned is not None:
             if pinned.adapter is run.adapter:
                 pinned.adapter = run.adapter.copy()
             pinned.owns_adapter = True
+        self._live.pop(run.run_id, None)
 
 
 class ArtifactShelf:
@@ -124,6 +124,17 @@ class ArtifactShelf:
         self._find_model = find_model
         self._check_lora = check_lora
         self._kept: OrderedDict[str, PinnedWeights] = OrderedDict()
+
+    def idle(self, model: BaseModel, used: Collection[PinnedWeights]) -> list[PinnedWeights]:
+        """A model's that are kept beside those in use."""
+        return [one for one in self._kept.values() if one.model is model and one not in used]
+
+    def clear(self, model: BaseModel, used: Collection[PinnedWeights]) -> bool:
+        """Keeps a model's no longer, but for those in use; whether there were any."""
+        idle = self.idle(model, used)
+        for name in [name for name, one in self._kept.items() if one in idle]:
+            del self._kept[name]
+        return bool(idle)
 
     def of(self, artifact: ArtifactWeights, model_ref: str) -> PinnedWeights:
         """An artifact's weights.

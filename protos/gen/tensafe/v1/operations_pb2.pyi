@@ -508,9 +508,11 @@ class Operation(_message.Message):
     state: Global___OperationState.ValueType
     """Where it is."""
     queue_ms: _builtins.float
-    """Time between acceptance and the start on a worker, ms."""
+    """Time between acceptance and the start on a worker, ms; of a PRIVATE_STEP until its
+    end.
+    """
     compute_ms: _builtins.float
-    """Time on the worker, ms."""
+    """Time on the worker, ms; 0 of a PRIVATE_STEP, since it tells how much was drawn."""
     result_pruned: _builtins.bool
     """The big parts of its result (per-token outputs, completions) are past the
     server's retention; metrics are there.

@@ -33,7 +33,8 @@ class _DpSamplingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DpSampling
     """
     DP_SAMPLING_CLIENT_ATTESTED: _DpSampling.ValueType  # 2
     """The client, in whatever way: ε makes no assumption about it but that a unit is
-    used in at most max_participation steps, which the server enforces.
+    used in at most max_participation steps, which the server enforces, and that the
+    choice looks at other units by what was released alone, which the client attests.
     """
 
 class DpSampling(_DpSampling, metaclass=_DpSamplingEnumTypeWrapper):
@@ -47,7 +48,8 @@ independently, anew for each step (Poisson sampling). ε counts on it.
 """
 DP_SAMPLING_CLIENT_ATTESTED: DpSampling.ValueType  # 2
 """The client, in whatever way: ε makes no assumption about it but that a unit is
-used in at most max_participation steps, which the server enforces.
+used in at most max_participation steps, which the server enforces, and that the
+choice looks at other units by what was released alone, which the client attests.
 """
 Global___DpSampling: _TypeAlias = DpSampling  # noqa: Y015
 
@@ -186,7 +188,7 @@ class DpConfig(_message.Message):
     MAX_LOSS_FIELD_NUMBER: _builtins.int
     TEST_SEED_FIELD_NUMBER: _builtins.int
     enabled: _builtins.bool
-    """Whether the run trains privately. False: the other fields have no effect."""
+    """Whether the run trains privately. False: no other field may be set."""
     noise_multiplier: _builtins.float
     """σ: standard deviation of the noise over max_grad_norm. Unset: the least with which
     max_steps stay within target_epsilon, together with what the ledger already has.
@@ -222,7 +224,7 @@ class DpConfig(_message.Message):
     """Units by which a step's noised sum is divided, whatever the batch has. Unset:
     sample_rate × units of the dataset where that is given and batch_size is not;
     else batch_size × gradient_accumulation_steps. SERVER_POISSON: one that differs
-    by more than half a unit from sample_rate × units is refused.
+    from sample_rate × units by more than float64 rounds, 1e-9 of it, is refused.
     """
     max_participation: _builtins.int
     """Steps of this run in which one unit may be used; further uses add nothing.
@@ -358,7 +360,9 @@ class DpMetrics(_message.Message):
     been drawn by Poisson sampling. Nobody has checked that.
     """
     sampling_verified: _builtins.bool
-    """Whether the server drew the batches itself."""
+    """Whether the server drew all that total_epsilon adds up itself: the batches of this
+    run, and of all others in the ledger.
+    """
     noised_loss: _builtins.float
     """Noised sum of the units' clipped losses over expected_batch_size; with
     loss_noise_multiplier only.
@@ -420,6 +424,7 @@ class LedgerLine(_message.Message):
     MAX_PARTICIPATION_FIELD_NUMBER: _builtins.int
     TEST_MODE_FIELD_NUMBER: _builtins.int
     USES_FIELD_NUMBER: _builtins.int
+    PRIVACY_UNIT_FIELD_NUMBER: _builtins.int
     sampling: Global___DpSampling.ValueType
     """Who drew the batches."""
     noise_multiplier: _builtins.float
@@ -434,6 +439,8 @@ class LedgerLine(_message.Message):
     """The noise came from a seed that somebody knows."""
     uses: _builtins.int
     """Charges that count: committed, lost, or not ended yet."""
+    privacy_unit: Global___PrivacyUnit.ValueType
+    """Whose contribution was bounded."""
     def __init__(
         self,
         *,
@@ -444,10 +451,11 @@ class LedgerLine(_message.Message):
         max_participation: _builtins.int | None = ...,
         test_mode: _builtins.bool = ...,
         uses: _builtins.int = ...,
+        privacy_unit: Global___PrivacyUnit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "max_participation", b"max_participation", "sample_rate", b"sample_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "max_participation", b"max_participation", "noise_multiplier", b"noise_multiplier", "run_id", b"run_id", "sample_rate", b"sample_rate", "sampling", b"sampling", "test_mode", b"test_mode", "uses", b"uses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation", "_sample_rate", b"_sample_rate", "max_participation", b"max_participation", "noise_multiplier", b"noise_multiplier", "privacy_unit", b"privacy_unit", "run_id", b"run_id", "sample_rate", b"sample_rate", "sampling", b"sampling", "test_mode", b"test_mode", "uses", b"uses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_participation: _TypeAlias = _typing.Literal["max_participation"]  # noqa: Y015
     _WhichOneofArgType__max_participation: _TypeAlias = _typing.Literal["_max_participation", b"_max_participation"]  # noqa: Y015
@@ -507,8 +515,8 @@ class PrivacyReport(_message.Message):
     they are about.
     """
     test_mode: _builtins.bool
-    """Noise or draws of a release on this dataset came from a test seed: no promise
-    holds.
+    """Noise or draws of this run, or of a release on its dataset, come from a test
+    seed: no promise holds.
     """
     epsilon: _builtins.float
     """ε of all that was released of the dataset, with no more assumed than was
@@ -519,8 +527,9 @@ class PrivacyReport(_message.Message):
     checked that. Unset where there is nothing attested, or too little.
     """
     target_epsilon: _builtins.float
-    """The bound that the run was held to: holds also if it was decided by looking at
-    results when to stop. Unset without target_epsilon.
+    """The bound past which no step of this run has taken the ledger, also if it was
+    decided by looking at results when to stop. Other runs have their own, or none.
+    Unset without target_epsilon.
     """
     delta: _builtins.float
     """δ of each ε here."""
@@ -531,7 +540,9 @@ class PrivacyReport(_message.Message):
     sampling: Global___DpSampling.ValueType
     """Who drew the batches of this run."""
     sampling_verified: _builtins.bool
-    """Whether the server drew them itself."""
+    """Whether the server drew all that counts itself: the batches of this run, and of
+    all others in the ledger.
+    """
     sample_rate: _builtins.float
     """q of this run; under CLIENT_ATTESTED only attested, and unset if not even that."""
     noise_multiplier: _builtins.float

@@ -368,7 +368,9 @@ class Batch(_message.Message):
     UNIT_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def offsets(self) -> _types_pb2.Tensor:
-        """int64 [B + 1], from 0 to N, strictly increasing."""
+        """int64 [B + 1], from 0 to N, strictly increasing; B ≥ 1, but for a
+        ForwardBackward of a private run, whose batch may be empty.
+        """
 
     @_builtins.property
     def input_tokens(self) -> _types_pb2.Tensor:
@@ -686,7 +688,9 @@ Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):
-    """When a completion ends before max_tokens, beside the model's end token."""
+    """What ends a completion before max_tokens, in the place of the model's end
+    token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -85,7 +85,9 @@ class TrainingServiceServicer:
         """Creates a run: a LoRA adapter, its optimizer and its configuration on a
         registered base model. Errors: INVALID_ARGUMENT (a field breaks a rule,
         UNSUPPORTED_OPTION, UNKNOWN_TARGET_MODULE), NOT_FOUND MODEL_NOT_FOUND,
-        ALREADY_EXISTS REQUEST_ID_CONFLICT.
+        ALREADY_EXISTS REQUEST_ID_CONFLICT; for a private run also NOT_FOUND
+        DATASET_NOT_FOUND, FAILED_PRECONDITION DP_BUDGET_EXCEEDED, and DATA_LOSS
+        CHECKSUM_MISMATCH if its dataset's ledger is not what was written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

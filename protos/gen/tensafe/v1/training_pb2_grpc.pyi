@@ -37,7 +37,9 @@ class TrainingServiceStub:
     """Creates a run: a LoRA adapter, its optimizer and its configuration on a
     registered base model. Errors: INVALID_ARGUMENT (a field breaks a rule,
     UNSUPPORTED_OPTION, UNKNOWN_TARGET_MODULE), NOT_FOUND MODEL_NOT_FOUND,
-    ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    ALREADY_EXISTS REQUEST_ID_CONFLICT; for a private run also NOT_FOUND
+    DATASET_NOT_FOUND, FAILED_PRECONDITION DP_BUDGET_EXCEEDED, and DATA_LOSS
+    CHECKSUM_MISMATCH if its dataset's ledger is not what was written.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetRunRequest, _training_pb2.GetRunResponse]
     """Reads one run. Errors: NOT_FOUND RUN_NOT_FOUND."""
@@ -86,7 +88,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Creates a run: a LoRA adapter, its optimizer and its configuration on a
     registered base model. Errors: INVALID_ARGUMENT (a field breaks a rule,
     UNSUPPORTED_OPTION, UNKNOWN_TARGET_MODULE), NOT_FOUND MODEL_NOT_FOUND,
-    ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    ALREADY_EXISTS REQUEST_ID_CONFLICT; for a private run also NOT_FOUND
+    DATASET_NOT_FOUND, FAILED_PRECONDITION DP_BUDGET_EXCEEDED, and DATA_LOSS
+    CHECKSUM_MISMATCH if its dataset's ledger is not what was written.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_training_pb2.GetRunRequest, _training_pb2.GetRunResponse]  # type: ignore[assignment]
     """Reads one run. Errors: NOT_FOUND RUN_NOT_FOUND."""
@@ -138,7 +142,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a run: a LoRA adapter, its optimizer and its configuration on a
         registered base model. Errors: INVALID_ARGUMENT (a field breaks a rule,
         UNSUPPORTED_OPTION, UNKNOWN_TARGET_MODULE), NOT_FOUND MODEL_NOT_FOUND,
-        ALREADY_EXISTS REQUEST_ID_CONFLICT.
+        ALREADY_EXISTS REQUEST_ID_CONFLICT; for a private run also NOT_FOUND
+        DATASET_NOT_FOUND, FAILED_PRECONDITION DP_BUDGET_EXCEEDED, and DATA_LOSS
+        CHECKSUM_MISMATCH if its dataset's ledger is not what was written.
         """
 
     @_abc_1.abstractmethod

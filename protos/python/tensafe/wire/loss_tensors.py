@@ -99,7 +99,7 @@ def _check_weights(weights: Array, reduction: Reduction, field: str) -> float:
     total: float = np.add.reduce(weights, axis=None, dtype=np.float64).item()
     if not math.isfinite(total):
         raise TenSafeFault("INVALID_BATCH", "weights must be finite", field=field)
-    if reduction is not Reduction.SUM and np.minimum.reduce(weights, axis=None) < 0:
+    if reduction is not Reduction.SUM and np.minimum.reduce(weights, axis=None, initial=0) < 0:
         raise TenSafeFault(
             "INVALID_BATCH",
             f"a weight is negative, which has no {reduction}; use the reduction `sum`",

@@ -57,13 +57,20 @@ def decode(tensor: types.Tensor) -> Array:
     if dtype is not None:
         _check_length(tensor, shape, dtype.itemsize)
         array = np.frombuffer(tensor.data, dtype)
-        return array if len(shape) == 1 else array.reshape(shape)
+        return array if len(shape) == 1 else _reshaped(array, shape)
     if tensor.dtype == types.DATA_TYPE_BFLOAT16:
         _check_length(tensor, shape, 2)
         upper = np.frombuffer(tensor.data, dtype="<u2").astype("<u4") << 16
-        return upper.view("<f4").reshape(shape)
+        return _reshaped(upper.view("<f4"), shape)
     given = f"{tensor.dtype} is unknown" if tensor.dtype else "is not set"
     raise TensorError(f"dtype {given}; use one of the DataType values")
+
+
+def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        return array.reshape(shape)
+    except ValueError as error:  # an extent of 0 lets the others be beyond what NumPy counts
+        raise TensorError(f"shape {list(shape)} has an extent that is too large") from error
 
 
 def _check_length(tensor: types.Tensor, shape: tuple[int, ...], itemsize: int) -> None:

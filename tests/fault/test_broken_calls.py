@@ -1,0 +1,90 @@
+"""Callers that hang up while what they asked for is being written: it is done, and nobody else is
+kept from hearing of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from fault.order_world import TENANT, World
+from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
+from fault.test_slow_commits import busy_disk
+
+from tensafe.v1 import admin_pb2 as admin
+from tensafe.v1 import training_pb2 as training
+from tensafe_server.api import guard
+from tensafe_server.api.training import TrainingServicer
+from tensafe_server.operations.lookup import OperationReader
+from tensafe_server.operations.runs import RunBook
+from tensafe_server.tenants.identity import Principal
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World(runs=2)
+    yield made
+    made.close()
+
+
+def test_a_cancel(world: World):
+    run, other = world.next_seq
+    world.do(world.cut())
+    [cancelled] = submit(world, run, GRADIENT)
+    pending = world.coordinator.ledger.pending(cancelled)
+    assert pending is not None
+
+    async def hang_up() -> None:
+        loop = asyncio.get_running_loop()
+        with busy_disk(world):
+            cancelling = loop.create_task(world.coordinator.cancellation.cancel(pending))
+            sending = loop.create_task(world.submit(other, **GRADIENT))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            cancelling.cancel()
+            await asyncio.wait([cancelling])
+        await sending
+
+    world.do(hang_up())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["OPERATION_CANCELLED", "WINDOW_POISONED"]
+    assert outcomes(world, other) == ["SUCCEEDED"]
+
+
+async def delete_and_hang_up(world: World, run: str) -> None:
+    """The caller is gone before it is on disk that the run is deleted."""
+    parts, store = world.coordinator, world.store
+    marking = asyncio.Event()
+
+    class Book(RunBook):
+        async def delete(self, *arguments) -> None:
+            marking.set()
+            await super().delete(*arguments)
+
+    servicer = TrainingServicer(
+        Book(store, parts.ledger, parts.models, parts.privacy.configs),
+        *(parts.ledger, parts.intake, OperationReader(store, parts.ledger, parts.payloads)),
+        *(parts.gaps, parts.cancellation, parts.dispatcher, parts.hub),
+        *(parts.reception._verifications, parts.pruner),
+    )
+    guard._caller.set(Principal(admin.KEY_KIND_TENANT, TENANT, "key"))
+    request = training.DeleteRunRequest(run_id=run, request_id="request-delete")
+    with busy_disk(world):
+        deleting = asyncio.get_running_loop().create_task(servicer.DeleteRun(request, None))
+        await marking.wait()
+        deleting.cancel()
+        await asyncio.wait([deleting])
+
+
+def test_a_deletion(world: World):
+    """What waits of the run does not go on."""
+    run, other = world.next_seq
+    world.do(world.cut())
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(delete_and_hang_up(world, run))
+    submit(world, other, GRADIENT)
+    world.finish()
+    assert outcomes(world, run) == ["OPERATION_CANCELLED"] * 2
+    assert outcomes(world, other) == ["SUCCEEDED"]

@@ -1,0 +1,89 @@
+"""A recovery whose snapshots cannot be read at the moment: it waits, or begins at another point.
+
+Nothing is removed that is there again when the disk is.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+from fault.order_world import World
+from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
+
+from tensafe_server.fleet import dispatcher
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
+    made = World(runs=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(world: World) -> str:
+    """With two snapshots."""
+    [run_id] = world.next_seq
+    for _ in range(2):
+        submit(world, run_id, GRADIENT, UPDATE)
+        flow(world)
+        assert world.do(world.snapshot(run_id)) is None
+    return run_id
+
+
+def seqs(world: World, run: str) -> list[int]:
+    return [row.seq for row in world.do(world.store.snapshots(run))]
+
+
+def restored_from(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if "restoring" in record.msg]
+    return [text.rpartition("at seq ")[2].split()[0] for text in found]
+
+
+@pytest.mark.parametrize("cause", [errno.EMFILE, errno.ESTALE, errno.EACCES, errno.EIO])
+def test_what_cannot_be_read_for_a_moment_is_still_there_afterwards(
+    world: World,
+    run: str,
+    cause: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("INFO")
+    read, left = world.blobs.read, [3]
+
+    def fail(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(cause, "not now")
+        return read(*arguments)
+
+    monkeypatch.setattr(world.blobs, "read", fail)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 6
+    assert world.result(world.rows(run)[-1]).optim_step.step == 3
+    assert seqs(world, run) == [4, 2]
+    if cause != errno.EIO:  # a part of the disk may be broken for ever
+        assert restored_from(caplog) == ["4"], "it has waited"
+
+
+def test_what_is_away_is_passed_over_and_used_once_it_is_back(
+    world: World, run: str, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    there, away = world.home / "blobs" / "snapshots", world.home / "away"
+    there.rename(away)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT)
+    world.finish()
+    assert seqs(world, run) == [4, 2]
+    away.rename(there)
+    world.do(world.kill_worker())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 6
+    assert restored_from(caplog)[-1] == "4"
