@@ -90,8 +90,8 @@ class TrainingClient(RunOperations):
             top_k: only the k likeliest; 0 for all. Default 0.
             min_p: only tokens of at least this share of the likeliest one's probability.
             seed: seed of this call. Default: derived from the run's seed and the operation.
-            stop: texts or token ids that end a completion. Default: the model's end token; what is
-                passed replaces it, so that an empty list never stops early.
+            stop: texts or token ids that end a completion, as the model's end token always does;
+                only with an empty list nothing ends it early.
             num_samples: completions for each prompt. Default 1.
             top_logprobs: also tell the k likeliest tokens at each place, at most 20. Default 0.
             prompt_logprobs: also tell the log-probability of each token of the prompts.

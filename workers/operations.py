@@ -213,7 +213,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What ends a completion. Empty: nothing does but its length.
+    """What ends a completion beside its model's end tokens. Empty: nothing but its length does.
 
     Attributes:
         strings: the completion's text ends before the first of them.

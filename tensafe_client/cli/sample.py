@@ -45,7 +45,12 @@ from tensafe_client.token_streams import SampleStream
     type=click.IntRange(min=0),
     help="Fixes the draws: the same text again, where rounding is the same (deterministic runs).",
 )
-@click.option("--stop", "stops", multiple=True, help="Text that ends a completion; repeatable.")
+@click.option(
+    "--stop",
+    "stops",
+    multiple=True,
+    help="Text that ends a completion, beside the model's end token; repeatable.",
+)
 @click.option("--num-samples", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
     "--top-logprobs",

@@ -58,7 +58,8 @@ class RLVRConfig:
             episodes count as truncated.
         temperature, top_p, top_k: how rollouts are sampled. Importance ratios are of the model's
             own log-probabilities, whatever these are.
-        stop: texts or token ids that end a completion. None: the model's end token.
+        stop: texts or token ids that end a completion beside the model's end token; empty: not
+            even that ends it.
         learning_rate: of each update.
         grad_clip_norm: of each update.
         inner_epochs: how often each batch is gone through.

@@ -182,12 +182,13 @@ def test_one_that_has_no_role_is_a_token_too(kind):
     assert rule.texts == ("x",)
 
 
-def test_end_tokens_hold_unless_a_stop_is_given():
+def test_end_tokens_hold_beside_what_is_given_unless_that_is_empty():
     tokenizer = words(9)
     assert StopRule(model(tokenizer, frozenset({4})), None).is_end_token(4)
     assert not StopRule(model(tokenizer, frozenset({4})), Stop()).is_end_token(4)
     rule = StopRule(model(tokenizer, frozenset({4})), Stop(tokens=(5, 6)))
-    assert [token for token in range(9) if rule.is_end_token(token)] == [5, 6]
+    assert [token for token in range(9) if rule.is_end_token(token)] == [4, 5, 6]
+    assert StopRule(model(tokenizer, frozenset({4})), Stop(strings=("x",))).is_end_token(4)
 
 
 def test_of_several_stop_strings_the_one_that_begins_first_ends_the_text():

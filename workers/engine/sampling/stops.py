@@ -16,7 +16,8 @@ class StopRule:
     token: it never shows in a completion's text.
 
     Args:
-        stop: None for the model's own end tokens; else exactly what it names.
+        stop: what ends a completion beside the model's own end tokens; an empty one: nothing does,
+            not even those.
 
     Attributes:
         texts: what ends a completion when it shows in its text.
@@ -26,7 +27,10 @@ class StopRule:
     """
 
     def __init__(self, model: BaseModel, stop: Stop | None) -> None:
-        self._end_tokens = model.end_tokens if stop is None else frozenset(stop.tokens)
+        self._end_tokens = model.end_tokens
+        if stop is not None:
+            named = frozenset(stop.tokens)
+            self._end_tokens = self._end_tokens | named if named or stop.strings else named
         self.texts: tuple[str, ...] = ()
         if stop is None or not stop.strings:
             return

@@ -688,8 +688,8 @@ Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):
-    """What ends a completion before max_tokens, in the place of the model's end
-    token.
+    """What ends a completion before max_tokens, beside the model's end token. Without
+    anything in it nothing does, not even that.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -762,8 +762,8 @@ class SamplingParams(_message.Message):
     """Also tell the log-probability of each token of the prompts. Unset: false."""
     @_builtins.property
     def stop(self) -> Global___Stop:
-        """Where to stop. Unset: at the model's end token. Set: only at what it names,
-        so that an empty one never stops early.
+        """Where to stop. Unset: at the model's end token. Set: at what it names too; an
+        empty one never stops early.
         """
 
     def __init__(
