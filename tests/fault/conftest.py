@@ -7,7 +7,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fault.order_world import World
 from harness.tiny_model import save_tiny_model
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """One run, and no process."""
+    made = World(runs=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(world: World) -> str:
+    """The world's only one."""
+    [run_id] = world.next_seq
+    return run_id
 
 
 @pytest.fixture(scope="session")

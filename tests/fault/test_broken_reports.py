@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from fault.order_world import World, forward_backward
@@ -12,13 +11,6 @@ from fault.test_order_moves import UPDATE, outcomes, submit
 from tensafe.v1 import worker_pb2 as pb
 from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(runs=1)
-    yield made
-    made.close()
 
 
 async def report_and_break(world: World) -> None:

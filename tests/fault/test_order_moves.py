@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -20,19 +19,6 @@ from tensafe_server.fleet.link import WorkerLink
 
 GRADIENT: dict[str, Any] = {"forward_backward": forward_backward()}
 UPDATE: dict[str, Any] = {"optim_step": training.OptimStep()}
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(runs=1)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def run(world: World) -> str:
-    [run_id] = world.next_seq
-    return run_id
 
 
 def submit(world: World, run: str, *operations: dict[str, Any]) -> list[str]:

@@ -13,19 +13,6 @@ from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from tensafe_server.operations.model import PendingOperation
 
 
-@pytest.fixture
-def world() -> Iterator[World]:
-    made = World(runs=1)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def run(world: World) -> str:
-    [run_id] = world.next_seq
-    return run_id
-
-
 @contextmanager
 def busy_disk(world: World) -> Iterator[threading.Event]:
     """Nothing is committed before the event is set."""

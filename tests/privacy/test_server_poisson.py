@@ -51,23 +51,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture
-def worker(cluster: Cluster) -> Iterator[PrivateWorker]:
-    worker = PrivateWorker(cluster.target, cluster.worker_key)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def client(
-    cluster: Cluster, worker: PrivateWorker, request: pytest.FixtureRequest
-) -> Iterator[ServiceClient]:
-    with ServiceClient(
-        cluster.target, api_key=cluster.new_tenant(request.node.name[:60])
-    ) as client:
-        yield client
-
-
 def poisson_run(client: ServiceClient, dataset: str, **dp: Any) -> TrainingClient:
     return private_run(
         client, dataset_id=dataset, **{"sampling": "server_poisson", "sample_rate": 0.25} | dp

@@ -32,19 +32,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture
-def worker(cluster: Cluster) -> Iterator[PrivateWorker]:
-    worker = PrivateWorker(cluster.target, cluster.worker_key)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def client(cluster: Cluster, worker: PrivateWorker) -> Iterator[ServiceClient]:
-    with ServiceClient(cluster.target, api_key=cluster.new_tenant("t")) as client:
-        yield client
-
-
 def test_each_step_is_reserved_made_durable_and_committed(
     cluster: Cluster, worker: PrivateWorker, client: ServiceClient
 ) -> None:
