@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 
 _VARIABLE, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
+_STARTED_ANEW = "TENSAFE_STARTED_ANEW"
 
 
 def suited(environment: Mapping[str, str]) -> dict[str, str]:
@@ -30,11 +31,14 @@ def suited(environment: Mapping[str, str]) -> dict[str, str]:
 def restart_suited() -> None:
     """Starts this process's program anew, under the same pid, unless its environment is suited.
 
-    glibc reads its settings once, before the program begins.
+    glibc reads its settings once, before the program begins. It takes them out of the environment
+    of an interpreter with capabilities of its own, which goes on without them.
     """
-    if platform.libc_ver()[0] != "glibc":
+    pid = str(os.getpid())
+    if platform.libc_ver()[0] != "glibc" or os.environ.get(_STARTED_ANEW) == pid:
         return
     environment = suited(os.environ)
     if environment != dict(os.environ):
         own = [sys.executable, *sys.orig_argv[1:]]
+        environment[_STARTED_ANEW] = pid
         os.execve(sys.executable, own, environment)  # noqa: S606 - what already runs

@@ -46,3 +46,19 @@ def test_a_process_starts_anew_once_with_its_arguments_and_its_pid(tmp_path):
     first, second, last = done.stdout.splitlines()
     assert first == second
     assert last == "glibc.malloc.tcache_count=0 one two words"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_one_that_is_not_left_its_setting_goes_on_without_it(tmp_path):
+    """As an interpreter with file capabilities, such as for ports below 1024."""
+    script = tmp_path / "prints.py"
+    script.write_text("import os\nos.environ.pop('GLIBC_TUNABLES', None)\n" + _PRINT)
+    done = subprocess.run(
+        [sys.executable, str(script), "on"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert done.stdout.splitlines()[2:] == ["None on"]
