@@ -570,3 +570,29 @@ def test_what_is_cancelled_while_it_is_read_is_read_no_further(monkeypatch: pyte
     backend.sampler.cancel("op")
     assert not backend.sampler.busy
     assert backend.sampler.collect() == []
+
+
+def test_no_call_waits_until_all_of_a_larger_one_is_read(monkeypatch: pytest.MonkeyPatch):
+    backend = reading_slowly(monkeypatch)
+    sampler = backend.sampler
+    sampler.submit("large", 1, request_for(token_prompts(*[4] * 60), "a", max_tokens=1))
+    sampler.submit("small", 1, request_for(token_prompts(*[4] * 6), "b", max_tokens=1))
+    steps = 0
+    while not (ended := sampler.collect()):
+        sampler.step()
+        steps += 1
+    assert [name for name, _ in ended] == ["small"]
+    assert steps <= 4
+
+
+def test_what_failed_and_is_cancelled_before_it_is_told_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As when a step breaks down in the turn in which a prompt was refused."""
+    backend = reading_slowly(monkeypatch)
+    bad = Prompt(tokens=np.array([VOCABULARY + 1], np.int32))
+    backend.sampler.submit("bad", 1, request_for([*token_prompts(*[4] * 3), bad], "a"))
+    backend.sampler.step()
+    backend.sampler.cancel("bad")
+    assert backend.sampler.collect() == []
+    assert not backend.sampler.busy

@@ -117,17 +117,17 @@ class TorchSampler:
         return [*failed, *ended]
 
     def _read_on(self) -> None:
-        """Encodes some more of the operation that came first."""
-        taken = self._reading[0]
+        """Encodes some more of one operation: each has its turn, so that none waits for all of a
+        larger one."""
+        taken = self._reading.popleft()
         try:
             with memory_faults("sample"):
                 self._read(taken)
         except Exception as error:  # this operation's alone
             self._failed.append((taken.operation_id, error))
-            self._reading.popleft()
             return
-        if taken.prompts.complete:
-            self._reading.popleft()
+        if not taken.prompts.complete:
+            self._reading.append(taken)
 
     def _read(self, taken: _Taken) -> None:
         """Encodes some of its prompts; one that has all of them is decoded."""
@@ -145,6 +145,7 @@ class TorchSampler:
 
     def cancel(self, operation_id: str) -> None:
         self._reading = deque(one for one in self._reading if one.operation_id != operation_id)
+        self._failed = [one for one in self._failed if one[0] != operation_id]
         for decoder in self._decoders.values():
             decoder.cancel(operation_id)
 
