@@ -39,6 +39,9 @@ _AT_THE_END = 1e-12
 """The δ at which ε tells about how far a grid reaches."""
 _LEAST_DELTA = 1e-14
 """The library cuts tails of about 1e-15 off a PLD, and counts them as infinite loss."""
+_ROUNDING = 2.0**-52
+"""What a Fourier transform's rounding may hide of δ, for each release that it adds up: at most
+0.8 · 2⁻⁵³ was measured, against exact Gaussians and against convolutions without a transform."""
 
 
 class UnsupportedCompositionError(ValueError):
@@ -210,7 +213,7 @@ def _gaussian_epsilon(used: Composition, terms: Terms) -> float:
 def _pld_epsilon(mechanism: Mechanism, n: int, terms: Terms, reach: _Reach) -> float:
     distribution = _pld(mechanism, terms.adjacency, reach.spacing)
     composed = distribution if n == 1 else distribution.self_compose(n)
-    return float(composed.get_epsilon_for_delta(terms.delta))
+    return float(composed.get_epsilon_for_delta(terms.delta - n * _ROUNDING))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,7 @@ def _reach(mechanism: Mechanism, n: int, terms: Terms) -> _Reach | None:
     import dp_accounting
 
     sigma = mechanism.noise_multiplier
-    if terms.delta < _LEAST_DELTA:
+    if terms.delta < max(_LEAST_DELTA, 2 * n * _ROUNDING):
         return None
     if terms.adjacency is Adjacency.REPLACE_ONE:
         sigma /= 2

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensafe_server.privacy import accounting
-from tensafe_server.privacy.accounting import epsilon, most_uses, noise_multiplier
+from tensafe_server.privacy.accounting import epsilon, is_exact, most_uses, noise_multiplier
 from tensafe_server.privacy.mechanisms import AccountantType, Adjacency, Mechanism, Terms
 
 ACCOUNTANTS = {AccountantType.PLD: PLDAccountant, AccountantType.RDP: RdpAccountant}
@@ -43,11 +43,11 @@ def direct(accountant: AccountantType, q: float, sigma: float, steps: int, delta
 def test_any_parameters(
     accountant: AccountantType, q: float, sigma: float, steps: int, log_delta: float
 ) -> None:
-    delta = 10.0**log_delta
+    delta, tolerance = 10.0**log_delta, TOLERANCES[accountant]
     ours = epsilon({Mechanism(sigma, q): steps}, Terms(delta, accountant))
-    assert ours == pytest.approx(
-        direct(accountant, q, sigma, steps, delta), abs=TOLERANCES[accountant]
-    )
+    assert ours >= direct(accountant, q, sigma, steps, delta) - tolerance
+    # What the library's rounding may hide of δ comes on top.
+    assert ours <= direct(accountant, q, sigma, steps, delta - steps * 2.0**-52) + tolerance
 
 
 @BOTH
@@ -60,7 +60,7 @@ def test_any_parameters(
         (0.999999, 2.0, 10, 1e-5),  # as good as no sampling
         (1.0, 0.5, 1, 1e-5),
         (1.0, 1.0, 1, 0.9),  # δ alone is enough
-        (0.02, 1.0, 500, 1e-13),
+        (0.02, 1.0, 2, 1e-13),
         (1.0, 3.0, 50, 1e-13),
     ],
 )
@@ -96,6 +96,20 @@ def test_a_grid_stays_small_and_its_epsilon_close(
         mechanism, steps, terms, accounting._Reach(reach.one / 2, reach.whole / 2)
     )
     assert finer - 1e-9 <= ours <= finer * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "delta"), [(1000, 1e-12), (100_000, 1e-9), (100_000, 1e-10), (100_000, 1e-13)]
+)
+def test_rounding_of_many_steps_hides_nothing(steps: int, delta: float) -> None:
+    """The library's own PLD tells less than the truth there, since it adds up by a Fourier
+    transform: at 100,000 steps 24.5665 for 24.5697 at δ = 1e-10, and 27.391 for 27.723 at 1e-13."""
+    sigma = math.sqrt(steps / 10)
+    exact = epsilon({Mechanism(sigma): steps}, Terms(delta))  # in closed form
+    as_good_as_all = Mechanism(sigma, 1 - 1e-6)  # which is worth less than 1e-5 of ε
+    ours = epsilon({as_good_as_all: steps}, Terms(delta))
+    assert exact * (1 - 1e-5) <= ours < 1.1 * exact
+    assert is_exact({as_good_as_all: steps}, Terms(delta)) == (delta >= steps * 2.0**-51)
 
 
 @BOTH
