@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import secrets
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ INLINE_BYTES = 64 * 1024
 
 
 class DamagedPayloadError(Exception):
-    """A stored spec or result is not what was stored."""
+    """A stored spec or result is not what was stored, or lies where the disk is broken."""
 
 
 class Payloads:
@@ -44,7 +45,12 @@ class Payloads:
             await asyncio.to_thread(self._blobs.delete, key)
 
     def _get(self, key: str) -> bytes:
-        data = self._blobs.get(key)
+        try:
+            data = self._blobs.get(key)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedPayloadError(key) from error  # a part of the disk is broken
         digest = key.rpartition("/")[2].partition(".")[0]
         if hashlib.sha256(data).hexdigest() != digest:
             raise DamagedPayloadError(key)

@@ -32,10 +32,12 @@ from tensafe_server.operations.model import (
 )
 from tensafe_server.privacy.outcomes import PrivateOutcomes
 from tensafe_server.store.base import Finish, RunUpdate, Store
+from tensafe_server.storage_faults import storage_fault
 from tensafe_server.store.charges import ChargeEnd
 
 log = logging.getLogger(__name__)
 
+_RETRY_S = 1.0
 _NEVER_RAN = ("OPERATION_CANCELLED", "DEADLINE_EXCEEDED")
 
 
@@ -137,20 +139,27 @@ class Outcomes:
         data = ending.result.SerializeToString()
         try:
             return await self._payloads.save(ending.operation.row.tenant_id, data)
-        except TenSafeFault as fault:
+        except Exception as error:  # a full disk, a share that is away, no thread to be had
             # A result must not be lost: the row takes it, and the store waits for its disk.
-            log.warning("a result goes into the log: %s", fault)
+            log.warning("a result goes into the log: %s", error)
             return data, None
 
     async def _complete_artifact(self, ending: Ending) -> bool:
         """False: what its caller has said of it is lost, and it fails."""
         row = ending.operation.row
-        try:
-            spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
-        except (BlobNotFoundError, DamagedPayloadError):
-            log.exception("the spec of %s is gone or damaged", row.id)
-            ending.result, ending.error = None, content_lost(ending.operation).detail
-            return False
+        while True:
+            try:
+                spec = await self._payloads.load(*(await self._store.specs([row.id]))[row.id])
+                break
+            except (BlobNotFoundError, DamagedPayloadError):
+                log.exception("the spec of %s is gone or damaged", row.id)
+                ending.result, ending.error = None, content_lost(ending.operation).detail
+                return False
+            except Exception as error:
+                if storage_fault(error) is None and not isinstance(error, OSError):
+                    raise
+                log.exception("the spec of %s cannot be read; trying again", row.id)
+                await asyncio.sleep(_RETRY_S)
         run = self._ledger.runs[row.run_id or ""]
         _complete(ending, run, training.OperationSpec.FromString(spec))
         return True

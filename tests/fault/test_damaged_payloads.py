@@ -3,6 +3,7 @@ that operation fails and says so, and the service and all others go on."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault
+from tensafe_server.blobs import payloads
+from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.blobs.payloads import INLINE_BYTES
+from tensafe_server.operations import outcomes as outcomes_module
 
 
 def flip_a_bit(path: Path) -> None:
@@ -140,3 +144,67 @@ def test_what_was_not_accepted_leaves_no_file(world: World):
         with pytest.raises(TenSafeFault):
             world.do(world.send([training.OperationSpec(run_id=run, seq=3, **large)]))
     assert files() == [kept]
+
+
+def test_where_the_disk_is_broken(world: World, monkeypatch: pytest.MonkeyPatch):
+    run, other = world.next_seq
+    world.do(world.cut())
+    large = {"forward_backward": forward_backward(range(1, INLINE_BYTES // 4))}
+    submit(world, run, large, UPDATE)
+    submit(world, other, GRADIENT)
+    world.do(world.cut())
+
+    def get(_blobs: LocalBlobStore, _key: str) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(LocalBlobStore, "get", get)
+    world.do(world.restart())
+    world.finish()
+    assert outcomes(world, run) == ["CHECKSUM_MISMATCH", "WINDOW_POISONED"]
+    assert outcomes(world, other) == ["SUCCEEDED"]
+
+
+def executed(world: World) -> None:
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+
+
+def test_a_large_result_that_no_file_takes_is_kept_in_the_log(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    run, other = world.next_seq
+    submit(world, run, GRADIENT)
+    submit(world, other, GRADIENT)
+    executed(world)
+
+    def put(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(payloads, "INLINE_BYTES", 1)
+        patch.setattr(LocalBlobStore, "put", put)
+        world.do(world.report())
+    world.finish()
+    assert outcomes(world, run) == outcomes(world, other) == ["SUCCEEDED"]
+
+
+def test_a_save_waits_for_what_it_was_to_do(world: World, monkeypatch: pytest.MonkeyPatch):
+    run, other = world.next_seq
+    submit(world, run, {"save_state": training.SaveState()})
+    submit(world, other, GRADIENT)
+    executed(world)
+    specs, left = world.store.specs, [2]
+
+    async def read(ids: list[str]) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return await specs(ids)
+
+    monkeypatch.setattr(outcomes_module, "_RETRY_S", 0.0)
+    monkeypatch.setattr(world.store, "specs", read)
+    world.do(world.report())
+    world.finish()
+    assert left == [0]
+    assert outcomes(world, run) == outcomes(world, other) == ["SUCCEEDED"]
