@@ -248,15 +248,20 @@ class Restorer:
         Raises:
             OSError: nothing can be read just now.
         """
+        snapshot_id = point.snapshot.id if point.snapshot is not None else ""
         try:
-            return await self._can_be_read(run, point)
+            readable = await self._can_be_read(run, point)
+            run.passed_over.discard(snapshot_id)
+            return readable
         except BlobNotFoundError:
             why = "a part of it is missing"
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             why = "it cannot be read"
-        self._snapshots.damaged += point.snapshot is not None
+        if snapshot_id:
+            self._snapshots.damaged += 1
+            run.passed_over.add(snapshot_id)
         log.error("%s of %s is not used: %s", point, run.id, why)
         return False
 

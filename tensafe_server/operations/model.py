@@ -192,6 +192,7 @@ class RunState:
         pruned_seq: the specs of operations up to here are gone from the log.
         snapshot_seq: the last operation in the newest snapshot; 0 if there is none.
         useless_snapshots: ids of snapshots that are whole and that no worker could load.
+        passed_over: ids of those of which a part was missing or unreadable when last looked at.
         pruning: held while something of the run's past is chosen or taken away.
         pinned: how many are reading its past, of which nothing may go meanwhile.
         replay_mismatches: replayed operations whose results were not those in the log.
@@ -229,6 +230,7 @@ class RunState:
     pruned_seq: int = 0
     snapshot_seq: int = 0
     useless_snapshots: set[str] = field(default_factory=set)
+    passed_over: set[str] = field(default_factory=set)
     pruning: asyncio.Lock = field(default_factory=asyncio.Lock)
     pinned: int = 0
     replay_mismatches: int = 0

@@ -31,8 +31,8 @@ from tensafe_server.operations.model import (
     RunState,
 )
 from tensafe_server.privacy.outcomes import PrivateOutcomes
-from tensafe_server.store.base import Finish, RunUpdate, Store
 from tensafe_server.storage_faults import storage_fault
+from tensafe_server.store.base import Finish, RunUpdate, Store
 from tensafe_server.store.charges import ChargeEnd
 
 log = logging.getLogger(__name__)

@@ -219,18 +219,23 @@ class SnapshotBook:
 
     async def retire(self, run: RunState) -> int:
         """Removes what no recovery will begin at: all but the newest ones, and the newest ones
-        before the first operation that has not ended, which has to run again from there.
+        before the first operation that has not ended, which has to run again from there. One that
+        a recovery passed over counts for none of them, and stays as long as an older one does.
 
         Returns:
             The seq before which no recovery begins any more; 0 while there are too few.
         """
         rows = await self._store.snapshots(run.id)
-        before_open = [row for row in rows if row.seq < run.open_seq]
-        kept = [] if run.deleted else [*rows[: self._kept], *before_open[: self._kept]]
-        if gone := [row for row in rows if row not in kept]:
+        if run.deleted:
+            await self.remove(rows)
+            return 0
+        sound = [row for row in rows if row.id not in run.useless_snapshots | run.passed_over]
+        before_open = [row for row in sound if row.seq < run.open_seq]
+        kept = [*sound[: self._kept], *before_open[: self._kept]]
+        oldest = min((row.seq for row in kept), default=0)
+        if gone := [row for row in rows if row not in kept and (row in sound or row.seq < oldest)]:
             await self.remove(gone)
-        enough = len(before_open) >= self._kept and not run.deleted
-        return before_open[self._kept - 1].seq if enough else 0
+        return before_open[self._kept - 1].seq if len(before_open) >= self._kept else 0
 
     async def discard(self, run: RunState, row: SnapshotRow, why: str) -> None:
         """Removes a snapshot that is of no use; the one before it takes its place."""

@@ -87,3 +87,28 @@ def test_what_is_away_is_passed_over_and_used_once_it_is_back(
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED"] * 6
     assert restored_from(caplog)[-1] == "4"
+
+
+def test_what_is_passed_over_counts_for_none_of_the_kept(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    newest, _ = world.do(world.store.snapshots(run))
+    read = world.blobs.read
+
+    def fail(key: str, *arguments: int) -> Iterator[bytes]:
+        if newest.id in key:
+            raise OSError(errno.EIO, "not there")
+        return read(key, *arguments)
+
+    monkeypatch.setattr(world.blobs, "read", fail)
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert world.do(world.snapshot(run)) is None
+    world.do(world.prune(run))
+    assert seqs(world, run) == [6, 4, 2]
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)
+    assert world.do(world.snapshot(run)) is None
+    world.do(world.prune(run))
+    assert seqs(world, run) == [8, 6]
