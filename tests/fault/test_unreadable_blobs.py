@@ -15,12 +15,10 @@ from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from tensafe_server.fleet import dispatcher
 
 
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was given up is tried again without a pause."""
     monkeypatch.setattr(dispatcher, "_RETRY_S", 0.0)
-    made = World(runs=1)
-    yield made
-    made.close()
 
 
 @pytest.fixture
