@@ -223,23 +223,30 @@ class Reception:
         check()
         return check
 
+    @staticmethod
+    def _begin(link: WorkerLink, operation: PendingOperation) -> None:
+        operation.row.state = RUNNING
+        if not _is_to_stop(operation):
+            operation.withdrawn = None  # that came too late: it is not to be lost by it
+        operation.notify_started()
+        link.groups.started(operation.row.id)
+
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
         begun = []
         for started in report.started:
             operation = self._current(link, started.operation_id, started.epoch)
             if operation is not None:
-                operation.row.state = RUNNING
-                if not _is_to_stop(operation):
-                    operation.withdrawn = None  # that came too late: it is not to be lost by it
-                operation.notify_started()
-                link.groups.started(started.operation_id)
+                self._begin(link, operation)
                 begun.append(operation)
-        self.on_begun(begun)
         for drawn in report.chunks:
             operation = self._current(link, drawn.operation_id, drawn.epoch)
             if operation is not None and not operation.finishing:
+                if operation.row.state != RUNNING:  # its first tokens may come before its start
+                    self._begin(link, operation)
+                    begun.append(operation)
                 operation.take_tokens(drawn.chunk)
+        self.on_begun(begun)
         for refused in report.refused:
             await self._refused(link, refused)
         endings: list[Ending] = []

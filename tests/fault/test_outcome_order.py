@@ -96,3 +96,23 @@ def restart(cluster: Cluster) -> None:
     cluster.coordinator.kill()
     cluster.coordinator.start()
     cluster.coordinator.wait_ready()
+
+
+def test_a_sample_runs_from_its_first_token_on(tmp_path: Path):
+    """Its worker drew it between telling what began and telling what was drawn."""
+    with Cluster(tmp_path) as cluster:
+        cluster.start()
+        worker = ScriptedWorker(cluster.target, cluster.worker_key)
+        with ServiceClient(cluster.target, api_key=cluster.new_tenant("t")) as client:
+            tc = client.create_training_client({"model_ref": "scripted"})
+            stream = tc.sample("x", stream=True)
+            [planned] = worker.planned(1)
+            drawn = pb.SampleChunk(
+                operation_id=planned.operation_id,
+                epoch=planned.epoch,
+                chunk=ops.TokenChunk(text="a"),
+            )
+            worker.send(pb.ConnectRequest(report=pb.Report(chunks=[drawn])))
+            assert next(stream).text == "a"
+            assert client.operation(planned.operation_id).state == "running"
+        worker.close()
