@@ -26,7 +26,7 @@ from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void, void_spec
 from tensafe_server.planning.fairness import FairShares
 from tensafe_server.planning.planner import plan
-from tensafe_server.planning.views import Assignment, QueueView, WorkerView
+from tensafe_server.planning.views import Arrivals, Assignment, QueueView, WorkerView
 from tensafe_server.privacy.steps import PrivateSteps
 from tensafe_server.store.base import Store
 
@@ -163,14 +163,15 @@ class Dispatcher:
             self._timer = None
         if not self._links:
             return
-        now_s = time.monotonic()
-        workers = [self._worker_view(link, now_s) for link in self._links.values()]
-        most = max(worker.credits for worker in workers)
+        most = max(link.free_credits for link in self._links.values())
         if not most:
             return
         queues, runs, lane = self._queue_views(min(most, _LOOK_AHEAD))
         if not queues:
             return
+        now_s = time.monotonic()
+        bringing = any(queue.worker_id is None and not queue.is_lane for queue in queues)
+        workers = [self._worker_view(link, now_s, bringing) for link in self._links.values()]
         decided = plan(queues, workers, self._shares, now_s, self._policy.wait_s)
         self._shares = decided.shares
         if decided.wake_at_s is not None:
@@ -190,11 +191,12 @@ class Dispatcher:
             if message.runs or message.operations:
                 self._links[worker_id].send_plan(message)
 
-    def _worker_view(self, link: WorkerLink, now_s: float) -> WorkerView:
+    def _worker_view(self, link: WorkerLink, now_s: float, bringing: bool) -> WorkerView:
         soon: frozenset[str] = frozenset()
         if self._policy.wait_s and link.idle:
             soon = company(link, self._ledger, now_s - self._policy.memory_s)
-        return link.view(soon, self._blame.arrivals(link))
+        # To find out what is coming takes a look at each of its runs.
+        return link.view(soon, self._blame.arrivals(link) if bringing else Arrivals.NONE)
 
     def _queue_views(
         self, look_ahead: int

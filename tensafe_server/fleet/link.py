@@ -75,12 +75,11 @@ class WorkerLink:
             company: models of which runs may soon go on.
             arrivals: what is on its way to the worker.
         """
-        free = 0 if self.draining else self.credits - len(self.outstanding)
         groups = self.groups
         return WorkerView(
             self.id,
             self.models,
-            max(0, free),
+            self.free_credits,
             len(self.runs),
             self.group_cost,
             groups.waiting(),
@@ -91,6 +90,11 @@ class WorkerLink:
             arrivals,
             self._sample_room(),
         )
+
+    @property
+    def free_credits(self) -> int:
+        """How many more operations it takes."""
+        return 0 if self.draining else max(0, self.credits - len(self.outstanding))
 
     @property
     def idle(self) -> bool:

@@ -594,3 +594,24 @@ def _note_calls(monkeypatch: pytest.MonkeyPatch, store: Any, name: str, calls: l
         return write(what)
 
     monkeypatch.setattr(store, name, noted)
+
+
+def test_what_is_coming_is_asked_only_where_a_run_is_to_be_brought(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It takes a look at every run of a worker, which may hold a thousand."""
+    asked: list[str] = []
+    blame = world.coordinator.dispatcher._blame
+    arrivals = blame.arrivals
+    monkeypatch.setattr(blame, "arrivals", lambda link: (asked.append(link.id), arrivals(link))[1])
+    submit(world, run, GRADIENT)
+    flow(world)
+    asked.clear()
+    submit(world, run, UPDATE)
+    flow(world)
+    assert outcomes(world, run) == ["SUCCEEDED"] * 2
+    assert not asked
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT)
+    world.finish()
+    assert asked
