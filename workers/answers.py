@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from tensafe.v1 import worker_pb2
 
+_Room = OrderedDict[str, tuple[str, worker_pb2.OperationDone]]
+
 
 class Answers:
     """The last outcomes of all runs together, and of each private run its own.
@@ -20,32 +22,35 @@ class Answers:
 
     def __init__(self, kept: int) -> None:
         self._kept = kept
-        self._common: OrderedDict[str, worker_pb2.OperationDone] = OrderedDict()
-        self._apart: dict[str, OrderedDict[str, worker_pb2.OperationDone]] = {}
+        self._common = _Room()
+        self._apart: dict[str, _Room] = {}
 
     def keep_apart(self, run_id: str) -> None:
         """A private run is assigned."""
-        self._apart[run_id] = OrderedDict()
+        self._apart[run_id] = _Room()
 
     def forget(self, run_id: str) -> None:
         """The run is not here any more, or under another assignment."""
         self._apart.pop(run_id, None)
 
-    def are_apart(self, run_id: str) -> bool:
-        """Whether the run is private."""
-        return run_id in self._apart
-
-    def put(self, done: worker_pb2.OperationDone, run_id: str = "") -> None:
-        """Keeps an outcome; `run_id`: of a run whose outcomes may be apart."""
+    def put(self, done: worker_pb2.OperationDone, run_id: str) -> None:
+        """Keeps an outcome of an operation of a run."""
         room = self._apart.get(run_id, self._common)
-        room[done.operation_id] = done
+        room[done.operation_id] = (run_id, done)
         if len(room) > self._kept:
             room.popitem(last=False)
 
     def get(self, operation_id: str, epoch: int) -> worker_pb2.OperationDone | None:
         """The outcome under an assignment; None if it is not kept."""
-        for room in (self._common, *list(self._apart.values())):
-            done = room.get(operation_id)
+        for room in self._rooms():
+            _, done = room.get(operation_id, ("", None))
             if done is not None and done.epoch == epoch:
                 return done
         return None
+
+    def all(self) -> list[tuple[str, worker_pb2.OperationDone]]:
+        """Every outcome that is kept, with its run."""
+        return [kept for room in self._rooms() for kept in list(room.values())]
+
+    def _rooms(self) -> list[_Room]:
+        return [self._common, *list(self._apart.values())]

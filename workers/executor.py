@@ -34,7 +34,7 @@ from workers.grouping import (
 from workers.keeping import HeldRun, SnapshotKeeper
 from workers.operations import SampleChunk
 from workers.private_steps import Ended, PrivateStep, PrivateSteps
-from workers.progress import Claim, Progress
+from workers.progress import Claim, Known, Progress
 from workers.samples import Samples
 from workers.telling import Telling
 from workers.turns import Turns
@@ -131,17 +131,21 @@ class Executor:
     def held_runs(self) -> list[worker_pb2.HeldRun]:
         """The runs held, how far each is, and what else was sent of it."""
         # Asked first: what ends meanwhile is in `last_seq`.
-        planned = self._progress.planned_seqs()
-        return [
-            worker_pb2.HeldRun(
-                run_id=run_id,
-                epoch=run.epoch,
-                last_seq=run.last_seq,
-                planned_seq=max(run.last_seq, planned.get((run_id, run.epoch), 0)),
-            )
-            for run_id, run in list(self._runs.items())
-            if run.is_held
-        ]
+        known = self._progress.known()
+        held = []
+        for run_id, run in list(self._runs.items()):
+            if run.is_held:
+                of_run = known.get((run_id, run.epoch), Known())
+                held.append(
+                    worker_pb2.HeldRun(
+                        run_id=run_id,
+                        epoch=run.epoch,
+                        last_seq=run.last_seq,
+                        planned_seq=max(run.last_seq, of_run.last_seq),
+                        operation_ids=sorted(of_run.operation_ids),
+                    )
+                )
+        return held
 
     def new_stream(self) -> None:
         """From here on plans come over a new stream, which numbers its groups anew."""
@@ -504,7 +508,9 @@ class Executor:
         if run.fault is not None:
             raise run.fault
         if spec.seq <= run.last_seq:
-            raise RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
+            # What the run has done is not what the log has.
+            error = RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
+            raise RunLostError(run_id, error)
         if planned.HasField("charge") and self._private.open_step(run_id) is not None:
             raise RuntimeError(f"a private step of {run_id} came before the last one was told")
         return run

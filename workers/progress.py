@@ -6,8 +6,9 @@ single operations are atomic, so that neither side ever waits for a lock.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 
 from tensafe.v1 import training_pb2, worker_pb2
@@ -24,6 +25,19 @@ class Claim(Enum):
     RUNS = "it runs already; its answer comes when it has ended"
     ANSWERED = "it has been; its answer is sent again"
     CANCELLED = "it was cancelled"
+
+
+@dataclass(slots=True)
+class Known:
+    """What was sent of a run under one assignment, and is not forgotten.
+
+    Attributes:
+        last_seq: of those that wait or run.
+        operation_ids: of these, and of those whose answers are kept.
+    """
+
+    last_seq: int = 0
+    operation_ids: set[str] = field(default_factory=set)
 
 
 class Progress:
@@ -46,7 +60,7 @@ class Progress:
         self._running: dict[_Key, worker_pb2.PlannedOperation] = {}
         self._stoppable: set[_Key] = set()
         self._stops: deque[_Key] = deque()
-        # The runs of those whose answers are kept apart.
+        # The runs of those that run.
         self._runs: dict[_Key, str] = {}
         # Pieces of what streams, all from the first on: a new stream gets them again.
         self._pieces: dict[_Key, list[SampleChunk]] = {}
@@ -62,14 +76,17 @@ class Progress:
             if not (planned.replay or planned.void):
                 self._waiting[_key(planned)] = planned
 
-    def planned_seqs(self) -> dict[tuple[str, int], int]:
-        """The last seq of each run that waits or runs, by run and epoch."""
-        found: dict[tuple[str, int], int] = {}
+    def known(self) -> dict[tuple[str, int], Known]:
+        """What of each run waits, runs, or has an answer, by run and epoch."""
+        found: defaultdict[tuple[str, int], Known] = defaultdict(Known)
         # In the order in which an operation goes through them, so that none is missed.
         for planned in [*self._waiting.values(), *self._running.values()]:
             spec = training_pb2.OperationSpec.FromString(planned.spec)
-            key = spec.run_id, planned.epoch
-            found[key] = max(found.get(key, 0), spec.seq)
+            of_run = found[spec.run_id, planned.epoch]
+            of_run.last_seq = max(of_run.last_seq, spec.seq)
+            of_run.operation_ids.add(planned.operation_id)
+        for run_id, done in self._answers.all():
+            found[run_id, done.epoch].operation_ids.add(done.operation_id)
         return found
 
     def repeat(self, operations: Iterable[worker_pb2.PlannedOperation]) -> None:
@@ -178,8 +195,7 @@ class Progress:
             return Claim.CANCELLED if answered.cancelled else Claim.ANSWERED
         if stoppable:
             self._stoppable.add(key)
-        if self._answers.are_apart(run_id):
-            self._runs[key] = run_id
+        self._runs[key] = run_id
         # Before it leaves the waiting ones, so that a cancel finds it in one of the two.
         self._running[key] = planned
         if self._waiting.pop(key, None) is None:

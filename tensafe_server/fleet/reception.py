@@ -355,7 +355,8 @@ class Reception:
         onward: Onward | None = None
         if run is not None and self._holds_rightly(run, held):
             try:
-                onward = await self._restorer.catch_up(run, held)
+                if await self._restorer.is_of_this_log(run, held):
+                    onward = await self._restorer.catch_up(run, held)
             except Exception as error:
                 if isinstance(error, TenSafeFault) and error.detail.reason in _UNWRITABLE:
                     raise  # nothing can be given back as long as nothing can be written
@@ -371,7 +372,8 @@ class Reception:
 
     def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
         # It may be ahead of what was reported: operations that are sent again it answers from
-        # memory. It is not to be ahead of the log, which a broken disk may have cut short.
+        # memory. It is not to be ahead of the log, which a broken disk may have cut short; whether
+        # what it was sent is what the log has by now, `is_of_this_log` tells.
         return (
             not run.deleted
             and run.worker_id is None

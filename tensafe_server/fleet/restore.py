@@ -119,6 +119,22 @@ class Restorer:
         )
         return onward
 
+    async def is_of_this_log(self, run: RunState, held: pb.HeldRun) -> bool:
+        """Whether what a worker was sent of a run is what the log has of it. A disk that has lost
+        what was last written, or a backup that was put in its place, has given seqs again."""
+        reached = max(held.last_seq, held.planned_seq)
+        unfinished = {op.row.id for seq, op in run.by_seq.items() if seq <= reached and not op.void}
+        known = set(held.operation_ids)
+        if not unfinished <= known:
+            log.warning("a worker has other operations of %s than the log", run.id)
+            return False
+        lost = known - await self._store.existing_operations(run.id, sorted(known))
+        if lost:
+            log.warning(
+                "a worker has operations of %s that the log lacks: %s", run.id, sorted(lost)
+            )
+        return not lost
+
     async def catch_up(self, run: RunState, held: pb.HeldRun) -> Onward:
         """What a worker may lack that still has the run: the holes after it, and what is to be
         asked again before the outcomes of other runs take the place of the answers."""

@@ -298,6 +298,7 @@ class Store(Protocol):
     async def operations(
         self, tenant_id: str, run_id: str | None, states: Sequence[int], page: Page
     ) -> list[tuple[int, OperationRow]]: ...
+    async def existing_operations(self, run_id: str, ids: Sequence[str]) -> set[str]: ...
     async def unfinished(self) -> list[OperationRow]: ...  # without their specs
     async def specs(
         self, operation_ids: Sequence[str]

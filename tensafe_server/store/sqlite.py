@@ -253,6 +253,15 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
             values += states
         return await self._page(OperationRow, "operations", where, values, page)
 
+    async def existing_operations(self, run_id: str, ids: Sequence[str]) -> set[str]:
+        """Those of the operations that are in the run's log."""
+        places = ", ".join("?" * len(ids))
+        rows = await self._select(
+            f"SELECT id FROM operations WHERE run_id = ? AND id IN ({places})",  # noqa: S608
+            (run_id, *ids),
+        )
+        return {operation_id for (operation_id,) in rows}
+
     async def unfinished(self) -> list[OperationRow]:
         """All that have not ended, without their specs, which together may fill the memory."""
         rows = await self._select(

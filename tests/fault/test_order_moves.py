@@ -430,6 +430,71 @@ def test_whoever_has_what_a_torn_log_has_lost_is_not_believed(
     assert outcomes(world, run)[2:] == ["EMPTY_WINDOW", "SUCCEEDED", "SUCCEEDED"]
 
 
+@pytest.mark.parametrize("ended", [False, True], ids=["waiting", "cancelled"])
+@pytest.mark.parametrize("lost", ["the last", "the one before it"])
+def test_nor_is_it_once_the_lost_seq_was_used_again(world: World, run: str, lost: str, ended: bool):
+    submit(world, run, GRADIENT, UPDATE)
+    flow(world)
+    ids = submit(world, run, GRADIENT, GRADIENT)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    # What came ahead of a gap was written before what has filled it.
+    at = {"the last": 1, "the one before it": 0}[lost]
+    world.do(world.store._execute("DELETE FROM operations WHERE id = ?", (ids[at],)))
+    world.do(world.restart())
+    again = world.next(run, forward_backward=forward_backward((5, 6, 7)))
+    again.seq, world.next_seq[run] = 3 + at, 5
+    [outcome] = world.do(world.send([again]))
+    if ended:
+        world.do(world.cancel(outcome.operation_id))
+    world.do(world.connect())
+    submit(world, run, UPDATE, GRADIENT, UPDATE)
+    world.finish()
+    expected = ["SUCCEEDED"] * 3
+    if ended:
+        expected[0] = "WINDOW_POISONED"
+    assert outcomes(world, run)[4:] == expected
+    world.do(world.kill_worker())
+    submit(world, run, GRADIENT, UPDATE)
+    world.finish()
+    assert outcomes(world, run)[7:] == ["SUCCEEDED"] * 2
+    assert world.coordinator.replays.mismatches == 0
+
+
+def test_whoever_has_what_the_log_has_is_believed_however_much_of_it_was_not_told(
+    world: World, run: str
+):
+    submit(world, run, GRADIENT, {"sample": sample(9)}, UPDATE, GRADIENT)
+    flow(world)
+    [cancelled, _] = submit(world, run, GRADIENT, UPDATE)
+    world.do(world.deliver())
+    world.do(world.cancel(cancelled))
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    epoch = world.coordinator.ledger.runs[run].epoch
+    world.do(world.restart())
+    world.do(world.connect())
+    assert world.coordinator.ledger.runs[run].worker_id is not None
+    world.finish()
+    assert world.coordinator.ledger.runs[run].epoch == epoch, "nothing was replayed"
+
+
+@pytest.mark.usefixtures("no_rest")
+@pytest.mark.parametrize("operation", [GRADIENT, UPDATE], ids=["gradient", "update"])
+def test_a_run_whose_order_its_worker_has_left_is_brought_anew(
+    world: World, run: str, operation: dict[str, Any]
+):
+    submit(world, run, GRADIENT, UPDATE, GRADIENT)
+    flow(world)
+    world.worker.executor._runs[run].last_seq = 4
+    submit(world, run, operation, UPDATE, GRADIENT, UPDATE)
+    world.finish()
+    first = "SUCCEEDED" if operation is GRADIENT else "EMPTY_WINDOW"
+    assert outcomes(world, run)[3:] == ["SUCCEEDED", first, "SUCCEEDED", "SUCCEEDED"]
+
+
 @pytest.mark.usefixtures("no_rest")
 def test_whoever_gave_a_run_up_gets_it_again_only_if_there_is_nobody_else():
     """A worker that takes nothing on holds the fewest runs."""

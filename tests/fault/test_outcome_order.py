@@ -52,7 +52,7 @@ def test_a_save_goes_through_two_restarts_of_the_coordinator(tmp_path: Path):
             restart(cluster)
             files = worker.upload(planned, "weights.bin", b"weights")
             restart(cluster)
-            worker.connect(pb.HeldRun(run_id=tc.run_id, epoch=planned.epoch, last_seq=1))
+            worker.connect(held(tc.run_id, planned))
             [again] = worker.planned(1)
             assert (again.operation_id, again.epoch) == (planned.operation_id, planned.epoch)
             artifact = Artifact(id=planned.artifact_id, run_id=tc.run_id, files=files)
@@ -81,7 +81,7 @@ def test_a_worker_that_comes_back_over_a_new_stream_keeps_its_runs(tmp_path: Pat
             worker.report(succeeded(first, 1))
             futures[0].result(30)
             old = worker.stream
-            worker.connect(pb.HeldRun(run_id=tc.run_id, epoch=first.epoch, last_seq=1))
+            worker.connect(held(tc.run_id, first, second))
             [again] = worker.planned(1)
             assert (again.operation_id, again.epoch) == (second.operation_id, second.epoch)
             with pytest.raises(grpc.RpcError, match="has come back over another stream"):
@@ -90,6 +90,12 @@ def test_a_worker_that_comes_back_over_a_new_stream_keeps_its_runs(tmp_path: Pat
             assert futures[1].result(30).step == 2
             assert "restoring" not in cluster.coordinator.log
         worker.close()
+
+
+def held(run_id: str, *planned: pb.PlannedOperation) -> pb.HeldRun:
+    """A run of which a worker has executed the first operation, and was sent all of these."""
+    ids = [one.operation_id for one in planned]
+    return pb.HeldRun(run_id=run_id, epoch=planned[0].epoch, last_seq=1, operation_ids=ids)
 
 
 def restart(cluster: Cluster) -> None:

@@ -47,6 +47,7 @@ class HeldRun:
         window: (operation id, units) of what the accumulation window holds.
         calls: optim_steps since the last applied one.
         applied: (charge id, window) of each update that was made here.
+        operation_ids: what it was sent, replays aside.
     """
 
     epoch: int
@@ -57,6 +58,7 @@ class HeldRun:
     window: list[tuple[str, list[int]]] = field(default_factory=list)
     poisoned: bool = False
     applied: list[tuple[str, list[tuple[str, list[int]]]]] = field(default_factory=list)
+    operation_ids: list[str] = field(default_factory=list)
 
 
 class PrivateWorker:
@@ -114,7 +116,12 @@ class PrivateWorker:
         """Opens a stream, naming the runs that it holds."""
         outgoing: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
         held = [
-            pb.HeldRun(run_id=run_id, epoch=run.epoch, last_seq=run.last_seq)
+            pb.HeldRun(
+                run_id=run_id,
+                epoch=run.epoch,
+                last_seq=run.last_seq,
+                operation_ids=run.operation_ids,
+            )
             for run_id, run in self.runs.items()
         ]
         register = pb.Register(
@@ -227,6 +234,8 @@ class PrivateWorker:
             run.last_seq = max(run.last_seq, spec.seq)
             return None
         assert spec.seq > run.last_seq or key in self._unstored
+        if not planned.replay:
+            run.operation_ids.append(planned.operation_id)
         self.before("begin", planned)
         done = pb.OperationDone(
             operation_id=planned.operation_id, epoch=planned.epoch, replay=planned.replay

@@ -391,6 +391,7 @@ def test_the_runs_held_are_told_with_what_was_sent_of_them(gated):
     assert [gated.backend.entered.acquire(timeout=10) for _ in "23"] == [True, True]
     (held,) = [held for held in gated.executor.held_runs() if held.run_id == "run-1"]
     assert (held.last_seq, held.planned_seq) == (2, 3), "what runs was sent too"
+    assert held.operation_ids == ["op-run-1-1", "op-run-1-2", "op-run-1-3"]
     gated.backend.gate.release(1)
     gated.until(lambda: gated.executor.idle)
     assert [held.planned_seq for held in gated.executor.held_runs()] == [3, 0]

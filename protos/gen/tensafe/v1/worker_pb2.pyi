@@ -108,6 +108,7 @@ class HeldRun(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     LAST_SEQ_FIELD_NUMBER: _builtins.int
     PLANNED_SEQ_FIELD_NUMBER: _builtins.int
+    OPERATION_IDS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     epoch: _builtins.int
@@ -121,6 +122,13 @@ class HeldRun(_message.Message):
     executed, or will. It remembers the outcomes of these until they are asked
     for: they are sent again before anything else. Not below last_seq.
     """
+    @_builtins.property
+    def operation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which operations these are: of the run, sent under this assignment, and not
+        begun, still running, or with an outcome that it remembers. It is believed only
+        if they are those that the log has.
+        """
+
     def __init__(
         self,
         *,
@@ -128,10 +136,11 @@ class HeldRun(_message.Message):
         epoch: _builtins.int = ...,
         last_seq: _builtins.int = ...,
         planned_seq: _builtins.int = ...,
+        operation_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_seq", b"last_seq", "planned_seq", b"planned_seq", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_seq", b"last_seq", "operation_ids", b"operation_ids", "planned_seq", b"planned_seq", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
