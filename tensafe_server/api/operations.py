@@ -100,7 +100,7 @@ class OperationsServicer(rpc.OperationsServiceServicer):
         )
         cursor = request.cursor if request.HasField("cursor") else None
         async for events, after in self._hub.stream(scope, cursor):
-            yield pb.WatchResponse(events=events, cursor=after)
+            yield pb.WatchResponse(events=events, cursor=after, first_cursor=self._hub.first_cursor)
 
     async def StreamSample(
         self, request: pb.StreamSampleRequest, context: Any

@@ -9,6 +9,7 @@ a few, which say how many lie between them; whoever asks for those after a curso
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from tensafe.v1.metrics_pb2 import StepMetrics
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.payloads import INLINE_BYTES, Payloads
 from tensafe_server.events.translate import operation_message
+from tensafe_server.ids import first_number
 from tensafe_server.store.base import EventScope, Store
+
+log = logging.getLogger(__name__)
 
 _BUFFER_EVENTS = 2048
 _BUFFER_BYTES = 4 * 2**20
@@ -30,9 +34,6 @@ _COALESCED_STEPS = 64
 _ALL_BYTES = 32 * 2**20
 _LEAST_BYTES = 32 * 2**10
 _LEAST_ROWS = 4
-_LOST_EVENTS = 2**20
-"""More than a write-ahead log can lose. Whoever was told of them has cursors that are not to be
-given to other events: it would pass over these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +94,26 @@ class Subscription:
 
 
 class EventHub:
-    """Numbers events and gives them to watchers."""
+    """Numbers events and gives them to watchers.
+
+    Attributes:
+        first_cursor: what this start of the coordinator numbers its first event with. It lies
+            beyond every cursor that was told before, also of events that the store has lost: they
+            are given to no other event, which their watchers would pass over.
+    """
 
     def __init__(self, store: Store, payloads: Payloads) -> None:
         self._store = store
         self._payloads = payloads
-        self._next = 1
-        self._published = 0
+        self.first_cursor = self._next = 1
+        self._published = self._newest_read = 0
+        self._said_lost = False
         self._subscriptions: dict[str, set[Subscription]] = {}
         self._closed: TenSafeFault | None = None
 
     async def load(self) -> None:
-        self._published = await self._store.last_cursor()
-        self._next = self._published + 1
-        if self._store.was_cut:
-            self._next += _LOST_EVENTS
+        self._published = self._newest_read = await self._store.last_cursor()
+        self.first_cursor = self._next = max(self._published + 1, first_number())
 
     def next_cursor(self) -> int:
         """The number of the next event. Events must be committed and published in this order."""
@@ -160,7 +166,9 @@ class EventHub:
         """
         if self._closed is not None:
             raise self._closed
-        if cursor is not None and cursor > self._published:
+        if cursor is not None and self._newest_read < cursor < self.first_cursor:
+            self._say_lost(cursor)
+        elif cursor is not None and cursor > self._published:
             raise TenSafeFault(
                 "CURSOR_OUT_OF_RANGE",
                 f"cursor {cursor} is beyond the newest event, {self._published}; "
@@ -181,6 +189,18 @@ class EventHub:
             group.discard(subscription)
             if not group:
                 self._subscriptions.pop(scope.tenant_id, None)
+
+    def _say_lost(self, cursor: int) -> None:
+        """Somebody was told of an event that the store does not have, or says so. All that is new
+        lies beyond it, and is told from there on."""
+        if not self._said_lost:
+            self._said_lost = True
+            log.warning(
+                "a client goes on from event %d, but the newest in the store was %d at the start: "
+                "if a server has told it, what was last written to the store is lost (a broken "
+                "disk, or a backup that was put back), and with it operations that were accepted",
+                *(cursor, self._newest_read),
+            )
 
     async def _pages(
         self, subscription: Subscription, follow: bool

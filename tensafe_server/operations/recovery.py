@@ -9,6 +9,7 @@ from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
+from tensafe_server.ids import first_number
 from tensafe_server.models.registry import ModelRegistry
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import PendingOperation, RunState, run_state
@@ -17,7 +18,8 @@ from tensafe_server.store.base import OperationRow, RunProgress, Store
 _PAGE = 1024
 _EPOCHS_UNWRITTEN = 1024
 """An epoch is on disk one group commit after its assignment is sent, and a killed coordinator may
-have sent this many in that time at the very most."""
+have sent this many in that time at the very most. One whose disk has lost what was written may have
+given any number up to those of `first_number`."""
 
 
 async def recover(
@@ -32,8 +34,10 @@ async def recover(
     Args:
         on_missing: called with an operation of which cannot be told any more what it was to do.
     """
+    first = first_number()
     for row in await store.runs():
-        ledger.runs[row.id] = run_state(row, epochs_unwritten=_EPOCHS_UNWRITTEN)
+        unwritten = max(_EPOCHS_UNWRITTEN, first - row.epoch)
+        ledger.runs[row.id] = run_state(row, epochs_unwritten=unwritten)
     for run_id, seq in (await store.newest_snapshots()).items():
         ledger.runs[run_id].snapshot_seq = seq
     unfinished = await store.unfinished()

@@ -246,13 +246,7 @@ class Pruned:
 
 
 class Store(Protocol):
-    """Durable state. One process owns it.
-
-    Attributes:
-        was_cut: what was last written to it may be lost, though it was told that it was there.
-    """
-
-    was_cut: bool
+    """Durable state. One process owns it."""
 
     # Identity.
     async def tenants(self) -> list[TenantRow]: ...

@@ -30,9 +30,9 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_and_recover(path: Path) -> tuple[sqlite3.Connection, bool]:
-    """The first connection after a start, and whether the write-ahead log has lost something at its
-    end, which the process's log says too.
+def connect_and_recover(path: Path) -> sqlite3.Connection:
+    """The first connection after a start. What the write-ahead log has visibly lost at its end, the
+    process's log says; not every damage can be seen, and nothing else depends on it.
 
     Raises:
         StoreDamagedError: if that would be all of it; nothing is changed.
@@ -47,7 +47,6 @@ def connect_and_recover(path: Path) -> tuple[sqlite3.Connection, bool]:
         )
     _make_private(path)
     connection = connect(path)
-    lost = ""
     try:
         if wal.frame_bytes:
             _, kept_frames, _ = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -57,7 +56,7 @@ def connect_and_recover(path: Path) -> tuple[sqlite3.Connection, bool]:
     except BaseException:
         connection.close()
         raise
-    return connection, bool(lost)
+    return connection
 
 
 def _make_private(path: Path) -> None:

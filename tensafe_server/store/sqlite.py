@@ -77,7 +77,7 @@ class SqliteStore(SqliteRetention, SqliteArtifacts, SqliteAttempts, SqlitePrivac
     """
 
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop) -> None:
-        writing, self.was_cut = connect_and_recover(path)
+        writing = connect_and_recover(path)
         try:
             before, after = migrate(writing)
         except BaseException:

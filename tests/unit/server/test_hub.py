@@ -131,7 +131,8 @@ def test_who_falls_behind_gets_all_operations_and_coalesced_metrics(
         await read_to(101)
         assert seen[-1].metrics.skipped == 0
         await stream.aclose()
-        again = hub.stream(scope, 80, follow=False)  # after the 40th
+        after = hub.first_cursor + 79  # the 40th
+        again = hub.stream(scope, after, follow=False)
         whole = [event async for page, _ in again for event in page if event.HasField("metrics")]
         assert [event.metrics.step for event in whole] == list(range(41, 102))
         assert not any(event.metrics.skipped for event in whole)
@@ -145,11 +146,11 @@ def test_a_watcher_resumes_from_its_cursor(tmp_path: Path):
         store, hub = await make(tmp_path)
         for number in range(3):
             await finish(store, hub, number)
-        first = hub.stream(SCOPE, 1)
+        first = hub.stream(SCOPE, hub.first_cursor)
         await anext(first)
         events, cursor = await anext(first)
         assert [event.operation.id for event in events] == ["op-1", "op-2"]
-        assert cursor == 3
+        assert cursor == hub.first_cursor + 2
         await first.aclose()
         await finish(store, hub, 3)
         again = hub.stream(SCOPE, cursor)
@@ -188,7 +189,7 @@ def test_a_cursor_from_the_future_is_refused(tmp_path: Path):
     async def main() -> None:
         store, hub = await make(tmp_path)
         with pytest.raises(TenSafeFault) as raised:
-            await anext(hub.stream(SCOPE, 5))
+            await anext(hub.stream(SCOPE, hub.first_cursor))
         assert raised.value.detail.reason == "CURSOR_OUT_OF_RANGE"
         await store.close()
 

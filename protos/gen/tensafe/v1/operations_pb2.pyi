@@ -877,8 +877,15 @@ class WatchResponse(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    FIRST_CURSOR_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Cursor after them: what to send as WatchRequest.cursor after a break."""
+    first_cursor: _builtins.int
+    """Names this start of the server: the cursors that it gives lie from here on.
+    After a break it may be another one. Then a broken disk, or a backup that was
+    put back, may have lost operations that were accepted, and nothing tells of
+    their end: ask for those that are awaited, or for Run.next_seq.
+    """
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchEvent]:
         """The events, oldest first."""
@@ -888,10 +895,11 @@ class WatchResponse(_message.Message):
         *,
         events: _abc.Iterable[Global___WatchEvent] | None = ...,
         cursor: _builtins.int = ...,
+        first_cursor: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "events", b"events", "first_cursor", b"first_cursor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
