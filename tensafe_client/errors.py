@@ -109,6 +109,15 @@ class OperationNotFoundError(NotFoundError):
     remedy = "client.operations() lists the operations of this key's tenant"
 
 
+class OperationLostError(TenSafeError):
+    """The server had accepted the operation, and its disk has lost it since."""
+
+    remedy = (
+        "attach to its run again, client.training_client(run_id), and go on from the step that it "
+        "has; what belongs to no run can be sent again as it was"
+    )
+
+
 class ArtifactNotFoundError(NotFoundError):
     """No such artifact."""
 

@@ -34,6 +34,7 @@ class RunSequence:
     Attributes:
         lost: why the server may never have seen some of its seqs. Until the run is attached to
             again nothing more is numbered: the server would only wait for the gap to be filled.
+        accepted_seq: the last of which the server has said that it has it.
         held: the first place whose operation is being made, and all that came after it.
     """
 
@@ -41,6 +42,7 @@ class RunSequence:
     next_seq: int
     step: int
     lost: TenSafeError | None = None
+    accepted_seq: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     held: deque[Place] = field(default_factory=deque)
 

@@ -22,7 +22,10 @@ from tensafe_client.connection import Connection
 from tensafe_client.errors import (
     ClientClosedError,
     ConnectionFailedError,
+    OperationLostError,
+    OperationNotFoundError,
     RequestTimeoutError,
+    RunNotFoundError,
     SequenceConflictError,
     SequenceGapError,
     TenSafeError,
@@ -101,6 +104,7 @@ class Session:
             in_flight = self.has_pending(run.id)
             if known.lost is not None or not in_flight:
                 known.next_seq, known.lost = run.next_seq, None
+                known.accepted_seq = min(known.accepted_seq, run.next_seq - 1)
             else:
                 known.next_seq = max(run.next_seq, known.next_seq)
         return known
@@ -293,6 +297,9 @@ class Session:
         """The server has the operation on disk."""
         operation_id = outcome.operation_id
         future._identify(operation_id)
+        sequence = self._sequences.get(future.run_id)
+        if sequence is not None:
+            sequence.accepted_seq = max(sequence.accepted_seq, future.seq)
         if outcome.repeated and not future.done():
             self.spawn(self.wait_for(future, operation_id))
         if not future.seq and not future.done():
@@ -338,6 +345,9 @@ class Session:
         seq = operation.seq
         if seq:
             future = self._by_place.pop((operation.run_id, seq), None)
+            if future is not None and future.operation_id not in (None, operation.id):
+                self._lose(future)  # and its seq was used again
+                return
         else:
             future = self._by_id.pop(operation.id, None)
             if future is None and self._submitting:
@@ -351,20 +361,67 @@ class Session:
         self.finished(operation)
 
     async def reconcile(self) -> None:
-        """Reads every open operation anew, after the stream lost its place."""
+        """Reads every open operation anew, after the stream lost its place.
+
+        Raises:
+            TenSafeError: the server cannot say; nothing is lost by asking again.
+        """
+        for future in self._acknowledged():
+            await self._read_anew(future)
+
+    async def find_lost(self) -> None:
+        """Ends what the server, started anew, had accepted and does not have any more.
+
+        Raises:
+            TenSafeError: as `reconcile`.
+        """
+        futures = self._acknowledged()
+        next_seqs = {}
+        for run_id, sequence in list(self._sequences.items()):
+            accepted_seq = sequence.accepted_seq
+            next_seqs[run_id] = await self._next_seq(run_id)
+            if next_seqs[run_id] <= accepted_seq:
+                first = max(1, next_seqs[run_id])
+                self.lost(run_id, _lost(f"what run {run_id} had from seq {first} on"))
+        for future in futures:
+            if not future.seq or future.seq >= next_seqs.get(future.run_id, 0):
+                await self._read_anew(future)
+
+    async def _next_seq(self, run_id: str) -> int:
+        """What the server expects next of a run; 0 if it does not have the run."""
         stubs = await self.stubs()
-        for future in [*self._by_place.values(), *self._by_id.values()]:
-            if future.operation_id is None:
-                continue  # not yet acknowledged: the submitter's answer will come
-            request = operations_pb2.GetOperationRequest(operation_id=future.operation_id)
-            try:
-                response = await self.call(stubs.operations.GetOperation, request)
-            except TenSafeError as error:
-                self.refused(future, "", error)
-                self._by_id.pop(future.operation_id, None)
-            else:
-                if response.operation.HasField("finished_at"):
-                    self.finished(response.operation)
+        try:
+            request = training_pb2.GetRunRequest(run_id=run_id)
+            response = await self.call(stubs.training.GetRun, request)
+        except RunNotFoundError:
+            return 0
+        next_seq: int = response.run.next_seq
+        return next_seq
+
+    def _acknowledged(self) -> list[OperationFuture[Any]]:
+        # Of the others, the submitter's answer will come.
+        open_ones = [*self._by_place.values(), *self._by_id.values()]
+        return [future for future in open_ones if future.operation_id is not None]
+
+    async def _read_anew(self, future: OperationFuture[Any]) -> None:
+        stubs = await self.stubs()
+        request = operations_pb2.GetOperationRequest(operation_id=future.operation_id or "")
+        try:
+            response = await self.call(stubs.operations.GetOperation, request)
+        except OperationNotFoundError:
+            self._lose(future)
+        else:
+            if response.operation.HasField("finished_at"):
+                self.finished(response.operation)
+
+    def _lose(self, future: OperationFuture[Any]) -> None:
+        self._by_id.pop(future.operation_id or "", None)
+        place = f" (seq {future.seq} of {future.run_id})" if future.seq else ""
+        error = _lost(f"operation {future.operation_id}{place}")
+        if not future.done():
+            self.refused(future, "", error)
+        if future.seq:
+            self.lost(future.run_id, error)
 
     def fail_all(self, error: TenSafeError) -> None:
         """Ends every open future, since nothing would resolve it any more."""
@@ -472,6 +529,13 @@ def _gap(run_id: str, cause: TenSafeError) -> TenSafeError:
         )
     error.__cause__ = cause
     return error
+
+
+def _lost(what: str) -> OperationLostError:
+    return OperationLostError(
+        f"{what} was accepted, and the server does not have it any more: since it was started "
+        "anew, what was last written to its disk is missing"
+    )
 
 
 def new_request_id() -> str:

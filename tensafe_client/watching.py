@@ -1,7 +1,8 @@
 """The session's one Watch stream, which resolves its futures by push.
 
-After a break it goes on from its cursor, for ever; nothing that finished meanwhile is missed. The
-stream stands before the first operation is submitted.
+After a break it goes on from its cursor, for ever; nothing that finished meanwhile is missed. If
+the server was started anew meanwhile, it is asked whether it still has what it had accepted: a disk
+may have lost that. The stream stands before the first operation is submitted.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Watcher:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._cursor: int | None = None
+        self._lost_place = False
+        self._server = 0  # `first_cursor` of the server that has what it accepted, as it has said
         self._task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
@@ -45,7 +48,7 @@ class Watcher:
             TenSafeError: if the server refuses the stream.
         """
         if self._task is None or self._task.done():
-            self._cursor = None
+            self._cursor, self._lost_place, self._server = None, False, 0
             self._task = asyncio.get_running_loop().create_task(self._run(), name="tensafe-watch")
         task = self._task
         while self._cursor is None:
@@ -76,34 +79,50 @@ class Watcher:
 
     async def _stay_connected(self) -> None:
         backoff = Backoff()
-        reconcile = False
         while True:
             try:
-                await self._stream(backoff, reconcile)
-                reconcile = False
+                await self._stream(backoff)
             except grpc.aio.AioRpcError as error:
                 if error.code() in _PERMANENT:
                     raise from_rpc_error(error) from None
                 if error.code() is grpc.StatusCode.OUT_OF_RANGE:
                     # The server no longer knows our cursor: begin anew, and ask for what we miss.
-                    self._cursor, reconcile = None, True
+                    self._cursor, self._lost_place = None, True
+            except _UnansweredError:
+                pass  # to be asked again, over the next stream
             await asyncio.sleep(backoff.next_s())
 
-    async def _stream(self, backoff: Backoff, reconcile: bool) -> None:
+    async def _stream(self, backoff: Backoff) -> None:
         stubs = await self._session.stubs()
         request = pb.WatchRequest(session_id=self._session.session_id, cursor=self._cursor)
         call = stubs.operations.Watch(request, metadata=self._session.metadata)
         try:
             async for response in call:
                 self._cursor = response.cursor
-                backoff.reset()
                 if not self._changed.is_set():
                     self._changed.set()
                 for event in response.events:
                     if event.WhichOneof("event") == "operation":
                         self._session.finished(event.operation)
-                if reconcile:
-                    await self._session.reconcile()
-                    reconcile = False
+                if self._lost_place or response.first_cursor != self._server:
+                    await self._make_sure(response.first_cursor)
+                backoff.reset()
         finally:
             call.cancel()  # grpc.aio does not cancel a call that is merely dropped
+
+    async def _make_sure(self, server: int) -> None:
+        """Asks for what this stream may not tell of."""
+        try:
+            if self._lost_place:
+                await self._session.reconcile()
+            elif self._server:
+                await self._session.find_lost()
+        except ClientClosedError:
+            raise
+        except TenSafeError as error:
+            raise _UnansweredError from error
+        self._lost_place, self._server = False, server
+
+
+class _UnansweredError(Exception):
+    """The server could not say what it still has."""

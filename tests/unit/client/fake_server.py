@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count as counting
 from typing import Any
 
 import grpc
@@ -83,6 +84,9 @@ class FakeCoordinator(
         refuse: seqs that are refused at submission, with the fault.
         batches: the seqs of each SubmitBatch call as it came.
         watches: the cursor of each Watch call as it came; None if it was unset.
+        starts: how often it was started.
+        unanswered: so many GetRun calls fail INTERNAL.
+        reads: the ids of the runs and operations of each GetRun and GetOperation call.
         scripts: what each StreamSample call sends first, in turn; None cuts the stream, a fault
             ends it.
         streams: how many of those calls came.
@@ -103,6 +107,9 @@ class FakeCoordinator(
         self.batches: list[list[int]] = []
         self.requests: list[bytes] = []
         self.watches: list[int | None] = []
+        self.starts = 0
+        self.unanswered = 0
+        self.reads: list[str] = []
         self.downloads: list[tuple[str, int]] = []
         self.runs: dict[str, pb.Run] = {}
         self.by_place: dict[tuple[str, int], str] = {}
@@ -114,12 +121,14 @@ class FakeCoordinator(
         self.drawn: list[ops.Completion] = []
         self.streams = 0
         self._cut = 0
+        self._numbers = counting(1)
         self._server: grpc.Server | None = None
         self.port = 0
 
     # -- life
 
     def start(self) -> str:
+        self.starts += 1
         self._server = grpc.server(ThreadPoolExecutor(32), options=server_options())
         training_pb2_grpc.add_TrainingServiceServicer_to_server(self, self._server)
         operations_pb2_grpc.add_OperationsServiceServicer_to_server(self, self._server)
@@ -141,6 +150,16 @@ class FakeCoordinator(
         with self.lock:
             self._cut += 1
             self.lock.notify_all()
+
+    def forget(self, count: int) -> None:
+        """Loses the operations that it has accepted last."""
+        with self.lock:
+            for operation_id in list(self.stored)[-count:]:
+                operation = self.stored.pop(operation_id).operation
+                if operation.seq:
+                    del self.by_place[operation.run_id, operation.seq]
+                    run = self.runs[operation.run_id]
+                    run.next_seq = min(run.next_seq, operation.seq)
 
     def release(self, count: int | None = None) -> None:
         """Runs the first `count` waiting operations; None: all, and those to come."""
@@ -165,6 +184,10 @@ class FakeCoordinator(
             return pb.CreateRunResponse(run=run)
 
     def GetRun(self, request: pb.GetRunRequest, context: grpc.ServicerContext) -> Any:
+        self.reads.append(request.run_id)
+        if self.unanswered:
+            self.unanswered -= 1
+            self._abort(context, TenSafeFault("INTERNAL", "the server failed, error id 1"))
         return pb.GetRunResponse(run=self._run(request.run_id, context))
 
     def AttachRun(self, request: pb.AttachRunRequest, context: grpc.ServicerContext) -> Any:
@@ -200,6 +223,7 @@ class FakeCoordinator(
     # -- operations
 
     def GetOperation(self, request: ops.GetOperationRequest, context: grpc.ServicerContext) -> Any:
+        self.reads.append(request.operation_id)
         return ops.GetOperationResponse(operation=self._stored(request, context).operation)
 
     def WaitOperation(
@@ -231,15 +255,16 @@ class FakeCoordinator(
     def Watch(self, request: ops.WatchRequest, context: grpc.ServicerContext) -> Iterator[Any]:
         self._authenticate(context)
         cursor = request.cursor if request.HasField("cursor") else None
-        self.watches.append(cursor)
         with self.lock:
+            self.watches.append(cursor)
+            self.lock.notify_all()
             cut = self._cut
             if cursor is not None and cursor > len(self.events):
                 self._abort(
                     context, TenSafeFault("CURSOR_OUT_OF_RANGE", "the cursor is from the future")
                 )
             seen = len(self.events) if cursor is None else cursor
-        yield ops.WatchResponse(cursor=seen)
+        yield ops.WatchResponse(cursor=seen, first_cursor=self.starts)
         while context.is_active():
             with self.lock:
                 while len(self.events) <= seen and self._cut == cut and context.is_active():
@@ -252,7 +277,7 @@ class FakeCoordinator(
                 for session_id, operation in new
                 if session_id == request.session_id
             ]
-            yield ops.WatchResponse(events=mine, cursor=seen)
+            yield ops.WatchResponse(events=mine, cursor=seen, first_cursor=self.starts)
 
     def StreamSample(
         self, request: ops.StreamSampleRequest, context: grpc.ServicerContext
@@ -360,7 +385,7 @@ class FakeCoordinator(
         if known is not None:
             return pb.SubmitOutcome(operation_id=known)
         operation = ops.Operation(
-            id=f"op-{len(self.stored) + 1}",
+            id=f"op-{next(self._numbers)}",
             run_id=spec.run_id,
             seq=spec.seq,
             kind=_KINDS[spec.WhichOneof("operation")],

@@ -1,0 +1,128 @@
+"""What a server had accepted, and does not have any more when it comes back."""
+
+from __future__ import annotations
+
+import pytest
+from fake_server import FakeCoordinator
+
+from tensafe.v1 import operations_pb2 as ops
+from tensafe_client import (
+    OperationLostError,
+    SequenceGapError,
+    ServiceClient,
+    TrainingClient,
+)
+from tensafe_client.futures import OperationFuture
+
+
+def accepted(tc: TrainingClient, count: int) -> list[OperationFuture]:
+    """Operations that the server holds."""
+    futures = [tc.optim_step() for _ in range(count)]
+    assert futures[0].cancel()  # so that all were submitted
+    return futures
+
+
+def test_who_waits_for_what_is_lost_hears_of_it(
+    client: ServiceClient, tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    assert tc.optim_step().result(timeout=10).step == 1
+    server.hold = True
+    _, kept, lost, last = accepted(tc, 4)
+    server.stop()
+    server.forget(2)
+    server.start()
+    for future in (lost, last):
+        with pytest.raises(OperationLostError, match=rf"seq {future.seq} of {tc.run_id}") as caught:
+            future.result(timeout=20)
+        assert "client.training_client(run_id)" in str(caught.value)
+    with pytest.raises(SequenceGapError, match="does not have it any more"):
+        tc.optim_step()
+    server.release()
+    assert kept.result(timeout=20).step == 2
+    again = client.training_client(tc.run_id)
+    assert [again.optim_step().result(timeout=20).step for _ in range(2)] == [3, 4]
+
+
+def test_what_comes_after_seqs_that_are_lost_is_not_sent(
+    client: ServiceClient, tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    """Though nobody waits for them any more."""
+    for _ in range(3):
+        tc.optim_step().result(timeout=10)
+    other = client.create_training_client({"model_ref": "mock"})
+    server.hold = True
+    [_, waiting] = accepted(other, 2)
+    server.stop()
+    with server.lock:
+        server.runs[tc.run_id].next_seq = 2
+    server.start()
+    server.release()
+    waiting.result(timeout=20)
+    with pytest.raises(SequenceGapError, match=f"run {tc.run_id} had from seq 2 on"):
+        tc.optim_step()
+
+
+def test_a_sample_that_is_lost(client: ServiceClient, server: FakeCoordinator) -> None:
+    server.hold = True
+    lost = client.sample_async("a", model="m")
+    session = lost._session
+    assert session.io.run(session.identified(lost))
+    server.stop()
+    server.forget(1)
+    server.start()
+    with pytest.raises(OperationLostError, match="can be sent again"):
+        lost.result(timeout=20)
+
+
+def test_a_server_that_cannot_say_is_asked_again(
+    tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    server.hold = True
+    _, lost = accepted(tc, 2)
+    server.stop()
+    server.forget(1)
+    server.unanswered = 2
+    server.start()
+    with pytest.raises(OperationLostError):
+        lost.result(timeout=20)
+    assert server.unanswered == 0
+
+
+def test_a_server_that_lives_on_is_not_asked(tc: TrainingClient, server: FakeCoordinator) -> None:
+    server.hold = True
+    _, waiting = accepted(tc, 2)
+    for cut in range(2):
+        server.cut_watches()
+        with server.lock:
+            came_back = cut + 2
+            assert server.lock.wait_for(lambda n=came_back: len(server.watches) == n, timeout=20)
+    server.release()
+    waiting.result(timeout=20)
+    assert server.reads == []
+
+
+def test_one_that_has_everything_is_asked_once_for_each_run(
+    tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    server.hold = True
+    _, *waiting = accepted(tc, 20)
+    server.stop()
+    server.start()
+    server.release()
+    for future in waiting:
+        future.result(timeout=20)
+    assert set(server.reads) <= {tc.run_id}
+
+
+def test_a_seq_that_was_used_again_is_another_operations(
+    tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    server.hold = True
+    _, lost = accepted(tc, 2)
+    with server.lock:
+        operation = next(reversed(server.stored.values())).operation
+        operation.id = "op-another"
+        operation.state = ops.OPERATION_STATE_QUEUED
+    server.release()
+    with pytest.raises(OperationLostError):
+        lost.result(timeout=20)
