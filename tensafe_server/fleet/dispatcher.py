@@ -245,10 +245,12 @@ class Dispatcher:
         return views, runs, lane
 
     def _avoided(self, run: RunState) -> frozenset[str]:
-        """Workers that have given the run up since it last went on."""
-        if not run.given_up:
+        """Workers that have given the run up since it last went on, or could not load a snapshot of
+        it."""
+        avoided = set(run.given_up).union(*run.useless_snapshots.values())
+        if not avoided:
             return frozenset()
-        return frozenset(one.id for one in self._links.values() if one.instance in run.given_up)
+        return frozenset(one.id for one in self._links.values() if one.instance in avoided)
 
     def _is_placeable(self, run: RunState) -> bool:
         return any(run.model in one.models and not one.draining for one in self._links.values())
@@ -277,7 +279,7 @@ class Dispatcher:
 
     async def _restore(self, run: RunState, link: WorkerLink, epoch: int) -> None:
         try:
-            onward = await self._restorer.plan(run, epoch)
+            onward = await self._restorer.plan(run, epoch, link.instance)
         except Exception as error:
             if run.worker_id == link.id and run.epoch == epoch:
                 self.give_back(run)

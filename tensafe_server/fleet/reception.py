@@ -297,7 +297,7 @@ class Reception:
         self._blame.arrived(run)
         self._blame.forget_arrivals()
         if refused.snapshot_id:
-            self._replays.refused(run, refused)
+            self._replays.refused(run, link, refused)
             self._dispatcher.give_back(run)
             self._dispatcher.kick()
             return

@@ -116,12 +116,13 @@ class ReplayWatch:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
-    def refused(self, run: RunState, refused: pb.RefusedSnapshot) -> None:
-        """Notes that a worker could not load a snapshot, so that the one before it is used."""
+    def refused(self, run: RunState, link: WorkerLink, refused: pb.RefusedSnapshot) -> None:
+        """Notes that a worker could not load a snapshot: if it gets the run again, it is with the
+        one before."""
         fault = from_status(refused.error)
-        run.useless_snapshots.add(refused.snapshot_id)
+        run.useless_snapshots.setdefault(refused.snapshot_id, set()).add(link.instance)
         self._snapshots.damaged += 1
-        log.error("a snapshot of %s is not used: %s", run.id, fault.message)
+        log.error("a snapshot of %s is not used by %s: %s", run.id, link.name, fault.message)
 
     async def _work(self) -> None:
         while not self._queue.empty():

@@ -101,15 +101,18 @@ class Restorer:
         """Whether the run has a past."""
         return run.reached_seq > 0
 
-    async def plan(self, run: RunState, epoch: int) -> Onward:
+    async def plan(self, run: RunState, epoch: int, worker: str = "") -> Onward:
         """The assignment, and all that comes after its recovery point up to where the run stands.
+
+        Args:
+            worker: whom it is for, `Register.instance`; it gets no snapshot that it could not load.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
         await self.settled(run)
         async with run.past_kept():
-            point, lost = await self._begin(run)
+            point, lost = await self._begin(run, worker)
             onward = await self._onward(run, point.seq, epoch)
         onward.assignment = point.assignment(run, run.id, epoch)
         onward.lost = lost
@@ -144,16 +147,16 @@ class Restorer:
         return await self._onward(run, held.last_seq, run.epoch, planned)
 
     async def _begin(
-        self, run: RunState
+        self, run: RunState, worker: str
     ) -> tuple[RecoveryPoint, list[tuple[PendingOperation, TenSafeFault]]]:
         """The recovery point to begin at. Its state has no operation that has not ended: where only
         later ones are left, the samples before them are lost, and the run is not."""
         try:
-            return await self.newest(run, before=run.open_seq), []
+            return await self.newest(run, before=run.open_seq, worker=worker), []
         except TenSafeFault as error:
             if error.detail.reason != "RUN_STATE_LOST":
                 raise
-            point = await self.newest(run)
+            point = await self.newest(run, worker=worker)
         fault = TenSafeFault(
             "RUN_STATE_LOST",
             f"the weights that this sample of run {run.id} was to use cannot be rebuilt: no intact "
@@ -186,29 +189,32 @@ class Restorer:
             await operation.wait_finished()
         await self._store.flushed()
 
-    async def newest(self, run: RunState, before: int | None = None) -> RecoveryPoint:
+    async def newest(
+        self, run: RunState, before: int | None = None, worker: str = ""
+    ) -> RecoveryPoint:
         """The newest intact recovery point from which the log reaches to the present, of those
-        before a seq if one is given.
+        before a seq if one is given, and that a worker has not failed to load.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
         # What a private step has released is released once: nothing goes back before it.
         first = max(run.pruned_seq, run.released_seq)
-        for point in await self._points(run):
+        for point in await self._points(run, worker):
             if before is not None and point.seq >= before:
                 continue
             if point.seq >= first and await self._is_intact(run, point):
                 return point
         raise _lost(run, f"no intact snapshot or artifact is left from seq {first} on")
 
-    async def oldest(self, run: RunState) -> RecoveryPoint:
-        """The first intact recovery point from which the log reaches to the present.
+    async def oldest(self, run: RunState, worker: str) -> RecoveryPoint:
+        """The first intact recovery point from which the log reaches to the present, of those that
+        a worker has not failed to load.
 
         Raises:
             TenSafeFault: RUN_STATE_LOST.
         """
-        for point in reversed(await self._points(run)):
+        for point in reversed(await self._points(run, worker)):
             if point.seq >= run.pruned_seq and await self._is_intact(run, point):
                 return point
         raise _lost(run, f"no intact snapshot or artifact is left from seq {run.pruned_seq} on")
@@ -245,15 +251,15 @@ class Restorer:
                 break
             after = rows[-1].seq or end
 
-    async def _points(self, run: RunState) -> list[RecoveryPoint]:
-        """All of them, the newest first."""
+    async def _points(self, run: RunState, worker: str) -> list[RecoveryPoint]:
+        """All that may be of use to a worker, the newest first."""
         points = [RecoveryPoint(0)]
         if run.base_artifact_id:
             points.append(RecoveryPoint(run.base_seq, artifact_id=run.base_artifact_id))
         points += [
             RecoveryPoint(row.seq, snapshot=row)
             for row in await self._store.snapshots(run.id)
-            if row.id not in run.useless_snapshots
+            if worker not in run.useless_snapshots.get(row.id, ())
         ]
         return sorted(points, key=lambda point: point.seq, reverse=True)
 

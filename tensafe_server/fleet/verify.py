@@ -109,7 +109,7 @@ class Verifications:
         self._checks[check_id] = check
         try:
             async with run.past_kept():
-                point = await self._restorer.oldest(run)
+                point = await self._restorer.oldest(run, link.instance)
                 assignment = point.assignment(run, check_id, _EPOCH)
                 assignment.check = True
                 link.send_plan(pb.Plan(runs=[assignment]))

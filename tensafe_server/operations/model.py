@@ -191,7 +191,8 @@ class RunState:
         gap_timer, gap_seq: the clock that runs while a seq is missing, and that seq.
         pruned_seq: the specs of operations up to here are gone from the log.
         snapshot_seq: the last operation in the newest snapshot; 0 if there is none.
-        useless_snapshots: ids of snapshots that are whole and that no worker could load.
+        useless_snapshots: of snapshots that are whole and could not be loaded, by id, the worker
+            processes that could not.
         passed_over: ids of those of which a part was missing or unreadable when last looked at.
         pruning: held while something of the run's past is chosen or taken away.
         pinned: how many are reading its past, of which nothing may go meanwhile.
@@ -229,7 +230,7 @@ class RunState:
     by_seq: dict[int, PendingOperation] = field(default_factory=dict)
     pruned_seq: int = 0
     snapshot_seq: int = 0
-    useless_snapshots: set[str] = field(default_factory=set)
+    useless_snapshots: dict[str, set[str]] = field(default_factory=dict)
     passed_over: set[str] = field(default_factory=set)
     pruning: asyncio.Lock = field(default_factory=asyncio.Lock)
     pinned: int = 0

@@ -229,12 +229,15 @@ class SnapshotBook:
         if run.deleted:
             await self.remove(rows)
             return 0
-        sound = [row for row in rows if row.id not in run.useless_snapshots | run.passed_over]
+        passed_over = run.passed_over.union(run.useless_snapshots)
+        sound = [row for row in rows if row.id not in passed_over]
         before_open = [row for row in sound if row.seq < run.open_seq]
         kept = [*sound[: self._kept], *before_open[: self._kept]]
         oldest = min((row.seq for row in kept), default=0)
         if gone := [row for row in rows if row not in kept and (row in sound or row.seq < oldest)]:
             await self.remove(gone)
+            for row in gone:
+                run.useless_snapshots.pop(row.id, None)
         return before_open[self._kept - 1].seq if len(before_open) >= self._kept else 0
 
     async def discard(self, run: RunState, row: SnapshotRow, why: str) -> None:

@@ -6,12 +6,15 @@ Nothing is removed that is there again when the disk is.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fault.order_world import World
 from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
+from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet import dispatcher
 
 
@@ -38,7 +41,7 @@ def seqs(world: World, run: str) -> list[int]:
 
 def restored_from(caplog: pytest.LogCaptureFixture) -> list[str]:
     found = [record.getMessage() for record in caplog.records if "restoring" in record.msg]
-    return [text.rpartition("at seq ")[2].split()[0] for text in found]
+    return [re.search(r"at seq (\d+)|its (start)", text)[1] or "start" for text in found]
 
 
 @pytest.mark.parametrize("cause", [errno.EMFILE, errno.ESTALE, errno.EACCES, errno.EIO])
@@ -110,3 +113,46 @@ def test_what_is_passed_over_counts_for_none_of_the_kept(
     assert world.do(world.snapshot(run)) is None
     world.do(world.prune(run))
     assert seqs(world, run) == [8, 6]
+
+
+def test_a_snapshot_that_one_worker_cannot_load_is_given_to_another(
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("INFO")
+    world = World(runs=1, workers=2)
+    [run] = world.next_seq
+    for _ in range(2):
+        submit(world, run, GRADIENT, UPDATE)
+        world.finish()
+        holder = _holder(world, run)
+        assert world.do(world.snapshot(run, holder)) is None
+    sick = world.hosts[1 - holder].worker
+    sick.transfers.fetch_snapshot = _not_loaded
+    world.do(world.cut(holder))
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(world.connect(holder))
+    world.do(world.kill_worker(holder))
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 6
+    assert restored_from(caplog) == ["4", "4"], "by another worker"
+    world.do(world.cut(holder))
+    submit(world, run, GRADIENT, UPDATE)
+    for _ in range(4):
+        world.do(world.deliver(1 - holder))
+        sick.execute()
+        world.do(world.report(1 - holder))
+    assert restored_from(caplog)[2:] == ["2", "start"], "the sick one, which is not asked twice"
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 8
+    world.close()
+
+
+def _holder(world: World, run: str) -> int:
+    """Number of the machine that has the run."""
+    held_by = world.coordinator.ledger.runs[run].worker_id
+    [number] = [at for at, host in enumerate(world.hosts) if host.link and host.link.id == held_by]
+    return number
+
+
+def _not_loaded(snapshot_id: str, directory: Path) -> None:
+    raise TenSafeFault("CHECKSUM_MISMATCH", "it came otherwise than it was sent")

@@ -98,7 +98,7 @@ class Simulation:
         run = self.small.run_state
         point = await self.small.restorer.newest(run)
         await self.is_complete_after(point.seq)
-        oldest = await self.small.restorer.oldest(run)
+        oldest = await self.small.restorer.oldest(run, "")
         await self.is_complete_after(oldest.seq)
         rows = await self.small.store.snapshots("run-1")
         if len(rows) > 1:
