@@ -125,20 +125,34 @@ class Pruner:
         return await self._prune_results(time.time_ns() - int(self._retention_s * 1e9), None)
 
     async def _prune_results(self, before_ns: int, run_id: str | None) -> int:
-        pruned = 0
-        while rows := await self._store.old_results(before_ns, run_id, _BATCH):
-            left = [(row.id, await self._without_big_parts(row)) for row in rows]
-            await self._store.replace_results(left)
-            await self._payloads.delete([row.result_ref for row in rows if row.result_ref])
-            pruned += len(rows)
+        pruned = away = 0
+        while rows := await self._store.old_results(before_ns, run_id, _BATCH, away):
+            left: dict[str, bytes | None] = {}
+            for row in rows:
+                try:
+                    left[row.id] = await self._without_big_parts(row)
+                except BlobNotFoundError:
+                    if run_id is not None:
+                        left[row.id] = None  # nobody asks for it any more
+            away += len(rows) - len(left)
+            await self._store.replace_results(list(left.items()))
+            gone = [row.result_ref for row in rows if row.result_ref and row.id in left]
+            await self._payloads.delete(gone)
+            pruned += len(left)
+        if away:
+            log.warning(
+                "the files of %d old results are away: they are looked at again later", away
+            )
         if pruned:
             log.info("pruned the results of %d operations", pruned)
         return pruned
 
     async def _without_big_parts(self, row: OperationRow) -> bytes | None:
+        """What is left of a result. Raises BlobNotFoundError if its file is not there: the disk
+        may come back."""
         try:
             data = await self._payloads.load(row.result, row.result_ref)
-        except (BlobNotFoundError, DamagedPayloadError):
+        except DamagedPayloadError:
             return None
         if not data:
             return None

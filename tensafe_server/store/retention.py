@@ -18,7 +18,8 @@ _WITH_SPEC = """
       AND seq > (SELECT pruned_seq FROM runs WHERE id = ?1) AND seq <= ? AND cursor IS NOT NULL
     ORDER BY seq LIMIT ?"""
 _OLD_RESULTS = """operations WHERE result_pruned = 0 AND kind IN (1, 2, 4)
-    AND finished_ns < ? AND (? IS NULL OR run_id = ?2) ORDER BY finished_ns LIMIT ?"""
+    AND finished_ns < ? AND (? IS NULL OR run_id = ?2) ORDER BY finished_ns, rowid
+    LIMIT ? OFFSET ?"""
 _REFERENCES = """
     SELECT spec_ref FROM operations WHERE spec_ref IS NOT NULL
     UNION SELECT result_ref FROM operations WHERE result_ref IS NOT NULL
@@ -88,10 +89,11 @@ class SqliteRetention(SqliteTables):
         return Pruned([ref for _, _, ref in found if ref], len(found), len(found) == limit)
 
     async def old_results(
-        self, before_ns: int, run_id: str | None, limit: int
+        self, before_ns: int, run_id: str | None, limit: int, skip: int = 0
     ) -> list[OperationRow]:
-        """Operations whose results may have big parts, finished before then; the oldest first."""
-        return await self._rows(OperationRow, _OLD_RESULTS, (before_ns, run_id, limit))
+        """Operations whose results may have big parts, finished before then; the oldest first,
+        without the first `skip` of them."""
+        return await self._rows(OperationRow, _OLD_RESULTS, (before_ns, run_id, limit, skip))
 
     async def replace_results(self, rows: Sequence[tuple[str, bytes | None]]) -> None:
         """Puts what is left of results, (operation id, result), in place of them."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.server.small_store import Small, operation
@@ -17,6 +18,7 @@ from tensafe.v1 import training_pb2 as training
 from tensafe.v1.artifacts_pb2 import Artifact, ArtifactFile
 from tensafe.v1.types_pb2 import Metric, NamedTensor
 from tensafe.wire.tensors import encode
+from tensafe_server.operations import pruning
 from tensafe_server.operations.model import run_state
 from tensafe_server.store.base import Finish, RunUpdate
 
@@ -179,6 +181,32 @@ def test_results_past_their_retention_keep_their_metrics(tmp_path: Path):
         assert not left.forward_backward.outputs
         assert small.blob_keys() == [young.result_ref]
         assert await small.pruner.prune_old_results() == 0
+
+    Small.run(tmp_path, body)
+
+
+def test_a_result_whose_file_is_away_waits_for_a_later_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pruning, "_BATCH", 2)
+
+    async def body(small: Small) -> None:
+        old = time.time_ns() - int(3601e9)
+        for seq in range(1, 6):
+            await finish_with_result(small, seq, old)
+        rows = await small.store.history("run-1", 0, 10)
+        away = {}
+        for row in rows[0:3:2]:
+            away[row.result_ref] = small.blobs.get(row.result_ref)
+            small.blobs.delete(row.result_ref)
+        assert await small.pruner.prune_old_results() == 3
+        for ref, data in away.items():
+            small.blobs.put(ref, data)
+        assert await small.pruner.prune_old_results() == 2
+        for row in await small.store.history("run-1", 0, 10):
+            left = ops.OperationResult.FromString(await small.payloads.load(row.result, None))
+            assert left.forward_backward.metrics[0].value == 2.5
+        assert small.blob_keys() == []
 
     Small.run(tmp_path, body)
 
