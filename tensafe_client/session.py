@@ -269,6 +269,8 @@ class Session:
         """Resolves a future whose end this session's stream may not tell; on the loop."""
         try:
             await self._wait_for(future, operation_id)
+        except OperationNotFoundError:  # it was there
+            self._lose(future)
         except TenSafeError as error:
             future._fail(error)
         except Exception as error:  # nobody else would end it
@@ -376,13 +378,13 @@ class Session:
             TenSafeError: as `reconcile`.
         """
         futures = self._acknowledged()
-        next_seqs = {}
-        for run_id, sequence in list(self._sequences.items()):
-            accepted_seq = sequence.accepted_seq
-            next_seqs[run_id] = await self._next_seq(run_id)
-            if next_seqs[run_id] <= accepted_seq:
-                first = max(1, next_seqs[run_id])
-                self.lost(run_id, _lost(f"what run {run_id} had from seq {first} on"))
+        # Noted before anything is asked: what is accepted meanwhile is there.
+        accepted = {run_id: one.accepted_seq for run_id, one in list(self._sequences.items())}
+        answers = await asyncio.gather(*map(self._next_seq, accepted))
+        next_seqs = dict(zip(accepted, answers, strict=True))
+        for run_id, next_seq in next_seqs.items():
+            if next_seq <= accepted[run_id]:
+                self.lost(run_id, _lost(f"what run {run_id} had from seq {max(1, next_seq)} on"))
         for future in futures:
             if not future.seq or future.seq >= next_seqs.get(future.run_id, 0):
                 await self._read_anew(future)

@@ -131,7 +131,8 @@ class Restorer:
         if not unfinished <= known:
             log.warning("a worker has other operations of %s than the log", run.id)
             return False
-        lost = known - await self._store.existing_operations(run.id, sorted(known))
+        ended = known - unfinished
+        lost = ended - await self._store.existing_operations(run.id, sorted(ended))
         if lost:
             log.warning(
                 "a worker has operations of %s that the log lacks: %s", run.id, sorted(lost)

@@ -140,9 +140,7 @@ class Pruner:
             await self._payloads.delete(gone)
             pruned += len(left)
         if away:
-            log.warning(
-                "the files of %d old results are away: they are looked at again later", away
-            )
+            log.warning("the files of %d old results are away; they wait for a later round", away)
         if pruned:
             log.info("pruned the results of %d operations", pruned)
         return pruned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fake_server import FakeCoordinator
+from fake_server import API_KEY, FakeCoordinator
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe_client import (
@@ -126,3 +126,18 @@ def test_a_seq_that_was_used_again_is_another_operations(
     server.release()
     with pytest.raises(OperationLostError):
         lost.result(timeout=20)
+
+
+def test_who_waits_by_the_id_of_what_is_lost(tc: TrainingClient, server: FakeCoordinator) -> None:
+    server.hold = True
+    _, lost = accepted(tc, 2)
+    session = lost._session
+    operation_id = session.io.run(session.identified(lost))
+    assert operation_id
+    with ServiceClient(f"127.0.0.1:{server.port}", api_key=API_KEY) as other:
+        followed = other.future(operation_id)
+        server.stop()
+        server.forget(1)
+        server.start()
+        with pytest.raises(OperationLostError):
+            followed.result(timeout=20)
