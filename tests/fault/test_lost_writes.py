@@ -139,17 +139,20 @@ def test_who_waits_for_what_is_lost_hears_of_it_and_goes_on(tmp_path: Path, put_
             os.truncate(cluster.data / "tensafe.db-wal", (copies / "tensafe.db-wal").stat().st_size)
         cluster.coordinator.start()
         cluster.coordinator.wait_ready()
-        os.kill(worker.pid, signal.SIGCONT)
         for future in (lost, later):
             with pytest.raises(OperationLostError, match=f"seq {future.seq} of {tc.run_id}"):
                 future.result(60)
         with pytest.raises(SequenceGapError):
             tc.optim_step()
         again = client.training_client(tc.run_id)
-        results = [future.result(60) for future in steps(again, SMALL, 2)]
+        futures = steps(again, SMALL, 2)
+        _wait_acknowledged(futures[-1])
+        os.kill(worker.pid, signal.SIGCONT)  # it has what is lost, of which the seqs are used again
+        results = [future.result(60) for future in futures]
         assert [result.step for result in results[1::2]] == [3, 4]
         seen += [next(followed).step for _ in range(2)]
         assert seen == [1, 2, 3, 4]
+        assert client.verify_run(tc.run_id).reproduces
         assert cluster.stop() == [0, 0]
         check_log(cluster.data)
 
