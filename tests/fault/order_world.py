@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sqlite3
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,17 @@ def sample(tokens: int) -> training.Sample:
     return training.Sample(prompts=[training.Prompt(text="x")], params=params, stream=True)
 
 
+@dataclass(frozen=True)
+class Backup:
+    """What was in the data directory, and of what a client had sent by then, at one time."""
+
+    folder: Path
+    specs: dict[str, training.OperationSpec]
+    next_seq: dict[str, int]
+    skipped: dict[str, list[int]]
+    outcomes: Counter[str]
+
+
 class World:
     """A coordinator, its workers, what lies between them, and a tenant's runs.
 
@@ -65,6 +80,7 @@ class World:
         specs: of everything that was sent and answered, by operation.
         next_seq: of each run, the first seq that nothing was sent with, nor behind.
         skipped: of each run, the seqs before it that nothing was sent with.
+        backup: the last one that was made.
     """
 
     def __init__(self, runs: int, workers: int = 1) -> None:
@@ -74,7 +90,8 @@ class World:
         self.specs: dict[str, training.OperationSpec] = {}
         self.next_seq: dict[str, int] = {}
         self.skipped: dict[str, list[int]] = {}
-        self._lane = self._deletions = 0
+        self.backup: Backup | None = None
+        self._lane = self._deletions = self._backups = 0
         self.do(self._begin(runs, workers))
 
     async def _begin(self, runs: int, workers: int) -> None:
@@ -288,6 +305,47 @@ class World:
 
     async def restart(self) -> None:
         """The coordinator is killed and comes back; the workers are still there."""
+        await self._end()
+        await self._begin_anew()
+
+    async def back_up(self) -> None:
+        """Keeps the data directory as it is now."""
+        await self.store.flushed()
+        folder = self.home / f"backup-{self._backups}"
+        self._backups += 1
+        shutil.copytree(self.home / "blobs", folder / "blobs")
+        source = sqlite3.connect(self.home / "store.db")
+        with closing(source), closing(sqlite3.connect(folder / "store.db")) as copy:
+            source.backup(copy)
+        self.backup = Backup(
+            folder,
+            dict(self.specs),
+            dict(self.next_seq),
+            {run_id: list(seqs) for run_id, seqs in self.skipped.items()},
+            self.store.outcomes.copy(),
+        )
+
+    async def put_back(self) -> bool:
+        """The coordinator is killed, and the backup is in the directory when it comes back: what
+        was accepted since is lost, and the workers are where they were. Whether there is one."""
+        kept = self.backup
+        if kept is None:
+            return False
+        await self._end()
+        await self.store.close()
+        for path in self.home.glob("store.db*"):
+            path.unlink()
+        shutil.copy(kept.folder / "store.db", self.home / "store.db")
+        shutil.rmtree(self.home / "blobs")
+        shutil.copytree(kept.folder / "blobs", self.home / "blobs")
+        self.specs, self.next_seq = dict(kept.specs), dict(kept.next_seq)
+        self.skipped = {run_id: list(seqs) for run_id, seqs in kept.skipped.items()}
+        self.store = await CountingStore.open(self.home / "store.db")
+        self.store.outcomes = kept.outcomes.copy()
+        await self._begin_anew()
+        return True
+
+    async def _end(self) -> None:
         await self.store.flushed()
         for host in self.hosts:
             if host.link is not None:
@@ -296,6 +354,8 @@ class World:
         for task in (*self.cancels, *self.coordinator.cancellation._tasks):
             task.cancel()
         self.cancels.clear()
+
+    async def _begin_anew(self) -> None:
         self.coordinator = Coordinator(self.store, self.blobs)
         await self.coordinator.load()
         for host in self.hosts:

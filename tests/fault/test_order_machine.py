@@ -188,7 +188,9 @@ class Machine(RuleBasedStateMachine):
     def repeat(self, operation: str) -> None:
         """It gets the same operation back, however it stands, and whoever sends another one under
         its seq is told so."""
-        spec = self.world.specs[operation]
+        spec = self.world.specs.get(operation)
+        if spec is None:
+            return  # it is lost
         [outcome] = self.world.do(self.world.send([spec]))
         assert outcome.operation_id == operation
         assert outcome.repeated
@@ -363,6 +365,39 @@ class Machine(RuleBasedStateMachine):
             run_id=self.runs[run], seq=self.world.next_seq[self.runs[run]], **OPERATIONS["update"]
         )
         self.world.do(self.world.drain(spec))
+
+    @rule()
+    def back_up(self) -> None:
+        self.world.do(self.world.back_up())
+
+    @rule()
+    def put_back(self) -> None:
+        """What was accepted since the backup is lost, and its seqs are used again."""
+        if self.world.do(self.world.put_back()):
+            self.accepted.intersection_update(self.world.specs)
+
+    @rule(
+        run=run_numbers,
+        lost=st.lists(st.sampled_from(["gradient", "update", "sample"]), min_size=1, max_size=3),
+        again=st.lists(st.sampled_from(["gradient", "update"]), max_size=3),
+        told=st.booleans(),
+        cancelled=st.booleans(),
+    )
+    def lose_what_a_worker_was_at(
+        self, run: int, lost: list[str], again: list[str], told: bool, cancelled: bool
+    ) -> None:
+        self.train(run, 1, 8)
+        self.back_up()
+        for what in lost:
+            self._submit(run, what)
+        for at in range(WORKERS):
+            self.work(True, 4, 0, at)
+            if told:
+                self.report(at)
+        self.put_back()
+        ids = [self._submit(run, what) for what in again]
+        if cancelled and ids:
+            self.cancel(ids[0])
 
     @invariant()
     def what_is_open_is_known(self) -> None:
