@@ -69,6 +69,7 @@ class Reception:
         self._blame.on_acquitted = dispatcher.kick
         self.on_begun: Callable[[Sequence[PendingOperation]], None] = lambda operations: None
         self._uploads: dict[str, list[ArtifactFile]] = {}
+        self._greetings: dict[str, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
@@ -79,12 +80,26 @@ class Reception:
             TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
                 was told to end.
         """
+        # What an earlier stream of it was given is to be taken back from that before.
+        while (before := self._greetings.get(register.instance)) is not None:
+            await asyncio.wait([before])
         arriving = asyncio.ensure_future(self._arrive(register))
+        self._greet(register.instance, arriving)
         try:
             return await asyncio.shield(arriving)
         except asyncio.CancelledError:
-            self._spawn(self._leave_again(arriving))
+            self._greet(register.instance, self._spawn(self._leave_again(arriving)))
             raise
+
+    def _greet(self, instance: str, greeting: asyncio.Future[Any]) -> None:
+        """Notes that a worker is being greeted until this is done."""
+        self._greetings[instance] = greeting
+
+        def end(_: asyncio.Future[Any]) -> None:
+            if self._greetings.get(instance) is greeting:
+                del self._greetings[instance]
+
+        greeting.add_done_callback(end)
 
     async def _leave_again(self, arriving: asyncio.Future[WorkerLink]) -> None:
         with suppress(TenSafeFault):  # it was refused
@@ -161,10 +176,11 @@ class Reception:
     async def _settle(self, endings: Sequence[Ending]) -> None:
         await self._outcomes.settle(endings)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _take_for_dead(self, link: WorkerLink, why: str) -> None:
         """Whatever the worker still sends under this link is passed over, and what it holds is
