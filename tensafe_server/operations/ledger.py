@@ -54,6 +54,7 @@ class Ledger:
         on_disputed: called with a run whose operation has ended here as if it had never run, though
             it was sent under the newest assignment: whoever holds the run under that may contradict
             the log, and is not to be believed any more.
+        on_over: called with a deleted run of which nothing is unfinished any more.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Ledger:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gap: Callable[[RunState], None] = lambda run: None
         self.on_disputed: Callable[[RunState], None] = lambda run: None
+        self.on_over: Callable[[RunState], None] = lambda run: None
         self._pending: dict[str, PendingOperation] = {}
         self._requests: dict[tuple[str, str], PendingOperation] = {}
         self._ready: set[str] = set()
@@ -250,7 +252,10 @@ class Ledger:
         self._forget(operation)
         operation.notify_finished()
         if row.run_id is not None and row.seq is not None:
-            self._merge_voids(self.runs[row.run_id])
+            run = self.runs[row.run_id]
+            self._merge_voids(run)
+            if run.deleted and not run.by_seq:
+                self.on_over(run)
 
     def _merge_voids(self, run: RunState) -> None:
         """Keeps the queue about as long as what waits in it, however many ended where they waited:

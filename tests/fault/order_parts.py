@@ -286,6 +286,7 @@ class Coordinator:
         )
         self.ledger.on_ready = specs.on_read = self.dispatcher.kick
         self.ledger.on_disputed = self.dispatcher.dispute
+        self.ledger.on_over = self.dispatcher.release
         self.gaps = GapWatch(store, self.ledger, self.hub, outcomes, 3600.0)
         self.ledger.on_gap = self.gaps.update
         self.ledger.on_deadline = self.cancellation.watch_deadline
