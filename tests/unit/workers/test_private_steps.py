@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 
+import grpc
 import numpy as np
 import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
@@ -139,6 +141,34 @@ def test_a_state_that_is_never_wanted_gives_the_run_back(driver, transfers, monk
     assert not driver.executor.held_runs()
     (done,) = driver.run(gradient(1, epoch=2), runs=[private(epoch=2)])
     assert done.HasField("result")
+
+
+def test_a_full_disk_of_this_machine_gives_the_run_back(driver, transfers, monkeypatch):
+    """Another worker can make the update, if this one gets no room."""
+    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("workers.mock.MockCaptured.write", full)
+    outcomes = driver.run(gradient(1), charged(2), runs=[private()])
+    assert outcomes[1] is None
+    (refused,) = driver.executor.collect_refused()
+    assert "could not be stored" in refused.error.message
+    assert not driver.executor.held_runs()
+
+
+def test_a_coordinator_that_cannot_be_reached_or_write_is_waited_for(
+    driver, transfers, monkeypatch
+):
+    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    away = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata()
+    )
+    full = TenSafeFault("STORAGE_FULL", "the coordinator's disk is full")
+    transfers.failures += [away, full, away]
+    (_, done) = driver.run(gradient(1), charged(2), runs=[private()])
+    assert done.snapshot_id == "snap-run-1-2"
 
 
 def test_a_run_that_is_taken_away_takes_what_waits_with_it(driver, transfers):
