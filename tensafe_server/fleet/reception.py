@@ -263,8 +263,6 @@ class Reception:
                     begun.append(operation)
                 operation.take_tokens(drawn.chunk)
         self.on_begun(begun)
-        for refused in report.refused:
-            await self._refused(link, refused)
         endings: list[Ending] = []
         turns = _Turns(self._ledger)
         for done in report.done:
@@ -294,6 +292,8 @@ class Reception:
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
+        for refused in report.refused:
+            await self._refused(link, refused)
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
