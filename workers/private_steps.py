@@ -22,6 +22,7 @@ from tensafe import failpoints
 from tensafe.v1 import training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Captured
+from workers.disk import own_disk
 from workers.failures import as_fault
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class PrivateSteps:
     def _work(self) -> None:
         while (step := self._next()) is not None:
             try:
-                with tempfile.TemporaryDirectory(prefix="tensafe-private-") as name:
+                with own_disk(), tempfile.TemporaryDirectory(prefix="tensafe-private-") as name:
                     directory = Path(name)
                     step.captured.write(directory)
                     failpoints.hit("mid-private-step")
