@@ -118,6 +118,8 @@ class Reception:
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
         try:
+            if register.held_runs:
+                await self._restorer.flushed()  # what it told before it was cut off counts
             for held in register.held_runs:
                 await self._take_back(link, held)
         except BaseException:

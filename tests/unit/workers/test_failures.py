@@ -141,6 +141,7 @@ def test_what_fails_once_the_run_has_changed_leaves_it_to_its_next_assignment(
     assert given_up(driver) == ["run-1", "run-2"]
     assert driver.executor.held_runs() == []
     assert driver.run(*both(3, 3 * grouped, **forward_backward())) == [None, None]
+    assert not driver.executor._progress._running
 
 
 @pytest.mark.parametrize("grouped", [0, 1], ids=["alone", "grouped"])
