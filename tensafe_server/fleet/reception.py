@@ -275,7 +275,11 @@ class Reception:
             operation = self._current(link, done.operation_id, done.epoch)
             if operation is not None:  # else it may have been sent anew, and is in a group again
                 link.groups.ended(done.operation_id)
-            if operation is None or not turns.take(operation, done.cancelled):
+            if (
+                operation is None
+                or self._goes_elsewhere(link, operation, done)
+                or not turns.take(operation, done.cancelled)
+            ):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
                 )
@@ -299,6 +303,16 @@ class Reception:
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
+
+    def _goes_elsewhere(
+        self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
+    ) -> bool:
+        """Whether an operation for which its worker's disk had no room is another worker's now. One
+        with a place in a run stays: taking the run on there may need more room."""
+        if operation.row.seq is not None or operation.finishing or not done.HasField("error"):
+            return False
+        full = as_error(done.error).reason == "WORKER_DISK_FULL"
+        return full and self._dispatcher.try_elsewhere(operation, link)
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""

@@ -280,14 +280,18 @@ class Ledger:
     def recall(self, worker_id: str) -> list[RunState]:
         """Takes back everything that a lost worker had; returns the runs it held."""
         for operation in [p for p in self.lane_in_flight.values() if p.worker_id == worker_id]:
-            del self.lane_in_flight[operation.row.id]
-            if not operation.finishing:
-                operation.worker_id = None
-                self.lane.appendleft(operation)
+            self.recall_alone(operation)
         held = [run for run in self.runs.values() if run.worker_id == worker_id]
         for run in held:
             self.recall_run(run)
         return held
+
+    def recall_alone(self, operation: PendingOperation) -> None:
+        """Takes an operation without a place in a run back from its worker."""
+        del self.lane_in_flight[operation.row.id]
+        if not operation.finishing:
+            operation.worker_id = None
+            self.lane.appendleft(operation)
 
     def recall_run(self, run: RunState) -> list[PendingOperation]:
         """Takes a run, and what its worker had of it, back; returns those operations."""
