@@ -215,7 +215,7 @@ class World:
             *(parts.reception._verifications, parts.pruner),
         )
         guard._caller.set(Principal(admin.KEY_KIND_TENANT, TENANT, "key"))
-        request = training.DeleteRunRequest(run_id=run_id, request_id="request-delete")
+        request = training.DeleteRunRequest(run_id=run_id, request_id=f"request-{run_id}")
         await servicer.DeleteRun(request, None)
 
     async def cancel(self, operation_id: str) -> bool:
