@@ -162,8 +162,11 @@ class Dispatcher:
     def dispute(self, run: RunState) -> None:
         """Takes a run back from whoever holds it, or comes back with it, also after a restart: its
         epoch is over."""
+        link = self._links.get(run.worker_id or "")
         if run.worker_id is not None:
             self.give_back(run)
+        if link is not None:  # nobody asks for what it has any more
+            link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
         self._store.set_run_epoch(run.id, run.begin_epoch())
 
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:

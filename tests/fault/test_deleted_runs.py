@@ -46,6 +46,23 @@ def test_one_whose_sample_is_stopped(world: World, run: str):
     assert held(world) == []
 
 
+def test_one_whose_worker_is_not_believed_any_more(world: World, run: str):
+    """It has executed what has ended as if it had never run."""
+    [operation] = submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    world.worker.execute()
+    world.do(world.cut())
+    world.worker.backend.credits = 0
+    pending = world.coordinator.ledger.pending(operation)
+    world.do(world.connect())
+    world.coordinator.dispatcher.dispute(world.coordinator.ledger.runs[run])
+    world.do(world.cancel(operation))
+    assert pending.void
+    world.do(world.delete_run(run))
+    world.finish()
+    assert held(world) == []
+
+
 def test_one_that_a_lost_worker_was_at_leaves_the_next_one_too(world: World, run: str):
     submit(world, run, GRADIENT)
     world.do(world.deliver())
