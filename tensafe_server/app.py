@@ -292,6 +292,7 @@ class Coordinator:
         self._ledger.on_ready = self.dispatcher.kick
         self._ledger.on_gap = gaps.update
         self._ledger.on_disputed = self.dispatcher.dispute
+        self._ledger.on_over = self.dispatcher.release
         self._ledger.on_deadline = cancellation.watch_deadline
         self.dispatcher.on_unrestorable = cancellation.fail_waiting
         specs.on_read = self.dispatcher.kick

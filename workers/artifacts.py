@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tensafe.v1 import artifacts_pb2, worker_pb2
+from workers.disk import own_disk
 from workers.operations import SaveOutcome
 
 _KEPT = 8
@@ -62,19 +63,28 @@ class ArtifactCache:
 
     def directory(self, artifact_id: str) -> Path:
         """Where the artifact's files lie; fetched if they are not here. Good until `kept` other
-        artifacts have been asked for."""
+        artifacts have been asked for.
+
+        Raises:
+            TenSafeFault: WORKER_DISK_FULL, or why it could not be fetched.
+        """
         if artifact_id in self._directories:
             self._directories.move_to_end(artifact_id)
             return self._directories[artifact_id]
+        with own_disk():
+            directory = self._fetch(artifact_id)
+        self._directories[artifact_id] = directory
+        if len(self._directories) > self._kept:
+            shutil.rmtree(self._directories.popitem(last=False)[1])
+        return directory
+
+    def _fetch(self, artifact_id: str) -> Path:
         directory = Path(tempfile.mkdtemp(dir=self._root))
         try:
             self._transfers.fetch(artifact_id, directory)
         except BaseException:
             shutil.rmtree(directory)
             raise
-        self._directories[artifact_id] = directory
-        if len(self._directories) > self._kept:
-            shutil.rmtree(self._directories.popitem(last=False)[1])
         return directory
 
     def at_hand(self, most: int) -> frozenset[str]:

@@ -16,6 +16,7 @@ from tensafe.wire.status import TenSafeFault, to_status
 from workers import wire
 from workers.artifacts import ArtifactCache, Transfers, artifact_message
 from workers.backend import Backend
+from workers.disk import own_disk
 from workers.failures import USELESS, RunLostError, applied, closed_over
 from workers.operations import ArtifactWeights, RunSettings, SampleRequest, StepOutcome
 
@@ -69,7 +70,7 @@ class Execution:
             SnapshotLoadError: it is damaged or does not fit.
             TenSafeFault: the run cannot be opened for another reason.
         """
-        with tempfile.TemporaryDirectory(prefix="tensafe-restore-") as name:
+        with own_disk(), tempfile.TemporaryDirectory(prefix="tensafe-restore-") as name:
             directory = Path(name)
             try:
                 self._transfers.fetch_snapshot(assignment.snapshot_id, directory)
@@ -178,7 +179,7 @@ class Execution:
     ) -> operations_pb2.OperationResult:
         message = spec.save_state
         complete = message.include_optimizer if message.HasField("include_optimizer") else True
-        with tempfile.TemporaryDirectory(prefix="tensafe-save-") as name:
+        with own_disk(), tempfile.TemporaryDirectory(prefix="tensafe-save-") as name:
             directory = Path(name)
             outcome = self._backend.save_state(spec.run_id, directory, complete)
             files = self._transfers.upload(planned.artifact_id, planned.epoch, directory)

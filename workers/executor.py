@@ -21,7 +21,7 @@ from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
 from workers.execution import Execution, SnapshotLoadError
-from workers.failures import RunLostError, as_fault, fail, given_up, passes_by
+from workers.failures import FAILS_ALONE, RunLostError, as_fault, fail, given_up, passes_by
 from workers.grouping import (
     Member,
     PassCount,
@@ -183,7 +183,8 @@ class Executor:
         return self.snapshots.wait_stored(max(0.0, deadline - time.monotonic()))
 
     def collect_refused(self) -> list[worker_pb2.RefusedSnapshot]:
-        """Takes the snapshots that could not be loaded since the last call."""
+        """Takes the runs that were given up since the last call. Call it before `collect` and send
+        what it gives after that: what was told of a run comes before its end."""
         refused = []
         while self._refused:
             refused.append(self._refused.popleft())
@@ -328,10 +329,17 @@ class Executor:
         self._refused.append(refused)
         self._on_progress()
 
-    def _lose(self, planned: worker_pb2.PlannedOperation, run_id: str, lost: RunLostError) -> None:
-        """Leaves a run, and with it the operation that it was at, to its next assignment."""
-        self._progress.abandon(planned)
-        self._give_up(given_up(run_id, planned.epoch, lost.fault))
+    def _lose(self, ended: Ended, lost: RunLostError) -> None:
+        """Leaves a run to its next assignment, and with it the operation that it was at, unless
+        nothing of that is in a replay once it has failed: it might fail for ever."""
+        spec, planned = ended.spec, ended.planned
+        if spec.WhichOneof("operation") in FAILS_ALONE:
+            fail(ended.done, lost.fault, planned)
+            self._telling.end([ended])
+        else:
+            self._progress.abandon(planned)
+        # Behind the outcome, which would be stale after it.
+        self._give_up(given_up(spec.run_id, planned.epoch, lost.fault))
 
     def _extend(self, tokens: int) -> None:
         """The operation at hand turns out to have so many tokens."""
@@ -371,7 +379,7 @@ class Executor:
             self._progress.abandon(planned)
             return
         except RunLostError as lost:
-            self._lose(planned, spec.run_id, lost)
+            self._lose(Ended(spec, planned, done), lost)
             return
         except Exception as error:
             fail(done, error, planned)
@@ -441,7 +449,7 @@ class Executor:
                 self._progress.abandon(member.planned)
                 continue
             except RunLostError as lost:
-                self._lose(member.planned, member.spec.run_id, lost)
+                self._lose(Ended(member.spec, member.planned, done), lost)
                 continue
             except Exception as error:
                 fail(done, error, member.planned)

@@ -19,12 +19,15 @@ log = logging.getLogger(__name__)
 
 _OF_THE_MOMENT = frozenset({"OUT_OF_MEMORY", "INTERNAL"})
 """Reasons that another try may not find; as in `tensafe_server/operations/voids.py`."""
+FAILS_ALONE = frozenset({"forward_backward", "load_state"})
+"""Operations of which nothing is in a replay once they have failed."""
 USELESS = frozenset({"CHECKSUM_MISMATCH", "ARTIFACT_MISMATCH", "ARTIFACT_NOT_FOUND"})
 """Reasons for which a recovery point that they befall is not tried again."""
 # The recovery point that the next assignment names is looked at anew, and may be another one.
 _PASSES_BY = USELESS - {"ARTIFACT_MISMATCH"} | {
     "INTERNAL",
     "OUT_OF_MEMORY",
+    "WORKER_DISK_FULL",
     "STORAGE_FULL",
     "STORAGE_UNAVAILABLE",
     "DRAINING",

@@ -355,9 +355,10 @@ class Link:
                 self._heartbeat_due = False
                 await call.write(worker_pb2.ConnectRequest(heartbeat=self._sign_of_life()))
             finished = said_goodbye and self._executor.idle
-            if refused := self._executor.collect_refused():
-                self._unsent.append(worker_pb2.Report(refused=refused))
+            refused = self._executor.collect_refused()
             self._unsent.extend(_reports(*self._executor.collect()))
+            if refused:
+                self._unsent.append(worker_pb2.Report(refused=refused))
             # Taken after the outcomes and sent before them: an outcome comes behind its tokens.
             # They are not kept for another stream, which gets them from the first on.
             for report in _chunk_reports(self._executor.collect_chunks()):

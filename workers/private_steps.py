@@ -16,15 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import grpc
+
 from tensafe import failpoints
 from tensafe.v1 import training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault
 from workers.backend import Captured
+from workers.disk import own_disk
+from workers.failures import as_fault
 
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _GIVE_UP_S = 120.0
+_DISKS = frozenset({"STORAGE_FULL", "STORAGE_UNAVAILABLE"})
 _WAIT_S = 60.0
 
 
@@ -58,14 +63,17 @@ class PrivateStep:
         update: `done.snapshot_id` is filled in when it is known.
         behind: the run's later operations that have ended.
         stored: whether its state is on disk, or never will be.
-        began_s: on the monotonic clock.
+        fault: why it never will be.
+        failing_since_s: on the monotonic clock, of the first of the failures that waiting for the
+            coordinator does not explain; None if that explains the last one.
     """
 
     update: Ended
     captured: Captured
     behind: list[Ended] = field(default_factory=list)
     stored: threading.Event = field(default_factory=threading.Event)
-    began_s: float = field(default_factory=time.monotonic)
+    fault: TenSafeFault | None = None
+    failing_since_s: float | None = None
     pause_s: float = 0.0
     due_s: float = 0.0
 
@@ -84,8 +92,9 @@ class PrivateSteps:
 
     Args:
         transfers: where they go; called from that thread.
-        on_stored: called from that thread with an update whose state is on disk, or is not wanted
-            any more; the latter has no `snapshot_id`.
+        on_stored: called from that thread with an update whose state is on disk, or will never be,
+            since it is not wanted any more or this machine has no room for it; the latter has a
+            `fault` and no `snapshot_id`.
     """
 
     def __init__(self, transfers: StepTransfers, on_stored: Callable[[PrivateStep], None]) -> None:
@@ -161,7 +170,7 @@ class PrivateSteps:
     def _work(self) -> None:
         while (step := self._next()) is not None:
             try:
-                with tempfile.TemporaryDirectory(prefix="tensafe-private-") as name:
+                with own_disk(), tempfile.TemporaryDirectory(prefix="tensafe-private-") as name:
                     directory = Path(name)
                     step.captured.write(directory)
                     failpoints.hit("mid-private-step")
@@ -175,6 +184,7 @@ class PrivateSteps:
                     return
                 if self._again(step, error):
                     continue
+                step.fault = _unstored(step, error)
             step.stored.set()
             self._on_stored(step)
 
@@ -191,15 +201,34 @@ class PrivateSteps:
             return None
 
     def _again(self, step: PrivateStep, error: Exception) -> bool:
-        """Whether it is worth another try. A refusal may be one of a moment, as while a connection
-        is built again."""
-        stale = isinstance(error, TenSafeFault) and error.detail.reason == "STALE_ASSIGNMENT"
+        """Whether it is worth another try. A coordinator that is away, or whose disk is, is waited
+        for: nobody could store it meanwhile. A refusal, or a failure of this machine's, may be one
+        of a moment; but another worker can make the update, if it is not."""
         seq = step.update.spec.seq
         log.warning("state of %s after seq %d is not stored: %r", step.run_id, seq, error)
-        if stale and time.monotonic() - step.began_s > _GIVE_UP_S:
+        now_s = time.monotonic()
+        if _is_the_coordinators(error):
+            step.failing_since_s = None
+        elif step.failing_since_s is None:
+            step.failing_since_s = now_s
+        if step.failing_since_s is not None and now_s - step.failing_since_s >= _GIVE_UP_S:
             return False
         step.pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * step.pause_s))
-        step.due_s = time.monotonic() + step.pause_s
+        step.due_s = now_s + step.pause_s
         with self._changed:
             self._waiting.append(step)
         return True
+
+
+def _unstored(step: PrivateStep, error: Exception) -> TenSafeFault:
+    detail = as_fault(error, f"storing the state of {step.run_id}").detail
+    # That an assignment is stale is no operation's failure.
+    reason = "INTERNAL" if detail.reason == "STALE_ASSIGNMENT" else detail.reason
+    text = f"the state of {step.run_id} after a private step could not be stored: {detail.message}"
+    return TenSafeFault(reason, text, run_id=step.run_id)
+
+
+def _is_the_coordinators(error: Exception) -> bool:
+    if isinstance(error, TenSafeFault):
+        return error.detail.reason in _DISKS
+    return isinstance(error, grpc.aio.AioRpcError)

@@ -51,14 +51,13 @@ class Telling:
         self._progress.end(told)
 
     def stored(self, step: PrivateStep) -> None:
-        """The state after an update is on disk or, without `snapshot_id`, will never be."""
+        """The state after an update is on disk or, if the step has a fault, will never be."""
         if not self._private.take(step):
             return
-        if step.update.done.snapshot_id:
+        if step.fault is None:
             self._progress.end([item.done for item in step.all])
-            return
-        text = f"the state of {step.run_id} after a private step could not be stored"
-        self._lose(step.all, TenSafeFault("INTERNAL", text))
+        else:
+            self._lose(step.all, step.fault)
 
     def forget(self, run_id: str) -> None:
         """The run is another worker's, or this one's anew: nobody waits for what it has done."""

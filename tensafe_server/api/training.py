@@ -79,7 +79,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         await self._runs.delete(run, request)
         if not was_deleted:
             await self._cancellation.cancel_run(run)
-            if not run.in_flight:
+            if not run.by_seq:  # else the worker is told when what it is at has ended
                 self._dispatcher.release(run)
             self._hub.close_run(run.id)
             self._pruner.look_at(run)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
@@ -21,7 +21,7 @@ from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.restore import Onward, Restorer
 from tensafe_server.fleet.works import company, work_of
 from tensafe_server.operations.ledger import Ledger
-from tensafe_server.operations.model import PendingOperation, RunState
+from tensafe_server.operations.model import QUEUED, PendingOperation, RunState
 from tensafe_server.operations.specs import SpecReader
 from tensafe_server.operations.voids import is_void, void_spec
 from tensafe_server.planning.fairness import FairShares
@@ -131,6 +131,19 @@ class Dispatcher:
         if link is not None:
             link.runs.discard(run.id)
 
+    def try_elsewhere(self, operation: PendingOperation, link: WorkerLink) -> bool:
+        """Gives an operation without a place in a run, for which its worker has no room, to one
+        that has not been tried with it; False if there is none."""
+        operation.no_room_at.add(link.instance)
+        left = [one for one in self._links.values() if one.instance not in operation.no_room_at]
+        if not _serves(operation.model, left):
+            return False
+        self._ledger.recall_alone(operation)
+        operation.row.state = QUEUED
+        link.free(operation.row.id)
+        self.kick()
+        return True
+
     def rest(self, run: RunState, fault: TenSafeFault) -> None:
         """Takes a run back that its worker did not bring to where the log has it: it is tried again
         in a moment. After several times what waits of it fails; nothing of the run changes."""
@@ -149,8 +162,11 @@ class Dispatcher:
     def dispute(self, run: RunState) -> None:
         """Takes a run back from whoever holds it, or comes back with it, also after a restart: its
         epoch is over."""
+        link = self._links.get(run.worker_id or "")
         if run.worker_id is not None:
             self.give_back(run)
+        if link is not None:  # nobody asks for what it has any more
+            link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
         self._store.set_run_epoch(run.id, run.begin_epoch())
 
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:
@@ -216,7 +232,7 @@ class Dispatcher:
             if not waiting or waiting[0].fetching:
                 continue  # its spec is on its way, or the verdict is, and so is a kick
             if run.private is not None:
-                waiting = self._private.sendable(run, waiting, self._is_placeable(run))
+                waiting = self._private.sendable(run, waiting, _serves(run.model, self.links))
                 if not waiting:
                     continue  # it is being prepared, and then comes a kick
             views.append(
@@ -240,20 +256,25 @@ class Dispatcher:
         for operation in lane.values():
             row = operation.row
             work = operation.work or work_of(operation, None)
-            view = QueueView(row.id, row.tenant_id, operation.model, [work], is_lane=True)
-            views.append(view)
+            views.append(
+                QueueView(
+                    *(row.id, row.tenant_id, operation.model, [work]),
+                    is_lane=True,
+                    avoids=self._ids_of(operation.no_room_at),
+                )
+            )
         return views, runs, lane
 
     def _avoided(self, run: RunState) -> frozenset[str]:
         """Workers that have given the run up since it last went on, or could not load a snapshot of
         it."""
-        avoided = set(run.given_up).union(*run.useless_snapshots.values())
-        if not avoided:
-            return frozenset()
-        return frozenset(one.id for one in self._links.values() if one.instance in avoided)
+        return self._ids_of(set(run.given_up).union(*run.useless_snapshots.values()))
 
-    def _is_placeable(self, run: RunState) -> bool:
-        return any(run.model in one.models and not one.draining for one in self._links.values())
+    def _ids_of(self, instances: Collection[str]) -> frozenset[str]:
+        """The workers, by their processes."""
+        if not instances:
+            return frozenset()
+        return frozenset(one.id for one in self._links.values() if one.instance in instances)
 
     def _last_group(self, run: RunState) -> int:
         link = self._links.get(run.worker_id or "")
@@ -406,6 +427,11 @@ class Dispatcher:
             group=group,
         )
         self._private.dress(operation, planned)
+
+
+def _serves(model: str, links: Iterable[WorkerLink]) -> bool:
+    """Whether one of these workers takes on what runs on the model."""
+    return any(model in one.models and not one.draining for one in links)
 
 
 def _is_away(run: RunState) -> bool:

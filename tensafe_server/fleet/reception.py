@@ -69,6 +69,7 @@ class Reception:
         self._blame.on_acquitted = dispatcher.kick
         self.on_begun: Callable[[Sequence[PendingOperation]], None] = lambda operations: None
         self._uploads: dict[str, list[ArtifactFile]] = {}
+        self._greetings: dict[str, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def arrive(self, register: pb.Register) -> WorkerLink:
@@ -79,12 +80,26 @@ class Reception:
             TenSafeFault: MODEL_NOT_FOUND for a model that was not published; EXECUTOR_HUNG if it
                 was told to end.
         """
+        # What an earlier stream of it was given is to be taken back from that before.
+        while (before := self._greetings.get(register.instance)) is not None:
+            await asyncio.wait([before])
         arriving = asyncio.ensure_future(self._arrive(register))
+        self._greet(register.instance, arriving)
         try:
             return await asyncio.shield(arriving)
         except asyncio.CancelledError:
-            self._spawn(self._leave_again(arriving))
+            self._greet(register.instance, self._spawn(self._leave_again(arriving)))
             raise
+
+    def _greet(self, instance: str, greeting: asyncio.Future[Any]) -> None:
+        """Notes that a worker is being greeted until this is done."""
+        self._greetings[instance] = greeting
+
+        def end(_: asyncio.Future[Any]) -> None:
+            if self._greetings.get(instance) is greeting:
+                del self._greetings[instance]
+
+        greeting.add_done_callback(end)
 
     async def _leave_again(self, arriving: asyncio.Future[WorkerLink]) -> None:
         with suppress(TenSafeFault):  # it was refused
@@ -103,6 +118,8 @@ class Reception:
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
         try:
+            if register.held_runs:
+                await self._restorer.flushed()  # what it told before it was cut off counts
             for held in register.held_runs:
                 await self._take_back(link, held)
         except BaseException:
@@ -161,10 +178,11 @@ class Reception:
     async def _settle(self, endings: Sequence[Ending]) -> None:
         await self._outcomes.settle(endings)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _take_for_dead(self, link: WorkerLink, why: str) -> None:
         """Whatever the worker still sends under this link is passed over, and what it holds is
@@ -247,8 +265,6 @@ class Reception:
                     begun.append(operation)
                 operation.take_tokens(drawn.chunk)
         self.on_begun(begun)
-        for refused in report.refused:
-            await self._refused(link, refused)
         endings: list[Ending] = []
         turns = _Turns(self._ledger)
         for done in report.done:
@@ -259,7 +275,11 @@ class Reception:
             operation = self._current(link, done.operation_id, done.epoch)
             if operation is not None:  # else it may have been sent anew, and is in a group again
                 link.groups.ended(done.operation_id)
-            if operation is None or not turns.take(operation, done.cancelled):
+            if (
+                operation is None
+                or self._goes_elsewhere(link, operation, done)
+                or not turns.take(operation, done.cancelled)
+            ):
                 log.info(
                     "passed over an outcome of %s under epoch %d", done.operation_id, done.epoch
                 )
@@ -278,9 +298,21 @@ class Reception:
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
+        for refused in report.refused:
+            await self._refused(link, refused)
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
+
+    def _goes_elsewhere(
+        self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
+    ) -> bool:
+        """Whether an operation for which its worker's disk had no room is another worker's now. One
+        with a place in a run stays: taking the run on there may need more room."""
+        if operation.row.seq is not None or operation.finishing or not done.HasField("error"):
+            return False
+        full = as_error(done.error).reason == "WORKER_DISK_FULL"
+        return full and self._dispatcher.try_elsewhere(operation, link)
 
     def stored(self, artifact_id: str, files: Sequence[ArtifactFile]) -> None:
         """Notes an artifact's files until its operation is reported done."""

@@ -142,7 +142,6 @@ class Restorer:
     async def catch_up(self, run: RunState, held: pb.HeldRun) -> Onward:
         """What a worker may lack that still has the run: the holes after it, and what is to be
         asked again before the outcomes of other runs take the place of the answers."""
-        await self.settled(run)
         # Those of a private run are sent when each is prepared.
         planned = held.planned_seq if run.private is None else 0
         return await self._onward(run, held.last_seq, run.epoch, planned)
@@ -188,6 +187,14 @@ class Restorer:
         not executed again, so that a replay must have them."""
         for operation in [one for one in run.in_flight if one.finishing]:
             await operation.wait_finished()
+        await self.flushed()
+
+    async def flushed(self) -> None:
+        """Waits until what was written so far is on disk.
+
+        Raises:
+            TenSafeFault: STORAGE_FULL, STORAGE_UNAVAILABLE.
+        """
         await self._store.flushed()
 
     async def newest(

@@ -54,6 +54,7 @@ class Ledger:
         on_disputed: called with a run whose operation has ended here as if it had never run, though
             it was sent under the newest assignment: whoever holds the run under that may contradict
             the log, and is not to be believed any more.
+        on_over: called with a deleted run of which nothing is unfinished any more.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Ledger:
         self.on_ready: Callable[[], None] = lambda: None
         self.on_gap: Callable[[RunState], None] = lambda run: None
         self.on_disputed: Callable[[RunState], None] = lambda run: None
+        self.on_over: Callable[[RunState], None] = lambda run: None
         self._pending: dict[str, PendingOperation] = {}
         self._requests: dict[tuple[str, str], PendingOperation] = {}
         self._ready: set[str] = set()
@@ -250,7 +252,10 @@ class Ledger:
         self._forget(operation)
         operation.notify_finished()
         if row.run_id is not None and row.seq is not None:
-            self._merge_voids(self.runs[row.run_id])
+            run = self.runs[row.run_id]
+            self._merge_voids(run)
+            if run.deleted and not run.by_seq:
+                self.on_over(run)
 
     def _merge_voids(self, run: RunState) -> None:
         """Keeps the queue about as long as what waits in it, however many ended where they waited:
@@ -275,14 +280,18 @@ class Ledger:
     def recall(self, worker_id: str) -> list[RunState]:
         """Takes back everything that a lost worker had; returns the runs it held."""
         for operation in [p for p in self.lane_in_flight.values() if p.worker_id == worker_id]:
-            del self.lane_in_flight[operation.row.id]
-            if not operation.finishing:
-                operation.worker_id = None
-                self.lane.appendleft(operation)
+            self.recall_alone(operation)
         held = [run for run in self.runs.values() if run.worker_id == worker_id]
         for run in held:
             self.recall_run(run)
         return held
+
+    def recall_alone(self, operation: PendingOperation) -> None:
+        """Takes an operation without a place in a run back from its worker."""
+        del self.lane_in_flight[operation.row.id]
+        if not operation.finishing:
+            operation.worker_id = None
+            self.lane.appendleft(operation)
 
     def recall_run(self, run: RunState) -> list[PendingOperation]:
         """Takes a run, and what its worker had of it, back; returns those operations."""

@@ -90,6 +90,7 @@ class PendingOperation:
         sent_under: the assignment of its run under which a worker was last sent it, or may have
             been; 0: none.
         work: what the planner is told of it; None if that is to be found out.
+        no_room_at: worker processes that had no room for it on their disks.
         ready_s: when it came, on the monotonic clock; 0 if that was before the coordinator.
         transcript: what a sample has drawn so far; None if nothing, and nobody asked.
         charge: of a private step, what it may release something under.
@@ -113,6 +114,7 @@ class PendingOperation:
     ahead: bool = False
     deadline_timer: asyncio.TimerHandle | None = None
     work: Work | None = None
+    no_room_at: set[str] = field(default_factory=set)
     ready_s: float = 0.0
     transcript: Transcript | None = None
     charge: Charge | None = None

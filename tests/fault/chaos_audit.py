@@ -38,6 +38,11 @@ def _audit(connection: sqlite3.Connection, story: Story) -> None:
     assert all(row[4] and row[5] for row in rows), "every operation was executed and ended"
     cursors = [row[3] for row in rows]
     assert cursors == sorted(set(cursors)), "outcomes are in the run's order"
+    (in_files,) = connection.execute(
+        "SELECT COUNT(*) FROM operations WHERE run_id = ? AND result_ref IS NOT NULL",
+        (story.run_id,),
+    ).fetchone()
+    assert in_files == story.large, "each large result is in a file"
     metrics = [
         StepMetrics.FromString(body)
         for (body,) in connection.execute(

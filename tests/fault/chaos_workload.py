@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import deque
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensafe_client import Datum, OperationFuture, ServiceClient, TenSafeError
 
@@ -20,12 +22,18 @@ _IN_FLIGHT_STEPS = 6
 
 @dataclass(frozen=True)
 class Tenant:
-    """One tenant's training: its configuration, and what it does between steps."""
+    """One tenant's training: its configuration, and what it does between steps.
+
+    Attributes:
+        large_every: one step in so many takes one more batch, which the server keeps in a file, as
+            its result; 0: none does.
+    """
 
     name: str
     config: dict[str, Any]
     backwards_per_step: int
     save_every: int
+    large_every: int = 0
 
 
 TENANTS = [
@@ -34,6 +42,7 @@ TENANTS = [
         {"seed": 1, "lora_config": {"rank": 4, "dropout": 0.0}, "optimizer": {"name": "sgd"}},
         backwards_per_step=1,
         save_every=17,
+        large_every=7,
     ),
     Tenant(
         "dropout",
@@ -56,9 +65,11 @@ class Story:
 
     Attributes:
         kinds: of each operation sent, in order.
-        results: of each future that ended, in order: the loss, the step, or the artifact's sums.
+        results: of each future that ended, in order: the loss and the sum of the log-probabilities'
+            bytes, the step, or the artifact's sums.
         resolutions: how often each future resolved, by seq.
         steps: how many optim_steps it takes.
+        large: how many of its batches were large.
         told: cursor and step of each update that one stream of metrics, begun before the first,
             has told of.
     """
@@ -68,6 +79,7 @@ class Story:
     results: list[tuple[Any, ...]] = field(default_factory=list)
     resolutions: dict[int, int] = field(default_factory=dict)
     steps: int = 0
+    large: int = 0
     told: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -159,6 +171,9 @@ class Trainer:
     def _step(self, step: int) -> None:
         for part in range(self._tenant.backwards_per_step):
             self._send(self._run.forward_backward(_batch(self._tenant.config["seed"], step, part)))
+        if self._tenant.large_every and step % self._tenant.large_every == 3:
+            self._send(self._run.forward_backward(_large_batch(step)))
+            self.story.large += 1
         self._send(self._run.optim_step(learning_rate=5e-3))
         if step % self._tenant.save_every == self._tenant.save_every - 1:
             self._send(self._run.save_state_async({"step": step}))
@@ -180,7 +195,8 @@ class Trainer:
         future = self._open.popleft()
         result = future.result(TIMEOUT_S)
         if future.kind in ("forward", "forward_backward"):
-            outcome: tuple[Any, ...] = (result.loss,)
+            told = np.concatenate(result.logprobs).tobytes()
+            outcome: tuple[Any, ...] = (result.loss, hashlib.sha256(told).hexdigest())
         elif future.kind == "optim_step":
             outcome = (result.step, result.applied, result.grad_norm)
         else:
@@ -191,5 +207,13 @@ class Trainer:
 
 def _batch(seed: int, step: int, part: int) -> list[Datum]:
     draw = np.random.default_rng((seed, step, part))
-    tokens = draw.integers(3, 200, (2, int(draw.integers(12, 40))))
+    return _datums(draw.integers(3, 200, (2, int(draw.integers(12, 40)))))
+
+
+def _large_batch(step: int) -> list[Datum]:
+    """16,800 tokens, of which the log-probabilities alone take more than 64 KiB."""
+    return _datums(np.random.default_rng((98, step)).integers(3, 200, (150, 113)))
+
+
+def _datums(tokens: NDArray[np.int64]) -> list[Datum]:
     return [Datum(row[:-1], row[1:], weights=[1.0] * (len(row) - 1)) for row in tokens]

@@ -59,7 +59,8 @@ class _Backend(MockBackend):
 
     Attributes:
         scarce: calls for which it has no memory, and how often. They fail before they have done
-            anything, so that it is not the backend that closes a window behind them.
+            anything, so that it is not the backend that closes a window behind them; but
+            `untold` is a gradient that was added, of which nothing can be told.
     """
 
     instant = False
@@ -77,7 +78,11 @@ class _Backend(MockBackend):
 
     def forward_backward(self, run_id: str, *arguments: Any) -> LossOutcome:
         self._allocate("forward_backward")
-        return super().forward_backward(run_id, *arguments)
+        outcome = super().forward_backward(run_id, *arguments)
+        if self.scarce["untold"]:
+            self.scarce["untold"] -= 1
+            outcome.outputs = None  # type: ignore[assignment]
+        return outcome
 
     def optim_step(self, run_id: str, request: StepRequest) -> StepOutcome:
         window = self._runs[run_id].window
@@ -286,6 +291,7 @@ class Coordinator:
         )
         self.ledger.on_ready = specs.on_read = self.dispatcher.kick
         self.ledger.on_disputed = self.dispatcher.dispute
+        self.ledger.on_over = self.dispatcher.release
         self.gaps = GapWatch(store, self.ledger, self.hub, outcomes, 3600.0)
         self.ledger.on_gap = self.gaps.update
         self.ledger.on_deadline = self.cancellation.watch_deadline

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from fault.order_parts import Coordinator, CountingStore, Host, Worker
 
+from tensafe.v1 import admin_pb2 as admin
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe.v1 import types_pb2 as types
@@ -31,15 +32,18 @@ from tensafe.v1.artifacts_pb2 import DeleteArtifactRequest
 from tensafe.v1.models_pb2 import Model
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
+from tensafe_server.api import guard
 from tensafe_server.api.files import ArtifactUpload
+from tensafe_server.api.training import TrainingServicer
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.operations.intake import Outcome
-from tensafe_server.operations.lookup import draining
+from tensafe_server.operations.lookup import OperationReader, draining
 from tensafe_server.operations.model import RUNNING
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import new_snapshot_id
 from tensafe_server.store.base import EventScope, OperationRow, Page, TenantRow
+from tensafe_server.tenants.identity import Principal
 
 TENANT = "ten-1"
 LATER_S = 3600
@@ -214,6 +218,22 @@ class World:
         """Nobody fills it in time."""
         await self.coordinator.gaps.close(self.coordinator.ledger.runs[run_id])
         self.skipped[run_id].clear()
+
+    async def delete_run(self, run_id: str, book: type[RunBook] = RunBook) -> None:
+        parts = self.coordinator
+        servicer = TrainingServicer(
+            book(self.store, parts.ledger, parts.models, parts.privacy.configs),
+            *(
+                parts.ledger,
+                parts.intake,
+                OperationReader(self.store, parts.ledger, parts.payloads),
+            ),
+            *(parts.gaps, parts.cancellation, parts.dispatcher, parts.hub),
+            *(parts.reception._verifications, parts.pruner),
+        )
+        guard._caller.set(Principal(admin.KEY_KIND_TENANT, TENANT, "key"))
+        request = training.DeleteRunRequest(run_id=run_id, request_id=f"request-{run_id}")
+        await servicer.DeleteRun(request, None)
 
     async def cancel(self, operation_id: str) -> bool:
         """Whether there was something to cancel."""

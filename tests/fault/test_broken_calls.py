@@ -7,17 +7,11 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from fault.order_world import TENANT, World
+from fault.order_world import World
 from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.test_slow_commits import busy_disk
 
-from tensafe.v1 import admin_pb2 as admin
-from tensafe.v1 import training_pb2 as training
-from tensafe_server.api import guard
-from tensafe_server.api.training import TrainingServicer
-from tensafe_server.operations.lookup import OperationReader
 from tensafe_server.operations.runs import RunBook
-from tensafe_server.tenants.identity import Principal
 
 
 @pytest.fixture
@@ -55,7 +49,6 @@ def test_a_cancel(world: World):
 
 async def delete_and_hang_up(world: World, run: str) -> None:
     """The caller is gone before it is on disk that the run is deleted."""
-    parts, store = world.coordinator, world.store
     marking = asyncio.Event()
 
     class Book(RunBook):
@@ -63,16 +56,8 @@ async def delete_and_hang_up(world: World, run: str) -> None:
             marking.set()
             await super().delete(*arguments)
 
-    servicer = TrainingServicer(
-        Book(store, parts.ledger, parts.models, parts.privacy.configs),
-        *(parts.ledger, parts.intake, OperationReader(store, parts.ledger, parts.payloads)),
-        *(parts.gaps, parts.cancellation, parts.dispatcher, parts.hub),
-        *(parts.reception._verifications, parts.pruner),
-    )
-    guard._caller.set(Principal(admin.KEY_KIND_TENANT, TENANT, "key"))
-    request = training.DeleteRunRequest(run_id=run, request_id="request-delete")
     with busy_disk(world):
-        deleting = asyncio.get_running_loop().create_task(servicer.DeleteRun(request, None))
+        deleting = asyncio.get_running_loop().create_task(world.delete_run(run, Book))
         await marking.wait()
         deleting.cancel()
         await asyncio.wait([deleting])

@@ -21,7 +21,8 @@ from tensafe_client import ServiceClient
 
 SHORT_KILLS = 5
 LONG_KILLS = 30
-WORKER = ("--dtype", "float32", "--threads", "1")
+# So little memory that a worker sets every run aside but the one that it is at.
+WORKER = ("--dtype", "float32", "--threads", "1", "--run-memory-mib", "0.01")
 
 
 @pytest.mark.timeout(600)
@@ -65,7 +66,10 @@ def chaos(home: Path, tiny_model: Path, *, seed: int, kills: int) -> None:
         for trainer in trainers:
             trainer.finish()
         stories = [trainer.join() for trainer in trainers]
+        aside = sum(worker.log.count("set run ") for worker in cluster.workers)
         print(f"{driver.kills} kills; steps: {[story.steps for story in stories]}")
+        print(f"{sum(story.large for story in stories)} results in files; set aside: {aside}")
+        assert aside
 
         undisturbed = undisturbed_stories(clients, stories, progress)
         for ours, theirs in zip(stories, undisturbed, strict=True):

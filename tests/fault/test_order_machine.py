@@ -115,6 +115,7 @@ class Machine(RuleBasedStateMachine):
     Attributes:
         accepted: every operation that was answered with its id.
         refused: of these, those that were refused as such.
+        deleted: runs that are deleted before everything has ended.
         cancelled, expired: what was cancelled while it was open, and whose deadline passed while
             it was not known to have begun.
     """
@@ -132,6 +133,7 @@ class Machine(RuleBasedStateMachine):
         self.refused: set[str] = set()
         self.cancelled: set[str] = set()
         self.expired: set[str] = set()
+        self.deleted: set[str] = set()
 
     def _send(self, specs) -> list[str]:
         outcomes = self.world.do(self.world.send(specs))
@@ -290,6 +292,12 @@ class Machine(RuleBasedStateMachine):
         if restarts:
             self.world.do(self.world.restart())
 
+    @rule(run=run_numbers, really=st.sampled_from([False, False, False, True]))
+    def delete_in_the_end(self, run: int, really: bool) -> None:
+        """With whatever of the run is open then."""
+        if really:
+            self.deleted.add(self.runs[run])
+
     # Workers, and what lies between.
 
     @rule(times=st.integers(1, 6))
@@ -338,7 +346,10 @@ class Machine(RuleBasedStateMachine):
             self.world.do(self.world.restart())
         self.world.do(self.world.kill_worker(at))
 
-    @rule(at=worker_numbers, what=st.sampled_from(["open_run", "forward_backward", "optim_step"]))
+    @rule(
+        at=worker_numbers,
+        what=st.sampled_from(["open_run", "forward_backward", "optim_step", "untold"]),
+    )
     def lack_memory(self, at: int, what: str) -> None:
         """The worker's next call of this kind fails, be it in a replay or not."""
         self.world.hosts[at].worker.backend.scarce[what] = 1
@@ -407,6 +418,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
+            self._delete(self.deleted)
             self.world.finish()
             ended = [row for run_id in self.runs for row in self.world.rows(run_id)]
             ended += self.world.rows(None)
@@ -420,9 +432,19 @@ class Machine(RuleBasedStateMachine):
             for run_id in self.runs:
                 Follower(self.world).follow(run_id)
             assert self.world.coordinator.replays.mismatches == 0
+            self._delete(set(self.runs) - self.deleted)
+            self.world.finish()
+            for host in self.world.hosts:
+                assert not host.worker.backend._runs, "memory of runs that nobody has any more"
         finally:
             dispatcher._RETRY_S = self._retry_s
             self.world.close()
+
+    def _delete(self, run_ids: set[str]) -> None:
+        for run_id in sorted(run_ids):
+            opened = self.world.coordinator.ledger.runs[run_id].by_seq.values()
+            self.cancelled |= {operation.row.id for operation in opened}
+            self.world.do(self.world.delete_run(run_id))
 
     def _ended_rightly(self, row) -> None:
         if row.state == SUCCEEDED:
@@ -437,7 +459,8 @@ class Machine(RuleBasedStateMachine):
         elif row.id in self.refused:
             assert not row.executed
         elif row.executed:
-            assert reason in MOCK_REASONS, row
+            untold = row.kind == ops.OPERATION_KIND_FORWARD_BACKWARD and reason == "INTERNAL"
+            assert untold or reason in MOCK_REASONS, row
         else:
             # It was running when several workers were lost; or it, or one before it, never came;
             # or no worker had the memory to bring its run to it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,28 @@ def test_a_recovery_has_what_is_on_its_way_to_the_disk(
     assert not any(read_early)
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED"] * 4
+
+
+def test_a_worker_that_is_back_before_what_it_told_is_on_disk_keeps_its_run(world: World, run: str):
+    submit(world, run, GRADIENT)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+
+    async def tell_and_come_back() -> None:
+        with busy_disk(world):
+            await world.report()
+            await world.cut()
+            back = asyncio.get_running_loop().create_task(world.connect())
+            for _ in range(10):
+                await asyncio.sleep(0)
+        await back
+
+    world.do(tell_and_come_back())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 2
+    assert world.coordinator.ledger.runs[run].epoch == 1, "no replay"
 
 
 def test_a_worker_has_its_credit_back_once_the_outcome_is_on_disk(world: World, run: str):

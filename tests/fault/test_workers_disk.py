@@ -1,13 +1,20 @@
-"""A worker's own disk fills up: what was to wait there stays in memory, and nobody's work fails."""
+"""A worker's own disk fills up: what was to wait there stays in memory, and what cannot do without
+says so."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from parity.tiny_runs import metric, request_of, rows_of, settings, tiny_llama
+from unit.workers.planned import assignment, forward_backward, operation
+from unit.workers.test_executor import OPTIM, SAVE, Driver, FolderTransfers, reason
 
+from tensafe.v1 import training_pb2
+from tensafe.wire.tensors import encode
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 from workers.operations import StepRequest
@@ -58,3 +65,36 @@ def test_runs_stay_in_memory_while_the_disk_is_full(tmp_path, disk):
     assert tight._runs.resident == ["b"]
     for name in NAMES:
         assert torch.equal(tight._runs[name].adapter.weights, roomy._runs[name].adapter.weights)
+
+
+def test_what_needs_room_says_so_and_works_when_there_is_some(tmp_path, disk, monkeypatch):
+    small = tmp_path / "small"
+    disk(small, 4)
+    (tmp_path / "stored").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    backend = TorchBackend([freeze("tiny", tiny_llama())])
+    driver = Driver(backend, FolderTransfers(tmp_path / "stored"))
+    run = assignment(model_ref="tiny")
+    step = driver.run(operation(1, **forward_backward()), operation(2, **OPTIM), runs=[run])
+    saved = driver.run(*(operation(seq, artifact_id=f"art-{seq}", **SAVE) for seq in (3, 4, 5)))
+    assert all(done.HasField("result") for done in [*step, *saved])
+    load = {"load_state": training_pb2.LoadState(artifact_id="art-4")}
+    params = training_pb2.SamplingParams(max_tokens=1)
+    prompt = training_pb2.Prompt(tokens=encode(np.array([5, 6], np.int32)))
+    sample = training_pb2.Sample(prompts=[prompt], params=params)
+    sample.weights.artifact_id = "art-5"
+    work = [SAVE, load, {"sample": sample}]
+
+    filler = fill(small)
+    for seq, kind in enumerate(work, 6):
+        (failed,) = driver.run(operation(seq, artifact_id="art-6" if kind is SAVE else "", **kind))
+        assert reason(failed) == "WORKER_DISK_FULL"
+        assert f"0.0 MiB are free in {small}" in failed.error.message
+    (trained, stepped) = driver.run(operation(9, **forward_backward()), operation(10, **OPTIM))
+    assert trained.HasField("result")
+    assert stepped.result.optim_step.step == 2
+    filler.unlink()
+    for seq, kind in enumerate(work, 11):
+        (done,) = driver.run(operation(seq, artifact_id="art-7" if kind is SAVE else "", **kind))
+        assert done.HasField("result"), done
+    driver.executor.close()

@@ -34,6 +34,7 @@ from tensafe.v1.types_pb2 import (
     Metric,
     NamedTensor,
 )
+from tensafe.wire.status import TenSafeFault, to_status
 from tensafe.wire.tensors import decode, encode
 
 _DATA = b"adapter and optimizer"
@@ -151,6 +152,13 @@ class PrivateWorker:
         self._unstored.clear()
         self._stream.cancel()
         self._outgoing.put(None)
+
+    def give_up(self, run_id: str, reason: str) -> None:
+        """It cannot keep the run."""
+        run = self.runs.pop(run_id)
+        error = to_status(TenSafeFault(reason, "why").detail)
+        refused = pb.RefusedSnapshot(run_id=run_id, epoch=run.epoch, error=error)
+        self._outgoing.put(pb.ConnectRequest(report=pb.Report(refused=[refused])))
 
     def cut(self) -> None:
         """The stream is gone; what it holds stays."""

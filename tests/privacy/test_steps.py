@@ -333,6 +333,30 @@ def test_a_step_that_is_lost_with_its_worker_is_spent_and_not_made_again(
     second.close()
 
 
+def test_a_step_whose_state_its_worker_cannot_store_is_lost_like_that(
+    cluster: Cluster, worker: PrivateWorker, client: ServiceClient
+) -> None:
+    tc = private_run(client)
+    one_step(tc).result(60)
+    second = PrivateWorker(cluster.target, cluster.worker_key)
+    over = threading.Event()
+
+    def give_up(stage: str, planned: Any) -> None:
+        if is_kind(planned, "optim_step") and stage == "snapshot":
+            worker.give_up(tc.run_id, "WORKER_DISK_FULL")
+            over.wait(60)
+            raise VanishedError
+
+    worker.before = give_up
+    tc.forward_backward(BATCH)
+    with pytest.raises(DPStepLostError):
+        tc.optim_step().result(60)
+    assert one_step(tc).result(60).step == 2
+    assert events(cluster) == ["reserve", "commit", "reserve", "lose", "reserve", "commit"]
+    over.set()
+    second.close()
+
+
 def test_a_worker_that_was_only_cut_off_answers_for_its_step(
     cluster: Cluster, worker: PrivateWorker, client: ServiceClient
 ) -> None:

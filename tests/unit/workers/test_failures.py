@@ -141,13 +141,30 @@ def test_what_fails_once_the_run_has_changed_leaves_it_to_its_next_assignment(
     assert given_up(driver) == ["run-1", "run-2"]
     assert driver.executor.held_runs() == []
     assert driver.run(*both(3, 3 * grouped, **forward_backward())) == [None, None]
+    assert not driver.executor._progress._running
 
 
-def test_a_load_that_broke_off_leaves_the_run_to_its_next_assignment(driver, backend):
+@pytest.mark.parametrize("grouped", [0, 1], ids=["alone", "grouped"])
+def test_a_gradient_that_cannot_be_told_fails_and_its_run_begins_anew(driver, monkeypatch, grouped):
+    """It is in the window, of which the log will say that it is not."""
+    driver.run(*both(1, grouped, **forward_backward()), runs=BOTH)
+    with monkeypatch.context() as patch:
+
+        def explode(*_):
+            raise MemoryError
+
+        patch.setattr("workers.wire.forward_backward_result", explode)
+        failed = driver.run(*both(2, 2 * grouped, **forward_backward()))
+    assert [reason(done) for done in failed] == ["INTERNAL"] * 2
+    assert given_up(driver) == ["run-1", "run-2"]
+
+
+def test_a_load_that_broke_off_fails_and_its_run_begins_anew(driver, backend):
     driver.run(operation(1, artifact_id="art-1", **SAVE), runs=BOTH)
     backend.broken = {"load_state"}
     load = {"load_state": training_pb2.LoadState(artifact_id="art-1")}
-    assert driver.run(operation(2, **load)) == [None]
+    (done,) = driver.run(operation(2, **load))
+    assert reason(done) == "INTERNAL"
     assert given_up(driver) == ["run-1"]
 
 
@@ -158,7 +175,8 @@ SAVE = {"save_state": training_pb2.SaveState()}
 def test_a_window_that_cannot_be_marked_gives_up_its_run_alone(driver, backend, void):
     driver.run(*both(1, 0, **forward_backward()), runs=BOTH)
     backend.broken = {"forward_backward", "poison"}
-    assert driver.run(operation(2, void=void, **forward_backward())) == [None]
+    (done,) = driver.run(operation(2, void=void, **forward_backward()))
+    assert (done is None) == void
     backend.broken = set()
     assert given_up(driver) == ["run-1"]
     (step,) = driver.run(operation(2, "run-2", **OPTIM))

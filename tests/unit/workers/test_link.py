@@ -231,6 +231,23 @@ async def test_artifacts_travel_and_their_sums_are_checked():
 
 
 @scenario
+async def test_a_run_is_given_up_behind_what_was_told_of_it():
+    def explode(*_):
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.wire.forward_backward_result", explode)
+        async with serving() as (coordinator, port), linked(port):
+            await coordinator.registers.get()
+            coordinator.send(operation(1, **forward_backward()), runs=[assignment()])
+            reports = []
+            while not (reports and reports[-1].refused):
+                reports.append((await coordinator.said.get()).report)
+    assert [done.HasField("error") for report in reports[:-1] for done in report.done] == [True]
+    assert not reports[-1].done
+
+
+@scenario
 async def test_a_refused_key_ends_the_worker():
     async with serving() as (_, port), linked(port, key="ts_wrong") as (_, task):
         with pytest.raises(LinkError, match="UNAUTHENTICATED: no such key"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 
+import grpc
 import numpy as np
 import pytest
 from unit.workers.planned import assignment, batch, forward_backward, operation, plan
@@ -13,7 +15,7 @@ from tensafe.v1 import privacy_pb2, training_pb2, worker_pb2
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from workers import private_steps
-from workers.mock import MockBackend
+from workers.mock import MockBackend, MockCaptured
 from workers.snapshots import SnapshotPolicy
 
 DP = privacy_pb2.DpConfig(
@@ -65,6 +67,11 @@ def charged(seq: int, run: str = "run-1", **options):
 
 def gradient(seq: int, run: str = "run-1", **options):
     return operation(seq, run, **forward_backward(), **options)
+
+
+def unreachable() -> Exception:
+    nothing = grpc.aio.Metadata()
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing)
 
 
 def private(run: str = "run-1", **config):
@@ -139,6 +146,51 @@ def test_a_state_that_is_never_wanted_gives_the_run_back(driver, transfers, monk
     assert not driver.executor.held_runs()
     (done,) = driver.run(gradient(1, epoch=2), runs=[private(epoch=2)])
     assert done.HasField("result")
+
+
+def test_a_full_disk_of_this_machine_gives_the_run_back(driver, transfers, monkeypatch):
+    """Another worker can make the update, if this one gets no room."""
+    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("workers.mock.MockCaptured.write", full)
+    outcomes = driver.run(gradient(1), charged(2), runs=[private()])
+    assert outcomes[1] is None
+    (refused,) = driver.executor.collect_refused()
+    assert "could not be stored" in refused.error.message
+    assert not driver.executor.held_runs()
+
+
+def test_a_coordinator_that_cannot_be_reached_or_write_is_waited_for(
+    driver, transfers, monkeypatch
+):
+    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    away = unreachable()
+    full = TenSafeFault("STORAGE_FULL", "the coordinator's disk is full")
+    transfers.failures += [away, full, away]
+    (_, done) = driver.run(gradient(1), charged(2), runs=[private()])
+    assert done.snapshot_id == "snap-run-1-2"
+
+
+def test_two_minutes_of_own_failures_in_a_row_are_enough(transfers, monkeypatch):
+    """After the coordinator was away, however long, they are counted anew."""
+    now = [0.0]
+    monkeypatch.setattr(private_steps.time, "monotonic", lambda: now[0])
+    steps = private_steps.PrivateSteps(transfers, lambda step: None)
+    spec = training_pb2.OperationSpec(run_id="run-1", seq=2)
+    ended = private_steps.Ended(spec, charged(2), worker_pb2.OperationDone())
+    step = private_steps.PrivateStep(ended, MockCaptured(1, ""))
+    own, away = OSError(errno.ENOSPC, "full"), unreachable()
+
+    def goes_on(at_s: float, error: Exception) -> bool:
+        now[0] = at_s
+        return steps._again(step, error)
+
+    assert [goes_on(at_s, own) for at_s in (0, 119)] == [True, True]
+    assert [goes_on(at_s, away) for at_s in (200, 900)] == [True, True]
+    assert [goes_on(at_s, own) for at_s in (901, 1020, 1022)] == [True, True, False]
 
 
 def test_a_run_that_is_taken_away_takes_what_waits_with_it(driver, transfers):

@@ -146,6 +146,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_UPLOAD_NOT_FOUND: _ErrorReason.ValueType  # 64
     """NOT_FOUND: no such upload, or it was finished or given up."""
+    ERROR_REASON_WORKER_DISK_FULL: _ErrorReason.ValueType  # 65
+    """RESOURCE_EXHAUSTED: the worker has no room for temporary files; nothing of
+    the operation was done.
+    """
     ERROR_REASON_DP_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 80
     """FAILED_PRECONDITION: the step would pass the dataset's target ε; nothing was
     done.
@@ -291,6 +295,10 @@ artifact.
 """
 ERROR_REASON_UPLOAD_NOT_FOUND: ErrorReason.ValueType  # 64
 """NOT_FOUND: no such upload, or it was finished or given up."""
+ERROR_REASON_WORKER_DISK_FULL: ErrorReason.ValueType  # 65
+"""RESOURCE_EXHAUSTED: the worker has no room for temporary files; nothing of
+the operation was done.
+"""
 ERROR_REASON_DP_BUDGET_EXCEEDED: ErrorReason.ValueType  # 80
 """FAILED_PRECONDITION: the step would pass the dataset's target ε; nothing was
 done.

@@ -443,7 +443,7 @@ class Report(_message.Message):
 
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedSnapshot]:
-        """Snapshots that could not be loaded."""
+        """Runs that were given up; after what was told of them, here or in a report before."""
 
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleChunk]:
