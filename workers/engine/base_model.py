@@ -28,6 +28,7 @@ from workers.engine.checks import (
 from workers.engine.gated import lean_gates
 from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
 from workers.engine.norms import lean_norms
+from workers.engine.peft_names import read_otherwise
 from workers.engine.products import Product, SegmentLoop
 from workers.engine.sampling.cache import LayerShape
 from workers.operations import LoraSettings
@@ -49,7 +50,7 @@ class BaseModel:
         body: what gives hidden states.
         head: the linear layer from hidden states to logits.
         tokenizer: of `transformers`; None without one.
-        linear_modules: last part of the name → count, without embeddings and the head.
+        linear_modules: last part of the name → count; what adapters may go on.
         end_tokens: ids that end a completion.
         token_bytes: that a training pass keeps for each token, once it was measured.
         references: other names under which tenants may ask for it.
@@ -233,12 +234,14 @@ def _turn_linear(module: nn.Module) -> None:
 
 
 def _linear_modules(module: nn.Module, head: nn.Linear) -> dict[str, int]:
-    names = (
+    """Of those that adapters may go on: what is saved must mean the same to plain `peft`."""
+    counts = Counter(
         name.rsplit(".", 1)[-1]
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) and part is not head
     )
-    return dict(Counter(names))
+    others = read_otherwise(module, counts)
+    return {name: count for name, count in counts.items() if name not in others}
 
 
 def _longest_token(tokenizer: Any) -> int:
