@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.engine_products import frozen_products
+from benchmarks.engine_products import frozen_flops, frozen_products
 from benchmarks.engine_rows import MIXED, Rows, make_rows
 from tensafe.wire.status import TenSafeFault
 from workers.engine.engine import TorchBackend
@@ -50,10 +50,7 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
     cells: dict[str, list[float]] = {}
     peft_step = plain_loop(setting.plain(), setting.dropout, 1)
     setting.backend.open_run("one", setting.run_settings(), None)
-    for name, rows in (
-        ("mixed", make_rows(MIXED, 0.6, setting.vocabulary)),
-        ("equal", make_rows([128] * 8, 0.0, setting.vocabulary)),
-    ):
+    for name, rows in _one_rows(setting).items():
         steps = {
             f"one/{name}/engine": lambda rows=rows: _in_turn(setting.backend, ["one"], [rows]),
             f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
@@ -72,7 +69,7 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
     for name in names:
         setting.backend.open_run(name, setting.run_settings(), None)
     for length in lengths:
-        rows = [make_rows([length], 0.0, setting.vocabulary, seed) for seed in range(tenants)]
+        rows = _tenants_rows(setting, tenants, length)
         cell = f"{tenants}x{length}"
         steps = {
             f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
@@ -103,11 +100,60 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
     return found
 
 
+def utilisation(
+    cells: dict[str, list[float]], work: dict[str, float], gigaflops: float
+) -> dict[str, float]:
+    """Useful work of the engine's steps over what the device's products would do meanwhile, and
+    how much of a step those products take: the rest is what bounds it.
+
+    Args:
+        work: operations of a step, by cell.
+        gigaflops: the device's rate.
+    """
+    found = {}
+    for cell, flops in work.items():
+        seconds = median(cells.get(f"{cell}/engine") or cells[f"{cell}/together"])
+        found[f"{cell} model FLOP utilisation"] = flops / seconds / (gigaflops * 1e9)
+        found[f"{cell} share of frozen products"] = median(cells[f"{cell}/products"]) / seconds
+    return found
+
+
+def one_work(setting: Setting) -> dict[str, float]:
+    """Operations of a step of each cell of `one_run`."""
+    return {f"one/{name}": _flops(setting, [rows]) for name, rows in _one_rows(setting).items()}
+
+
+def many_work(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, float]:
+    """The same of `many_runs`."""
+    return {
+        f"{tenants}x{length}": _flops(setting, _tenants_rows(setting, tenants, length))
+        for length in lengths
+    }
+
+
+def _one_rows(setting: Setting) -> dict[str, Rows]:
+    return {
+        "mixed": make_rows(MIXED, 0.6, setting.vocabulary),
+        "equal": make_rows([128] * 8, 0.0, setting.vocabulary),
+    }
+
+
+def _tenants_rows(setting: Setting, tenants: int, length: int) -> list[Rows]:
+    return [make_rows([length], 0.0, setting.vocabulary, seed) for seed in range(tenants)]
+
+
 def _products(setting: Setting, rows: list[Rows]) -> None:
+    frozen_products(setting.backend.base_model(setting.model), *_sizes(rows))
+
+
+def _flops(setting: Setting, rows: list[Rows]) -> float:
+    return frozen_flops(setting.backend.base_model(setting.model), *_sizes(rows))
+
+
+def _sizes(rows: list[Rows]) -> tuple[int, int]:
     weights = [own.ours.batch.weights for own in rows]
     scored = sum(int((own != 0).sum()) for own in weights if own is not None)
-    tokens = sum(len(own.ours.batch.input_tokens) for own in rows)
-    frozen_products(setting.backend.base_model(setting.model), tokens, scored)
+    return sum(len(own.ours.batch.input_tokens) for own in rows), scored
 
 
 def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[float]]) -> None:

@@ -62,10 +62,20 @@ def ratios(peaks: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
-    from workers.engine.loading import load_backend
+    import torch
+
+    from benchmarks import random_models
+    from workers.engine.engine import TorchBackend
+    from workers.engine.loading import load_backend, pick_device, pick_dtype
     from workers.operations import LoraSettings, RunSettings, StepRequest
 
-    backend = load_backend([model], device="auto", dtype=dtype, threads=1)
+    torch.set_num_threads(1)
+    if model in random_models.NAMES:
+        device = pick_device("auto")
+        base = random_models.base_model(model, device, pick_dtype(dtype, device))
+        backend = TorchBackend([base])
+    else:
+        backend = load_backend([model], device="auto", dtype=dtype, threads=1)
     settings = RunSettings(model, lora=LoraSettings(dropout=dropout), seed=1)
 
     def step(name: str, batch: Any) -> None:
@@ -88,14 +98,19 @@ def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dic
 def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
+    from benchmarks import random_models
     from benchmarks.engine import plain_loop
     from workers.engine.loading import pick_device, pick_dtype
     from workers.engine.model_sources import resolve
 
     device = pick_device("auto")
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        resolve(model).location, dtype=pick_dtype(dtype, device)
-    )
+    base: Any
+    if model in random_models.NAMES:
+        base = random_models.build(model, device, pick_dtype(dtype, device))
+    else:
+        base = AutoModelForCausalLM.from_pretrained(
+            resolve(model).location, dtype=pick_dtype(dtype, device)
+        )
     step = plain_loop(base.to(device), dropout, 1)
     return peaks({cell: lambda batch=batch: step([batch]) for cell, batch in rows.items()})
 
@@ -155,10 +170,12 @@ def _status(field: str) -> float:
 
 
 def _main() -> None:
+    from benchmarks import random_models
     from benchmarks.engine_rows import MIXED, make_rows
 
     side, model, dtype, dropout = sys.argv[1:]
-    rows = {"mixed": make_rows(MIXED, 0.6, 49_000), "equal": make_rows([128] * 8, 0.0, 49_000)}
+    known = random_models.vocabulary(model) if model in random_models.NAMES else 49_000
+    rows = {"mixed": make_rows(MIXED, 0.6, known), "equal": make_rows([128] * 8, 0.0, known)}
     measure_side = _engine if side == "engine" else _plain
     print(json.dumps(measure_side(model, dtype, float(dropout), rows)))
 

@@ -28,6 +28,12 @@ def frozen_products(model: BaseModel, tokens: int, scored: int) -> None:
         _both(model.head.weight, {}, min(_HEAD_ROWS, scored - begin))
 
 
+def frozen_flops(model: BaseModel, tokens: int, scored: int) -> float:
+    """Operations of those products: a model's useful work, attention and adapters left out."""
+    layers = sum(layer.weight.numel() for layer in model.layers.values())
+    return 4.0 * (layers * tokens + model.head.weight.numel() * scored)
+
+
 def _both(weight_OK: Tensor, inputs: dict[int, Tensor], rows: int) -> None:  # noqa: N803
     for width in weight_OK.shape:
         if width not in inputs:

@@ -1,6 +1,6 @@
 """Checks an adapter in `peft`'s format, as far as that goes without torch and without the model.
 
-Every field that would change what the adapter computes, and that a run cannot have, is refused
+Every field that would change what the adapter computes, or that nobody here knows, is refused
 rather than ignored.
 """
 
@@ -28,29 +28,22 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
 }
 """Fields whose value is fixed. Those that are absent have peft's default, which fits."""
-_MUST_BE_UNSET = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "corda_config",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_bias",
-    "megatron_config",
-    "modules_to_save",
-    "qalora_group_size",
-    "rank_pattern",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
-    "use_rslora",
+_READ = ("r", "lora_alpha", "lora_dropout", "target_modules")
+_NO_MATTER = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",  # how the base's weights lie in `peft`'s memory
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "revision",
 )
-_HARMLESS_DEFAULTS = {"qalora_group_size": 16}
+"""Fields that change nothing of what the adapter computes."""
+_DEFAULTS = {"qalora_group_size": 16}
+"""Values of other fields that say as little as none, false or nothing in it."""
+_INITIAL = (True, False, None, "gaussian", "orthogonal", "mica")
+"""Beginnings that leave the base's weights alone; `pissa`, `olora` and others change them."""
+_KNOWN = {*_MUST_BE, *_READ, *_NO_MATTER, "init_lora_weights"}
 _PREFIX = "base_model.model."
 _ENDS = (".lora_A.weight", ".lora_B.weight")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -72,8 +65,10 @@ def read_config(data: bytes, model: Model) -> AdapterShape:
     for field, values in _MUST_BE.items():
         if config.get(field, values[0]) not in values:
             raise _unsupported(field, config[field])
-    for field in _MUST_BE_UNSET:
-        if config.get(field) and config[field] != _HARMLESS_DEFAULTS.get(field):
+    if config.get("init_lora_weights", True) not in _INITIAL:
+        raise _unsupported("init_lora_weights", config["init_lora_weights"])
+    for field in sorted(config.keys() - _KNOWN):
+        if config[field] and config[field] != _DEFAULTS.get(field):
             raise _unsupported(field, config[field])
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     dropout, targets = config.get("lora_dropout", 0.0), config.get("target_modules")

@@ -17,7 +17,14 @@ from workers.engine.run import Run
 from workers.operations import Batch, LossOutcome, LossRequest, Reduction, StepRequest
 
 SGD = {"name": "sgd", "beta1": None, "beta2": None, "eps": None, "momentum": 0.9}
-OPTIMIZERS: list[dict[str, Any]] = [{}, {"name": "adam", "eps": 1e-6}, SGD, {"grad_clip_norm": 0.1}]
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"name": "adam", "eps": 1e-6},
+    SGD,
+    {"grad_clip_norm": 0.1},
+    {"learning_rate": 1e-3, "grad_clip_norm": 1.0},
+    {"beta1": 0.5, "beta2": 0.9, "weight_decay": 0.3},
+]
 
 
 @dataclass(frozen=True, slots=True)

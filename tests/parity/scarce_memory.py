@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def _no_memory() -> RuntimeError:
@@ -88,3 +92,54 @@ def capacity(body: nn.Module, saved_bytes: float = math.inf) -> Iterator[Passes]
             yield seen
     finally:
         handle.remove()
+
+
+class Held(TorchDispatchMode):
+    """What is in memory of all that was computed in here, whoever holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        known = {_place(part) for part in tree_leaves((args, kwargs)) if _is_tensor(part)}
+        found = func(*args, **(kwargs or {}))
+        for part in tree_leaves(found):
+            if _is_tensor(part) and _place(part) not in known | self._sizes.keys():
+                storage = part.untyped_storage()
+                self._sizes[_place(part)] = storage.nbytes()
+                weakref.finalize(storage, self._sizes.pop, _place(part), None)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Now."""
+        return sum(self._sizes.values())
+
+
+class Exhausted(TorchDispatchMode):
+    """From some operation on, counted from 0, whatever takes memory fails."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._first = first
+        self._seen = 0
+        self.faults = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen += 1
+        in_place = func.overloadpacket.__name__.endswith("_")
+        if self._seen > self._first and not (func.is_view or in_place):
+            self.faults += 1
+            raise _no_memory()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_tensor(part: object) -> bool:
+    return isinstance(part, torch.Tensor)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

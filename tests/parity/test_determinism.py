@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from parity import deterministic_run
 from parity.deterministic_run import opened, options, train, train_call, weights
 from parity.group_members import SGD, Member, entries
@@ -111,6 +112,46 @@ def test_after_a_restart_in_the_middle_of_a_window(alone, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == alone[6:]
+
+
+def test_its_kernels_add_in_one_order_and_others_need_not(monkeypatch):
+    """On a GPU attention's backward pass would add as it comes: torch is asked not to."""
+    seen = []
+
+    def note(output: torch.Tensor) -> None:
+        output.register_hook(lambda _: seen.append(torch.are_deterministic_algorithms_enabled()))
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+    hidden = BASE.hidden
+
+    def watched(*args, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        output = hidden(*args, **options)
+        note(output)
+        return output
+
+    monkeypatch.setattr(BASE, "hidden", watched, raising=False)
+    for deterministic in (True, False):
+        backend = opened(TorchBackend([BASE]), deterministic=deterministic)
+        seen.clear()
+        train_call(backend, 0)
+        assert set(seen) == {deterministic}
+        assert len(seen) >= 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_fingerprint_tells_what_bits_depend_on():
+    found = TorchBackend([BASE]).fingerprint()
+    assert {
+        "engine",
+        "torch",
+        "device",
+        "cpu",
+        "cpu_capability",
+        "threads",
+        "dtype",
+    } <= found.keys()
+    assert all(found.values())
 
 
 def test_without_it_another_budget_changes_bits():

@@ -10,7 +10,8 @@ from parity.tiny_models import CONTEXT, FAMILIES, Family, Wide
 from parity.tiny_runs import metric, perturb, request_of, rows_of, settings
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine.base_model import UnsupportedModelError, freeze
+from workers.engine.base_model import freeze
+from workers.engine.checks import UnsupportedModelError
 from workers.engine.engine import TorchBackend
 from workers.engine.norms import RmsNorm
 from workers.operations import StepRequest
@@ -49,7 +50,9 @@ def test_loss_logprobs_and_every_gradient(family, token_budget):
     check_one_call(backend, plain, LENGTHS, MASKED)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gemma3-windows", "qwen2-tied-windows"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "gemma3-windows", "qwen2-tied-windows", "deepseek-latent"]
+)
 def test_documents_so_long_that_their_attention_is_not_held_whole(name):
     with Wide():
         backend, plain = pair(FAMILIES[name], context=1000, token_budget=1500)
@@ -130,6 +133,36 @@ def test_capped_and_scaled_logits_are_refused(model, config, options, says, spre
     )
     with pytest.raises(UnsupportedModelError, match=says):
         freeze("tiny", capped.float())
+
+
+@pytest.mark.parametrize("layers", [["sliding_attention"] * 2, ["full_attention"] * 2], ids=str)
+def test_no_row_is_longer_than_a_window_that_only_the_masks_know(layers):
+    """Attention is not told of it in this family, and a pass has no mask."""
+    options = {"num_key_value_heads": 2, "sliding_window": 9, "layer_types": layers}
+    module = Family("Qwen2Moe", "Qwen2Moe", options, 5).build(use_sliding_window=True).float()
+    model = freeze("tiny", module)
+    assert model.context_length == (9 if layers[0] == "sliding_attention" else CONTEXT)
+
+
+REFUSED = {
+    "gpt-oss": (
+        "GptOss",
+        "GptOss",
+        {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4},
+        "no s_aux",
+    ),
+    "gptj": ("GPTJ", "GPTJ", {"rotary_dim": 4}, "laid end to end"),
+    "openai-gpt": ("OpenAIGPTLMHead", "OpenAIGPT", {}, "without padding"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "options", "says"), REFUSED.values(), ids=REFUSED.keys()
+)
+def test_what_cannot_be_packed_is_refused_by_name(model, config, options, says):
+    module = Family(model, config, options, 0).build().float()
+    with pytest.raises(UnsupportedModelError, match=f"^tiny: .*{says}"):
+        freeze("tiny", module)
 
 
 def test_no_row_is_so_long_that_its_neighbours_positions_change():

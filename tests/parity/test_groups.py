@@ -13,6 +13,7 @@ from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine import updates
 from workers.engine.base_model import freeze
 from workers.engine.batched_products import Grouped, PaddedBmm
 from workers.engine.engine import TorchBackend
@@ -20,6 +21,7 @@ from workers.engine.products import SegmentLoop
 from workers.operations import LossOutcome, LossRequest, Reduction, StepOutcome, StepRequest
 
 BASE = freeze("tiny", tiny_llama())
+EXACT = freeze("tiny", tiny_llama().double())
 PRODUCTS = {"loop": SegmentLoop(), "bmm": PaddedBmm(), "grouped": Grouped()}
 
 
@@ -79,6 +81,25 @@ def test_two_runs_together_are_each_alone(members, token_budget):
     check_against_alone(members, token_budget)
 
 
+@pytest.mark.parametrize("product", ["loop", "bmm"])  # grouped_mm has no float64
+@examples(4)
+@given(
+    members=st.sampled_from([2, 8, 32]).flatmap(groups), token_budget=st.sampled_from([90, 10**6])
+)
+def test_in_float64_runs_together_are_each_alone_to_nine_digits(product, members, token_budget):
+    EXACT.product = PRODUCTS[product]
+    together, alone = (open_all(EXACT, members, token_budget) for _ in range(2))
+    outcomes = together.forward_backward_group(entries(members))
+    for (run, seq, request), outcome in zip(entries(members), outcomes, strict=True):
+        own = alone.forward_backward(run, seq, request)
+        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=1e-9)
+        assert metric(outcome, "loss") == pytest.approx(metric(own, "loss"), rel=1e-9, abs=1e-9)
+        ours, theirs = (b._runs[run] for b in (together, alone))
+        reference = theirs.adapter.named(theirs.accumulator)
+        for name, part in ours.adapter.named(ours.accumulator).items():
+            assert distance(part, reference[name]) <= 1e-9, name
+
+
 @pytest.mark.parametrize("product", PRODUCTS)
 @examples(5)
 @given(members=groups(8), token_budget=st.sampled_from([150, 100_000]))
@@ -95,9 +116,17 @@ def test_thirty_two_runs_together_are_each_alone(product, members, token_budget)
     check_against_alone(members, token_budget)
 
 
+@pytest.mark.parametrize("as_one", [False, True])
 @examples(6)
 @given(members=groups(8))
-def test_optimizers_that_step_together_give_the_bits_of_each_alone(members):
+def test_optimizers_that_step_together_give_the_bits_of_each_alone(as_one, members):
+    with pytest.MonkeyPatch.context() as patch:
+        if as_one:  # as a GPU steps
+            patch.setattr(updates, "_stepping_together", lambda closing: [closing])
+        check_steps_against_alone(members)
+
+
+def check_steps_against_alone(members: list[Member]) -> None:
     together, alone = (open_all(BASE, members) for _ in range(2))
     for call in range(3):
         # Not all at first, so that some step for the first time beside others that have momentum.

@@ -178,3 +178,31 @@ def test_what_was_saved_is_told_apart_from_what_was_made_elsewhere(base, tmp_pat
     assert backend.load_state("run", tmp_path, None).optimizer_restored is False
     plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert plain.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("Qwen3Moe", {"num_experts": 4, "mlp_only_layers": [0]}),
+        ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 16}),
+        ("Glm4Moe", {"n_routed_experts": 4, "first_k_dense_replace": 1}),
+    ],
+)
+def test_beside_experts_only_what_plain_peft_finds_by_its_name_is_adapted(model, options, tmp_path):
+    """`peft` takes `gate_proj` for the experts' own, where a model has experts."""
+    sizes = {"num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    family = Family(model, model, sizes | options, 0)
+    base = freeze("tiny", family.build().float())
+    targets = tuple(base.linear_modules)
+    assert {"q_proj", "o_proj"} <= set(targets)
+    backend = TorchBackend([base], token_budget=1000)
+    backend.open_run("run", settings(lora={"rank": 3, "target_modules": targets}), None)
+    perturb(backend, "run")
+    backend.save_state("run", tmp_path, include_optimizer=False)
+    rows = rows_of(9, [20, 7])
+    loaded = peft.PeftModel.from_pretrained(family.build().float(), tmp_path).eval()
+    with torch.no_grad():
+        plain = loaded(**hf_batch(rows)).loss.item()
+    assert metric(backend.forward("run", request_of(rows)), "loss") == pytest.approx(
+        plain, abs=1e-5
+    )

@@ -8,15 +8,20 @@ import torch
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-from parity.group_members import Member, bits, entries, open_all, runs
-from parity.scarce_memory import capacity, fault_at
+from parity.group_members import SGD, Member, bits, entries, open_all, runs
+from parity.scarce_memory import Exhausted, Held, capacity, fault_at
 from parity.tiny_models import GATED
-from parity.tiny_runs import metric, perturb, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, settings, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine import updates
+from workers.engine.attention import pack
 from workers.engine.base_model import freeze
 from workers.engine.budget import TokenBudget
 from workers.engine.engine import TorchBackend
+from workers.engine.lora import PassAdapters, Segment
+from workers.engine.products import SegmentLoop
+from workers.engine.run import Run
 from workers.operations import LossOutcome, Reduction, StepRequest
 
 EXACT = freeze("tiny", tiny_llama().double())
@@ -162,6 +167,65 @@ def test_a_row_that_does_not_fit_makes_its_activations_anew_and_keeps_its_bits()
     assert seen.faults == 2
     expected = calm.forward_backward_group(entries(members))
     assert bits(backend, outcomes, ["0", "1"]) == bits(calm, expected, ["0", "1"])
+
+
+@pytest.mark.parametrize("length", [60, 700])
+def test_activations_that_are_made_anew_are_not_held_meanwhile(length):
+    """Not only those that autograd keeps: nothing else may hold what attention computes."""
+    model = freeze("long", tiny_llama(max_position_embeddings=1024))
+    ids, positions = torch.zeros(length, dtype=torch.int64), torch.arange(length)
+    adapter = model.new_adapter(lora(rank=4, dropout=0.1))
+    held = []
+    for frugal in (False, True):
+        segment = Segment(0, length, adapter)
+        adapters = PassAdapters([segment], torch.float32, SegmentLoop(), trains=True)
+        with Held() as memory, model.carrying(adapters):
+            output = model.hidden(ids, positions, pack([length], "cpu"), frugal=frugal)
+            held.append(memory.bytes)
+        del output
+    row = length * model.layers["model.layers.0.self_attn.q_proj"].in_features * 4
+    # The embeddings, each layer's output, the last norm's output; rotations and a mask.
+    assert held[1] < 7 * row
+    assert held[0] > 20 * row
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_updates_that_find_no_memory_leave_each_run_what_it_was(monkeypatch, as_one):
+    if as_one:  # as a GPU steps
+        monkeypatch.setattr(updates, "_stepping_together", lambda closing: [closing])
+    optimizers = [{}, {"beta1": 0.5}, SGD]
+    members = [
+        Member(n, {"rank": 2}, own, Reduction.SUM, (3,), 1.0) for n, own in enumerate(optimizers)
+    ]
+    names = ["0", "1", "2"]
+    failed = 0
+    for first in range(300):
+        backend = open_all(SINGLE, members)
+        for call in range(2):
+            backend.forward_backward_group(entries(members, call=call))
+            before = [_state(run) for run in runs(backend, members).values()]
+            with Exhausted(first if call else 10**6):
+                outcomes = backend.optim_step_group([(name, StepRequest()) for name in names])
+        for run, was, outcome in zip(
+            runs(backend, members).values(), before, outcomes, strict=True
+        ):
+            if isinstance(outcome, TenSafeFault):
+                failed += 1
+                assert outcome.detail.reason == "OUT_OF_MEMORY"
+                assert _state(run) == was
+                assert run.window.step == 1
+            else:
+                assert run.window.step == 2
+                assert _state(run) != was
+        if not any(isinstance(outcome, TenSafeFault) for outcome in outcomes):
+            break
+    assert 20 < first < 299
+    assert failed > first
+
+
+def _state(run: Run) -> dict[str, bytes]:
+    tensors = {"weights": run.adapter.weights.detach(), **run.optimizer.state()}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from workers.engine.attention import _Bucketed, _varlen, pack
+from workers.engine.attention import _bucketed, _varlen, pack
 
 
 def ragged(q, k, v, borders_q, borders_k, longest_q, longest_k, **options):
@@ -44,7 +44,7 @@ def test_it_computes_what_the_cpu_does(monkeypatch, window, groups):
     packing = pack(lengths, "cpu")
     generator = torch.Generator().manual_seed(3)
     found = []
-    for way in (_varlen, _Bucketed.apply):
+    for way in (_varlen, _bucketed):
         generator.manual_seed(3)
         # As `transformers` brings them: heads before tokens, and not contiguous.
         leaves = [

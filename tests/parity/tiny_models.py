@@ -28,6 +28,8 @@ _SIZES = {
 GATED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 PLAIN = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+TURNED = ("c_attn", "c_proj", "c_fc")
+LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Family:
     """One configuration of a model.
 
     Attributes:
-        model: the class's name, without `ForCausalLM`.
+        model: the class's name, without `ForCausalLM` or `Model`.
         config: the class's name, without `Config`.
         norms: RMS norms in it, which the engine replaces by its own.
         linear: names of all its linear layers but the head.
@@ -52,7 +54,10 @@ class Family:
         make = getattr(transformers, f"{self.config}Config")
         config = make(**_SIZES | self.options | changes)
         torch.manual_seed(11)
-        module = getattr(transformers, f"{self.model}ForCausalLM")(config).eval()
+        plain = self.model.endswith("Head")
+        module = getattr(transformers, self.model + ("Model" if plain else "ForCausalLM"))(
+            config
+        ).eval()
         generator = torch.Generator().manual_seed(12)
         with torch.no_grad():
             for parameter in module.parameters():
@@ -134,6 +139,27 @@ FAMILIES = {
     ),
     # Biases everywhere, the head's too; layer norms; heads turned in part.
     "phi": Family("Phi", "Phi", {"num_key_value_heads": 2}, 0, PLAIN),
+    "mistral-windows": Family(
+        "Mistral", "Mistral", {"num_key_value_heads": 2, "sliding_window": 5}, 5
+    ),
+    # Weights the other way round, learned positions, one layer for queries, keys and values.
+    "gpt2": Family("GPT2LMHead", "GPT2", {"n_inner": 48}, 0, TURNED),
+    # Keys of 12 numbers and values of 8, both from what few numbers tell of a token.
+    "deepseek-latent": Family(
+        "DeepseekV3",
+        "DeepseekV3",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 2,
+        },
+        9,
+        LATENT,
+    ),
 }
 
 

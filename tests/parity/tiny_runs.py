@@ -22,22 +22,22 @@ VOCABULARY = 96
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**changes) -> LlamaForCausalLM:
     """The same weights at each call."""
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options | changes)).eval()
 
 
 def lora(**options) -> LoraSettings:

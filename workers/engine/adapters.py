@@ -84,9 +84,10 @@ class Adapter:
             self._gradients = self.pairs(self._gradient)
         return self._gradient
 
-    def release_gradient(self) -> Tensor:
-        """Hands the gradient over: between calls a run holds none but its window's sum."""
-        gradient = self.gradient()
+    def release_gradient(self) -> Tensor | None:
+        """Hands the gradient over: between calls a run holds none but its window's sum. None if
+        nobody has asked for it."""
+        gradient = self._gradient
         self._gradient, self._gradients = None, {}
         return gradient
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -41,7 +41,7 @@ class Layout(Protocol):
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """[N, H, E] of one layer.
+        """[N, H, E] of one layer; the values' E may differ from that of queries and keys.
 
         Args:
             module: the layer's own attention module, with its `layer_idx`.
@@ -99,10 +99,7 @@ class Packing:
             self.keep(module.layer_idx, k_NGE, v_NGE)
         if q_NHE.is_cuda:
             return _varlen(q_NHE, k_NGE, v_NGE, self, scale, window)
-        output: Tensor = _Bucketed.apply(  # type: ignore[no-untyped-call]
-            q_NHE, k_NGE, v_NGE, self, scale, window
-        )
-        return output
+        return _bucketed(q_NHE, k_NGE, v_NGE, self, scale, window)
 
     def bias(self, length: int, window: int | None, like: Tensor) -> Tensor:
         """[T, T] of 0 where a query (row) sees a key (column), −∞ elsewhere."""
@@ -175,7 +172,8 @@ def attention(
             module, query, key, value, attention_mask, scaling=scaling, **options
         )
         return found
-    refused = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name)]
+    names = ("softcap", "s_aux", "position_bias")
+    refused = [name for name in names if options.get(name) is not None]
     if refused or not options.get("is_causal", getattr(module, "is_causal", True)):
         lacking = ", ".join(refused) or "two-way attention"
         raise NotImplementedError(f"packed attention has no {lacking}; use a model without it")
@@ -202,6 +200,12 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     borders, longest = packing.borders, packing.longest
+    # It knows one width.
+    width, own = v_NGE.shape[2], max(q_NHE.shape[2], v_NGE.shape[2])
+    q_NHE, k_NGE, v_NGE = (
+        part if part.shape[2] == own else pad(part, (0, own - part.shape[2]))
+        for part in (q_NHE, k_NGE, v_NGE)
+    )
     left = -1 if window is None else window - 1
     output = varlen_attn(
         q_NHE.contiguous(),
@@ -217,133 +221,115 @@ def _varlen(
     )
     if not isinstance(output, Tensor):
         raise TypeError("varlen_attn gave more than its output")
-    return output
+    return output[..., :width]
 
 
-class _Bucketed(torch.autograd.Function):
+def _bucketed(
+    q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packing: Packing, scale: float, window: int | None
+) -> Tensor:
     """The CPU's way: bucket by bucket, plain products for short documents, SDPA for long ones.
 
     Measured on SmolLM2 (docs/benchmarks.md): the flash kernel's backward pass costs several times
     the plain products' for rows of a few hundred tokens.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_NHE: Tensor,
-        k_NGE: Tensor,
-        v_NGE: Tensor,
-        packing: Packing,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        out_NHE = torch.empty(q_NHE.shape, dtype=q_NHE.dtype, device=q_NHE.device)
-        wants_grad = any(ctx.needs_input_grad[:3])
-        steps = []
-        for bucket in packing.buckets:
-            dense = bucket.length <= _DENSE_LENGTH
-            step: _Dense | _Long = (_Dense if dense else _Long)(bucket, packing, scale, window)
-            out_NHE[bucket.begin : bucket.end] = step.forward(q_NHE, k_NGE, v_NGE, wants_grad)
-            steps.append(step)
-        ctx.steps = steps if wants_grad else []
-        return out_NHE
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        steps, ctx.steps = ctx.steps, None
-        parts = [step.backward(grads[0]) for step in steps]
-        if len(parts) == 1:
-            return (*parts[0], None, None, None)
-        return (*(torch.cat(part) for part in zip(*parts, strict=True)), None, None, None)
+    sizes = [bucket.end - bucket.begin for bucket in packing.buckets]
+    parts = (torch.split(part, sizes) for part in (q_NHE, k_NGE, v_NGE))
+    found: list[Tensor] = []
+    for bucket, q, k, v in zip(packing.buckets, *parts, strict=True):
+        if bucket.length > _DENSE_LENGTH:
+            found.append(_long(q, k, v, bucket, packing, scale, window))
+        else:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            bias_TT = packing.bias(bucket.length, window, q.new_empty(0, dtype=wide))
+            found.append(_Dense.apply(q, k, v, bucket, bias_TT, scale))  # type: ignore[no-untyped-call]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-class _Padded:
-    """Between a bucket's tokens [M, H, E] and its padded rows [n, H, T, E]."""
-
-    def __init__(self, bucket: Bucket, packing: Packing, scale: float, window: int | None) -> None:
-        self.bucket, self.packing, self.scale, self.window = bucket, packing, scale, window
-
-    def rows(self, tokens_NHE: Tensor) -> Tensor:
-        """[n, H, T, E], zeros where padded."""
-        bucket = self.bucket
-        part = tokens_NHE[bucket.begin : bucket.end]
-        if bucket.places is not None:
-            padded = part.new_zeros(bucket.count * bucket.length, *part.shape[1:])
-            part = padded.index_copy_(0, bucket.places, part)
-        return part.view(bucket.count, bucket.length, *part.shape[1:]).transpose(1, 2)
-
-    def tokens(self, rows_nHTE: Tensor) -> Tensor:
-        """The reverse."""
-        flat = rows_nHTE.transpose(1, 2).flatten(0, 1)
-        return flat if self.bucket.places is None else flat.index_select(0, self.bucket.places)
+def _rows(tokens_MHE: Tensor, bucket: Bucket) -> Tensor:
+    """A bucket's tokens as padded rows [n, H, T, E], zeros where padded."""
+    if bucket.places is not None:
+        padded = tokens_MHE.new_zeros(bucket.count * bucket.length, *tokens_MHE.shape[1:])
+        tokens_MHE = padded.index_copy_(0, bucket.places, tokens_MHE)
+    shape = bucket.count, bucket.length, *tokens_MHE.shape[1:]
+    return tokens_MHE.view(shape).transpose(1, 2)
 
 
-class _Dense(_Padded):
+def _tokens(rows_nHTE: Tensor, bucket: Bucket) -> Tensor:
+    """The reverse."""
+    flat = rows_nHTE.transpose(1, 2).flatten(0, 1)
+    return flat if bucket.places is None else flat.index_select(0, bucket.places)
+
+
+class _Dense(torch.autograd.Function):
     """Softmax(QKᵀ)V with its probabilities kept, the heads of a group folded into the rows.
 
     Scores and softmax are in float32 at least; probabilities are kept in the inputs' type. Padded
     keys lie to the right of every real query, so causality hides them.
     """
 
-    def forward(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, wants_grad: bool) -> Tensor:
-        n, T, G = self.bucket.count, self.bucket.length, k_NGE.shape[1]
-        H, E = q_NHE.shape[1:]
-        wide = torch.promote_types(q_NHE.dtype, torch.float32)
-        q = self.rows(q_NHE).reshape(n * G, H // G * T, E)
-        k = self.rows(k_NGE).reshape(n * G, T, E)
-        v = self.rows(v_NGE).reshape(n * G, T, E)
-        bias_TT = self.packing.bias(T, self.window, q.new_empty(0, dtype=wide))
-        scores = torch.bmm(q.to(wide), k.to(wide).transpose(1, 2)).mul_(self.scale)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_MHE: Tensor,
+        k_MGE: Tensor,
+        v_MGF: Tensor,
+        bucket: Bucket,
+        bias_TT: Tensor,
+        scale: float,
+    ) -> Tensor:
+        n, T, G = bucket.count, bucket.length, k_MGE.shape[1]
+        H, E, F = q_MHE.shape[1], q_MHE.shape[2], v_MGF.shape[2]
+        q = _rows(q_MHE, bucket).reshape(n * G, H // G * T, E)
+        k = _rows(k_MGE, bucket).reshape(n * G, T, E)
+        v = _rows(v_MGF, bucket).reshape(n * G, T, F)
+        scores = torch.bmm(q.to(bias_TT.dtype), k.to(bias_TT.dtype).transpose(1, 2)).mul_(scale)
         scores.view(n * G, H // G, T, T).add_(bias_TT)
         probabilities = torch.softmax(scores, -1).to(q.dtype)
-        out = torch.bmm(probabilities, v)
-        if wants_grad:
-            self.saved = q, k, v, probabilities
-        return self.tokens(out.view(n, H, T, E))
+        if any(ctx.needs_input_grad):
+            # Nothing of it in `ctx` itself, which activation checkpointing would keep.
+            ctx.save_for_backward(q, k, v, probabilities)
+            ctx.bucket, ctx.scale = bucket, scale
+        return _tokens(torch.bmm(probabilities, v).view(n, H, T, F), bucket)
 
-    def backward(self, grad_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, probabilities = self.saved
-        del self.saved
-        n, T = self.bucket.count, self.bucket.length
-        grad = self.rows(grad_NHE).reshape(q.shape)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, probabilities = ctx.saved_tensors
+        bucket = ctx.bucket
+        n, T = bucket.count, bucket.length
+        grad = _rows(grads[0], bucket).reshape(*q.shape[:2], v.shape[-1])
         grad_v = torch.bmm(probabilities.transpose(1, 2), grad)
         slope = torch.bmm(grad, v.transpose(1, 2))
         # dS = P ∘ (dP − rowsum(dP ∘ P))
         slope = torch._softmax_backward_data(slope, probabilities, -1, slope.dtype)
-        slope *= self.scale
+        slope *= ctx.scale
         grad_q = torch.bmm(slope, k)
         grad_k = torch.bmm(slope.transpose(1, 2), q)
         G = k.shape[0] // n
         return (
-            self.tokens(grad_q.view(n, -1, T, q.shape[-1])),
-            self.tokens(grad_k.view(n, G, T, -1)),
-            self.tokens(grad_v.view(n, G, T, -1)),
+            _tokens(grad_q.view(n, -1, T, q.shape[-1]), bucket),
+            _tokens(grad_k.view(n, G, T, -1), bucket),
+            _tokens(grad_v.view(n, G, T, -1), bucket),
+            None,
+            None,
+            None,
         )
 
 
-class _Long(_Padded):
+def _long(
+    q_MHE: Tensor,
+    k_MGE: Tensor,
+    v_MGF: Tensor,
+    bucket: Bucket,
+    packing: Packing,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     """`torch`'s SDPA, whose flash kernel holds no [T, T]."""
-
-    def forward(self, q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, wants_grad: bool) -> Tensor:
-        with torch.set_grad_enabled(wants_grad):
-            leaves = [
-                self.rows(part).detach().requires_grad_(wants_grad)
-                for part in (q_NHE, k_NGE, v_NGE)
-            ]
-            groups = leaves[0].shape[1] // leaves[1].shape[1]
-            q, k, v = leaves[0], *(part.repeat_interleave(groups, 1) for part in leaves[1:])
-            mask = None
-            if self.window is not None:
-                mask = self.packing.bias(self.bucket.length, self.window, q)
-            rows = scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
-            )
-        if wants_grad:
-            self.saved = rows, leaves
-        return self.tokens(rows.detach())
-
-    def backward(self, grad_NHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, leaves = self.saved
-        del self.saved
-        q, k, v = torch.autograd.grad(rows, leaves, self.rows(grad_NHE))
-        return self.tokens(q), self.tokens(k), self.tokens(v)
+    q, k, v = (_rows(part, bucket) for part in (q_MHE, k_MGE, v_MGF))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (part.repeat_interleave(groups, 1) for part in (k, v))
+    mask = None if window is None else packing.bias(bucket.length, window, q)
+    rows = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return _tokens(rows, bucket)

@@ -11,28 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from workers.engine import attention
 from workers.engine.adapters import Adapter, new_adapter
 from workers.engine.blocks import Blocks
+from workers.engine.checks import (
+    UnsupportedModelError,
+    check_decoding,
+    check_head,
+    check_packing,
+    context_length,
+    refusing,
+    see_layers,
+)
 from workers.engine.gated import lean_gates
 from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
 from workers.engine.norms import lean_norms
+from workers.engine.peft_names import read_otherwise
 from workers.engine.products import Product, SegmentLoop
-from workers.engine.sampling.cache import KeyValueCache, LayerShape
-from workers.engine.sampling.decoding import Decoding
+from workers.engine.sampling.cache import LayerShape
 from workers.operations import LoraSettings
 
 attention.register()
 
-_LARGE_LOGIT = 1000.0
 _LONG_SEGMENT = 128
 """Tokens from which an adapter's products are faster in bfloat16 on a CPU. One of 63 takes 0.17 ms
 forward and backward either way, of 254 0.33 against 0.54, of 15 0.13 against 0.06."""
-
-
-class UnsupportedModelError(Exception):
-    """A model that the engine would compute wrongly."""
 
 
 @dataclass
@@ -45,13 +50,12 @@ class BaseModel:
         body: what gives hidden states.
         head: the linear layer from hidden states to logits.
         tokenizer: of `transformers`; None without one.
-        linear_modules: last part of the name → count, without embeddings and the head.
+        linear_modules: last part of the name → count; what adapters may go on.
         end_tokens: ids that end a completion.
         token_bytes: that a training pass keeps for each token, once it was measured.
         references: other names under which tenants may ask for it.
         tokenizer_files: name → content.
         layer_shapes: what each layer's attention keeps of a token.
-        longest_text: characters of a text beyond which it cannot fit into the context.
     """
 
     name: str
@@ -73,9 +77,14 @@ class BaseModel:
         self.scope = LoraScope()
         self.product: Product = SegmentLoop()
         self.blocks = Blocks(self.body)
-        self.longest_text = self.context_length * _longest_token(self.tokenizer)
+        self._longest_token = _longest_token(self.tokenizer)
         self.layers = _carry_adapters(self.module, self.head, self.scope)
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+
+    @property
+    def longest_text(self) -> int:
+        """Characters of a text beyond which it cannot fit into the context."""
+        return self.context_length * self._longest_token
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,22 +164,25 @@ def freeze(
     """Makes a `transformers` causal language model into a base model, where it lies.
 
     Raises:
-        UnsupportedModelError: if its logits are more than a linear map of its hidden states, or it
-            states no context length.
+        UnsupportedModelError: the engine would compute it wrongly, or not at all; saying why.
     """
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    config = module.config.get_text_config()
-    context = _context_length(config)
+    context = context_length(module.config.get_text_config())
     if not context:
         raise UnsupportedModelError(f"{name}: its configuration has no max_position_embeddings")
     head = module.get_output_embeddings()
     body = module.base_model
     if not isinstance(head, nn.Linear) or body is module:
         raise UnsupportedModelError(f"{name}: it has no plain linear output head")
-    _check_head(name, module, body, head)
-    module.set_attn_implementation(attention.NAME)
+    with refusing(name):
+        check_head(name, module, body, head)
+        module.set_attn_implementation(attention.NAME)
+    _turn_linear(module)
+    linear_modules = _linear_modules(module, head)
+    if not linear_modules:
+        raise UnsupportedModelError(f"{name}: it has no linear layer that can carry an adapter")
     lean_norms(module)
     lean_gates(module)
     model = BaseModel(
@@ -182,120 +194,17 @@ def freeze(
         vocabulary_size=head.weight.shape[0],
         context_length=context,
         device=str(head.weight.device),
-        linear_modules=_linear_modules(module, head),
+        linear_modules=linear_modules,
         end_tokens=_end_tokens(module, tokenizer),
         references=references,
         tokenizer_files=tokenizer_files or {},
     )
-    _check_packing(model)
-    model.layer_shapes = _layer_shapes(model)
-    _check_decoding(model)
+    with refusing(name):
+        check_packing(model)
+        model.layer_shapes, seen = see_layers(model)
+        model.context_length = min(model.context_length, seen)
+        check_decoding(model)
     return model
-
-
-def _context_length(config: Any) -> int:
-    """Tokens of the longest row; 0 if the configuration does not say.
-
-    Where positions are turned in another way as soon as one row of a pass is long (longrope), only
-    as many as change nothing for the rows beside it.
-    """
-    context = int(getattr(config, "max_position_embeddings", None) or 0)
-    rope = getattr(config, "rope_parameters", None) or {}
-    # Models whose layers differ have one for each kind of layer.
-    for own in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        if own.get("rope_type") == "longrope":
-            first = own.get("original_max_position_embeddings")
-            first = first or getattr(config, "original_max_position_embeddings", None)
-            context = min(context, int(first or context))
-    return context
-
-
-@torch.no_grad()
-def _check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> None:
-    """Some models cap or scale their logits, which the loss would miss.
-
-    A cap does next to nothing to small logits, so the head is made to give large ones.
-    """
-    ids = torch.arange(4, device=head.weight.device)[None]
-    handle = head.register_forward_hook(lambda _head, _inputs, logits: _magnified(logits))
-    try:
-        expected = module(input_ids=ids, use_cache=False).logits.float()
-        actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
-    finally:
-        handle.remove()
-    if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * _LARGE_LOGIT):
-        raise UnsupportedModelError(
-            f"{name}: its logits are not a linear map of its hidden states (capped or scaled "
-            "logits are not supported); use a model without, such as Llama, Qwen or Gemma 3"
-        )
-
-
-def _magnified(logits: Tensor) -> Tensor:
-    return logits * (_LARGE_LOGIT / logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny))
-
-
-@torch.no_grad()
-def _check_packing(model: BaseModel) -> None:
-    """Some models keep to themselves what our attention needs, or mix tokens in other ways."""
-    lengths = (5, 3)
-    ids = torch.arange(sum(lengths), device=model.device) % model.vocabulary_size
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
-    try:
-        packed = model.hidden(ids, positions, attention.pack(lengths, model.device))
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{model.name}: {error}") from error
-    alone = [
-        model.body(input_ids=part[None], use_cache=False)
-        for part in (ids[: lengths[0]], ids[lengths[0] :])
-    ]
-    expected = torch.cat([output.last_hidden_state[0] for output in alone])
-    distance = (packed - expected).float().norm() / expected.float().norm()
-    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
-        raise UnsupportedModelError(f"{model.name}: its documents cannot be laid end to end")
-
-
-@torch.no_grad()
-def _layer_shapes(model: BaseModel) -> tuple[LayerShape, ...]:
-    """What a pass shows of each layer's keys and values."""
-    shapes: dict[int, LayerShape] = {}
-
-    def keep(layer: int, k_NGE: Tensor, v_NGE: Tensor) -> None:  # noqa: N803
-        shapes[layer] = LayerShape(k_NGE.shape[1], k_NGE.shape[2], v_NGE.shape[2])
-
-    layout = attention.pack([1], model.device)
-    layout.keep = keep
-    nothing = torch.zeros(1, dtype=torch.int64, device=model.device)
-    try:
-        model.hidden(nothing, nothing, layout)
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{model.name}: its attention layers are not numbered: {error}"
-        ) from error
-    if sorted(shapes) != list(range(len(shapes))):
-        raise UnsupportedModelError(f"{model.name}: not all its layers keep keys and values")
-    return tuple(shapes[layer] for layer in range(len(shapes)))
-
-
-@torch.no_grad()
-def _check_decoding(model: BaseModel) -> None:
-    """Some models keep more of the past than keys and values, or share them between layers."""
-    known, count = 4, 7
-    ids = torch.arange(count, device=model.device) % model.vocabulary_size
-    positions = torch.arange(count, device=model.device)
-    expected = model.hidden(ids, positions, attention.pack([count], model.device))
-    cache: KeyValueCache[None] = KeyValueCache(model.layer_shapes, model.dtype, model.device, 2**62)
-    place = cache.take(count, None)
-    assert place is not None
-    layout = attention.pack([known], model.device)
-    layout.keep = place.write
-    found = [model.hidden(ids[:known], positions[:known], layout)]
-    for token in range(known, count):
-        place.length = token
-        one = slice(token, token + 1)
-        found.append(model.hidden(ids[one], positions[one], Decoding([place], model.device)))
-    distance = (torch.cat(found) - expected).float().norm() / expected.float().norm()
-    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
-        raise UnsupportedModelError(f"{model.name}: its tokens cannot be added one by one")
 
 
 def _carry_adapters(module: nn.Module, head: nn.Module, scope: LoraScope) -> dict[str, nn.Linear]:
@@ -313,13 +222,26 @@ def _carry_adapters(module: nn.Module, head: nn.Module, scope: LoraScope) -> dic
     return layers
 
 
+def _turn_linear(module: nn.Module) -> None:
+    """GPT-2 and its kin keep the weights of their linear layers the other way round."""
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, Conv1D):
+            linear = nn.Linear(layer.nx, layer.nf, device="meta")
+            linear.weight = nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
+            linear.bias = layer.bias
+            parent, _, last = name.rpartition(".")
+            setattr(module.get_submodule(parent), last, linear)
+
+
 def _linear_modules(module: nn.Module, head: nn.Linear) -> dict[str, int]:
-    names = (
+    """Of those that adapters may go on: what is saved must mean the same to plain `peft`."""
+    counts = Counter(
         name.rsplit(".", 1)[-1]
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) and part is not head
     )
-    return dict(Counter(names))
+    others = read_otherwise(module, counts)
+    return {name: count for name, count in counts.items() if name not in others}
 
 
 def _longest_token(tokenizer: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
 from workers.engine.privacy.noise import NoiseThread
 from workers.engine.privacy.runs import PrivateRun, check_private
+from workers.engine.processor import processor
 from workers.engine.residency import Residency
 from workers.engine.run import Run
 from workers.engine.sampling.sampler import TorchSampler
@@ -108,11 +110,13 @@ class TorchBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         facts = {
             "backend": "torch",
+            "engine": metadata.version("tensafe"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "peft": peft.__version__,
             "device": self.device,
+            "cpu": processor(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "threads": str(torch.get_num_threads()),
             "dtype": ",".join(sorted({card.dtype for card in self._cards})),

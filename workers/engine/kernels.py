@@ -89,13 +89,34 @@ def fused(tokens: int, *, exact: bool) -> Iterator[None]:
 
     Args:
         tokens: of the pass.
-        exact: never, for deterministic runs: their bits must not depend on when a kernel is ready.
+        exact: never, for deterministic runs: their bits must not depend on when a kernel is ready,
+            nor on the order in which a device's units get to add.
     """
     ready = not exact and tokens >= _LEAST_TOKENS and any(each.is_fused for each in KERNELS)
     stance = torch.compiler.set_stance("eager_on_recompile") if ready else nullcontext()
     before, _switch.on = _switch.on, ready
     try:
-        with stance:
+        with stance, _one_order() if exact else nullcontext():
             yield
     finally:
         _switch.on = before
+
+
+@contextmanager
+def _one_order() -> Iterator[None]:
+    """Kernels inside add up in one order each time. A GPU's fastest do not: in attention's backward
+    pass, say, blocks add to one sum as they come. A kernel that cannot is an error."""
+    settings: Any = torch.utils.deterministic
+    wanted, warn = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # All memory is written before it is read; to fill it first would only cost time.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted, warn_only=warn)
+        settings.fill_uninitialized_memory = fills

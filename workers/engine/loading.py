@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from workers.engine.base_model import BaseModel, UnsupportedModelError, freeze
+from workers.engine.base_model import BaseModel, freeze
 from workers.engine.cards import tokenizer_files
+from workers.engine.checks import UnsupportedModelError
 from workers.engine.choosing import choose_product
 from workers.engine.compiling import CompileError, Compiling
 from workers.engine.compiling import start as start_compiling
@@ -54,6 +56,10 @@ def load_backend(
     """
     torch.set_num_threads(threads)
     place = pick_device(device)
+    if place.startswith("cuda"):
+        # Read when the library starts. With another setting its products are not the same each
+        # time, and torch refuses them to deterministic runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     kind = pick_dtype(dtype, place)
     sources = [resolve(reference) for reference in references]
     names = [source.name for source in sources]

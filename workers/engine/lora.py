@@ -124,7 +124,7 @@ class LoraLinear(nn.Linear):
 
 
 class _Adapted(torch.autograd.Function):
-    """Keeps the layer's inputs, which neighbours share, and nothing else of a token's width."""
+    """Keeps the layer's inputs, which neighbours share, and beside them [n, r] of each segment."""
 
     @staticmethod
     def forward(
@@ -139,14 +139,15 @@ class _Adapted(torch.autograd.Function):
         dropped = _cast(inputs, _bits(layer, adapters), adapters.dtype)
         narrow = adapters.product.forward(dropped, parts, outputs)
         if adapters.trains:
-            ctx.save_for_backward(inputs)
-            ctx.rest = layer, adapters, parts, narrow
+            # Nothing of a token's in `ctx` itself, which activation checkpointing would keep.
+            ctx.save_for_backward(inputs, *narrow)
+            ctx.rest = layer, adapters, parts
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,) = ctx.saved_tensors
-        layer, adapters, parts, narrow = ctx.rest
+        inputs, *narrow = ctx.saved_tensors
+        layer, adapters, parts = ctx.rest
         grad = grads[0].contiguous()
         # The embeddings are frozen: below the first adapted layer nobody asks for a gradient.
         wants = ctx.needs_input_grad[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,15 @@ class RunOptimizer:
         device = self.weights.device
         self._state = {name: value.to(device, copy=True) for name, value in state.items()}
 
+    @torch.no_grad()
+    def take_back(self, before: Mapping[str, Tensor]) -> None:
+        """Makes weights and state what they were when they were copied. It takes no memory: that
+        may be what the update was short of."""
+        for name in self._state.keys() - before.keys():
+            del self._state[name]
+        for name, value in (*self._state.items(), (_WEIGHTS, self.weights)):
+            value.copy_(before[name])
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -77,8 +86,7 @@ def step(updates: Sequence[Update]) -> list[bool]:
     finally:
         for update, done, was in zip(updates, applied, before, strict=True):
             if not done:
-                update.optimizer.weights.copy_(was.pop(_WEIGHTS))
-                update.optimizer.restore(was)
+                update.optimizer.take_back(was)
     return applied
 
 

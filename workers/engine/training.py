@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from tensafe.wire.status import TenSafeFault
 from workers.engine.batches import check_batch
 from workers.engine.budget import TokenBudget
 from workers.engine.execution import execute
 from workers.engine.gathering import Computed
+from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective
 from workers.engine.passes import Call
 from workers.engine.privacy.batches import private_batch
@@ -135,6 +138,9 @@ def _accumulate(
     if isinstance(computed, TenSafeFault):
         raise computed
     _check_loss(computed.loss_sum)
+    if gradient is None:  # nothing was scored
+        with memory_faults("gradient"):
+            gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
     if run.accumulator is None:
         run.accumulator = gradient
     else:

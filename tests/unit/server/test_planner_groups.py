@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,6 +283,20 @@ def test_only_a_small_gradient_waits_and_only_if_others_may_come():
     assert wakes([*small, other_work], company=company) is None
     update = QueueView("a", "a", "small", [Work(1.0, Kind.UPDATE)], "w", since_s=1.0)
     assert wakes([update], company=company) is None
+
+
+def test_company_that_has_come_does_not_prolong_the_wait():
+    worker = grouping_worker(company=frozenset(["small"]))
+    queues = [
+        gradient_queue("late", since_s=1.0 + WAIT_S / 2),
+        gradient_queue("early", since_s=1.0),
+    ]
+    for order in (queues, queues[::-1]):
+        decided = plan(order, [worker], FairShares(), 1.0 + WAIT_S / 2, WAIT_S)
+        assert not decided.assignments
+        assert decided.wake_at_s == pytest.approx(1.0 + WAIT_S)
+        due = plan(order, [worker], FairShares(), 1.0 + WAIT_S, WAIT_S)
+        assert {each.key for each in due.assignments} == {"late", "early"}
 
 
 def test_samples_of_several_tenants_go_beside_two_plans_of_training():

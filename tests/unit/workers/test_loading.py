@@ -12,7 +12,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine import smollm2
-from workers.engine.base_model import UnsupportedModelError, freeze
+from workers.engine.base_model import freeze
+from workers.engine.checks import UnsupportedModelError
 from workers.engine.loading import load_backend, pick_dtype
 from workers.engine.model_sources import ModelLoadError, resolve
 from workers.operations import Batch, LossRequest, RunSettings, StepRequest

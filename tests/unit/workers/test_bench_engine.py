@@ -1,0 +1,107 @@
+"""The engine's benchmark, a GPU's table too: it runs, and what it prints is what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import bench_engine
+import pytest
+import torch
+from benchmarks import engine, engine_products, random_models
+
+from workers.operations import LossOutcome, StepOutcome
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_engine, "MANY", {"cuda": [(2, [6]), (4, [9])]})
+    path = tmp_path / "record.json"
+    options = ["--model", "random-tiny", "--rounds", "2", "--dtype", "float32", "--json", str(path)]
+    bench_engine.main(options)
+    record = json.loads(path.read_text())
+    raw, ratios = record["raw"], record["ratios"]
+    for cell in ("2x6", "4x9"):
+        assert {len(raw[f"{cell}/{side}"]) for side in ("together", "in_turn", "swapping")} == {2}
+        assert 0 < ratios[f"{cell} model FLOP utilisation"] < 2
+    engine_s, plain_s = (sum(raw[f"one/mixed/{side}"]) for side in ("engine", "plain"))
+    assert ratios["one/mixed engine/plain"] == pytest.approx(plain_s / engine_s)
+    assert {"one/mixed peak engine/plain", "one/equal share of frozen products"} <= ratios.keys()
+    assert "random-tiny on cpu" in capsys.readouterr().out
+
+
+def test_the_model_for_gpus_has_about_a_billion_parameters():
+    module = random_models.build("random-1b", "meta", torch.bfloat16)
+    assert sum(p.numel() for p in module.parameters()) == pytest.approx(1.24e9, rel=0.01)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+
+
+def setting(clock) -> engine.Setting:
+    model = random_models.base_model("random-tiny", "cpu", torch.float32)
+    return engine.Setting(
+        backend=engine.TorchBackend([model]),
+        model="random-tiny",
+        plain=lambda: random_models.build("random-tiny", "cpu", torch.float32),
+        vocabulary=512,
+        dropout=0.0,
+        rounds=3,
+        clock=clock,
+    )
+
+
+def test_every_side_is_warmed_and_timed_in_turn():
+    calls: list[str] = []
+    ticks = iter(range(1000))
+    steps = {name: lambda name=name: calls.append(name) for name in ("ours", "theirs")}
+
+    def clock() -> float:
+        calls.append("clock")
+        return float(next(ticks))
+
+    cells: dict[str, list[float]] = {}
+    engine._take_turns(steps, setting(clock), cells)
+    assert calls[:2] == ["ours", "theirs"]
+    assert calls[2:] == ["clock", "ours", "clock", "clock", "theirs", "clock"] * 3
+    assert cells == {"ours": [1.0] * 3, "theirs": [1.0] * 3}
+
+
+def test_both_sides_train_on_the_same_rows_in_the_same_type():
+    own = setting(engine.wall_clock)
+    rows = engine._one_rows(own)["mixed"]
+    own.backend.open_run("one", own.run_settings(), None)
+    outcome = own.backend.forward_backward("one", 1, rows.ours)
+    assert isinstance(outcome, LossOutcome)
+    plain = own.plain()
+    plain.load_state_dict(own.backend.base_model("random-tiny").module.state_dict(), strict=False)
+    loss = plain(**rows.theirs).loss.item()
+    (ours,) = [metric.value for metric in outcome.metrics if metric.name == "loss"]
+    assert ours == pytest.approx(loss, abs=1e-5)
+    scored = int((rows.theirs["labels"][:, 1:] != -100).sum())
+    tokens = len(rows.ours.batch.input_tokens)
+    assert tokens == int(rows.theirs["attention_mask"].sum()) - len(rows.theirs["labels"])
+    model = own.backend.base_model("random-tiny")
+    layers = sum(layer.weight.numel() for layer in model.layers.values())
+    flops = engine_products.frozen_flops(model, tokens, scored)
+    assert engine.one_work(own)["one/mixed"] == flops == 4 * (layers * tokens + 512 * 64 * scored)
+
+
+def test_a_step_together_is_a_step_of_each():
+    own = setting(engine.wall_clock)
+    names = ["a", "b"]
+    for name in names:
+        own.backend.open_run(name, own.run_settings(), None)
+    rows = engine._tenants_rows(own, 2, 9)
+    engine._together(own.backend, names, rows)
+    engine._in_turn(own.backend, names, rows)
+    from workers.operations import StepRequest
+
+    for name, batch in zip(names, rows, strict=True):
+        own.backend.forward_backward(name, 1, batch.ours)
+        outcome = own.backend.optim_step(name, StepRequest())
+        assert isinstance(outcome, StepOutcome)
+        assert outcome.step == 3

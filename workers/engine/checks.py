@@ -1,0 +1,189 @@
+"""What a model is checked for before anybody shares it: a wrong number is worse than a refusal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.attention import Packing, pack
+from workers.engine.memory import is_memory_error
+from workers.engine.sampling.cache import KeyValueCache, LayerShape
+from workers.engine.sampling.decoding import Decoding
+
+if TYPE_CHECKING:
+    from workers.engine.base_model import BaseModel
+
+_LARGE_LOGIT = 1000.0
+
+
+class UnsupportedModelError(Exception):
+    """A model that the engine would compute wrongly."""
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Whatever a model does in here that it was not made for is a reason to refuse it.
+
+    Raises:
+        UnsupportedModelError: naming the model.
+    """
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise UnsupportedModelError(
+            f"{name}: it cannot be computed without padding: {error}"
+        ) from error
+
+
+def context_length(config: Any) -> int:
+    """Tokens of the longest row; 0 if the configuration does not say.
+
+    Where positions are turned in another way as soon as one row of a pass is long (longrope), only
+    as many as change nothing for the rows beside it.
+    """
+    context = int(getattr(config, "max_position_embeddings", None) or 0)
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Models whose layers differ have one for each kind of layer.
+    for own in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if own.get("rope_type") == "longrope":
+            first = own.get("original_max_position_embeddings")
+            first = first or getattr(config, "original_max_position_embeddings", None)
+            context = min(context, int(first or context))
+    return context
+
+
+@torch.no_grad()
+def check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> None:
+    """Some models cap or scale their logits, which the loss would miss.
+
+    A cap does next to nothing to small logits, so the head is made to give large ones.
+    """
+    ids = torch.arange(4, device=head.weight.device)[None]
+    handle = head.register_forward_hook(lambda _head, _inputs, logits: _magnified(logits))
+    try:
+        expected = module(input_ids=ids, use_cache=False).logits.float()
+        actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
+    finally:
+        handle.remove()
+    if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * _LARGE_LOGIT):
+        raise UnsupportedModelError(
+            f"{name}: its logits are not a linear map of its hidden states (capped or scaled "
+            "logits are not supported); use a model without, such as Llama, Qwen or Gemma 3"
+        )
+
+
+def _magnified(logits: Tensor) -> Tensor:
+    return logits * (_LARGE_LOGIT / logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny))
+
+
+@torch.no_grad()
+def check_packing(model: BaseModel) -> None:
+    """Some models keep to themselves what our attention needs, or mix tokens in other ways."""
+    lengths = (5, 3)
+    ids = torch.arange(sum(lengths), device=model.device) % model.vocabulary_size
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
+    packed = model.hidden(ids, positions, pack(lengths, model.device))
+    alone = [
+        model.body(input_ids=part[None], use_cache=False)
+        for part in (ids[: lengths[0]], ids[lengths[0] :])
+    ]
+    expected = torch.cat([output.last_hidden_state[0] for output in alone])
+    distance = (packed - expected).float().norm() / expected.float().norm()
+    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
+        raise UnsupportedModelError(f"{model.name}: its documents cannot be laid end to end")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A pass that keeps what each layer's attention brings.
+
+    Attributes:
+        shapes: by the layer's number.
+        windows: how many tokens each one sees; None for all.
+    """
+
+    packing: Packing
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: Any,
+        q_NHE: Tensor,  # noqa: N803 - the suffixes give shapes
+        k_NGE: Tensor,  # noqa: N803
+        v_NGE: Tensor,  # noqa: N803
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """See `Layout`."""
+        layer = module.layer_idx
+        self.shapes[layer] = LayerShape(k_NGE.shape[1], k_NGE.shape[2], v_NGE.shape[2])
+        self.windows[layer] = window
+        return self.packing.attend(module, q_NHE, k_NGE, v_NGE, scale, window)
+
+
+@torch.no_grad()
+def see_layers(model: BaseModel) -> tuple[tuple[LayerShape, ...], int]:
+    """What a pass shows of each layer's keys and values, and the longest row that the layers
+    compute as the model does."""
+    seen = _Seen(pack([1], model.device))
+    nothing = torch.zeros(1, dtype=torch.int64, device=model.device)
+    try:
+        model.hidden(nothing, nothing, seen)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{model.name}: its attention layers are not numbered: {error}"
+        ) from error
+    if sorted(seen.shapes) != list(range(len(seen.shapes))):
+        raise UnsupportedModelError(f"{model.name}: not all its layers keep keys and values")
+    longest = _longest_row(model.module.config.get_text_config(), seen.windows)
+    shapes = tuple(seen.shapes[layer] for layer in range(len(seen.shapes)))
+    return shapes, int(min(longest, model.context_length))
+
+
+def _longest_row(config: Any, windows: Mapping[int, int | None]) -> float:
+    """Some models tell their windows and chunks to their masks alone, of which a pass has none:
+    then rows may be as long as changes nothing."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) or math.inf
+    chunk = getattr(config, "attention_chunk_size", None) or math.inf
+    longest = math.inf
+    for layer, own in windows.items():
+        kind = kinds[layer] if kinds else None
+        if kind in (None, "sliding_attention") and (own or math.inf) > window:
+            longest = min(longest, window)
+        if kind in (None, "chunked_attention"):
+            longest = min(longest, chunk)
+    return longest
+
+
+@torch.no_grad()
+def check_decoding(model: BaseModel) -> None:
+    """Some models keep more of the past than keys and values, or share them between layers."""
+    known, count = 4, 7
+    ids = torch.arange(count, device=model.device) % model.vocabulary_size
+    positions = torch.arange(count, device=model.device)
+    expected = model.hidden(ids, positions, pack([count], model.device))
+    cache: KeyValueCache[None] = KeyValueCache(model.layer_shapes, model.dtype, model.device, 2**62)
+    place = cache.take(count, None)
+    assert place is not None
+    layout = pack([known], model.device)
+    layout.keep = place.write
+    found = [model.hidden(ids[:known], positions[:known], layout)]
+    for token in range(known, count):
+        place.length = token
+        one = slice(token, token + 1)
+        found.append(model.hidden(ids[one], positions[one], Decoding([place], model.device)))
+    distance = (torch.cat(found) - expected).float().norm() / expected.float().norm()
+    if not distance <= 2 * torch.finfo(model.dtype).eps ** 0.5:
+        raise UnsupportedModelError(f"{model.name}: its tokens cannot be added one by one")
