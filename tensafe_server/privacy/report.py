@@ -216,7 +216,8 @@ def _explain(report: pb.PrivacyReport, private: PrivateRun, lines: Lines) -> Non
     report.caveats.extend([_FLOATING_POINT, _TUNING, _TIMING, _STORAGE])
     if drawn:
         report.caveats.append(_PUBLIC)
-    if target is not None and not report.epsilon <= target:
+    spent = report.epsilon if report.HasField("epsilon") else math.inf
+    if target is not None and not spent <= target:
         report.caveats.append(
             f"the ledger is past this run's target ε {target:g}: steps of other runs took it there"
         )

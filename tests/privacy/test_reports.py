@@ -85,6 +85,10 @@ def test_a_bound_is_that_of_its_run(client: ServiceClient) -> None:
     assert says(report.enforced, "other runs have bounds of their own, or none")
     assert says(report.caveats, "past this run's target ε 2: steps of other runs took it there")
     assert not says(report.enforced, "no step was made")
+    one_step(private_run(client, noise_multiplier=0.0)).result(60)
+    report = client.privacy_report(bound.run_id)
+    assert report.headline == "privacy: none (no noise, ε is infinite)"
+    assert says(report.caveats, "past this run's target ε 2: steps of other runs took it there")
 
 
 def test_a_seeded_run_is_one_before_its_first_step(client: ServiceClient) -> None:
