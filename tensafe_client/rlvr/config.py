@@ -26,10 +26,12 @@ _COUNTS_FROM_1 = (
     *("iterations", "prompts", "group_size", "max_tokens", "max_turns", "inner_epochs"),
     *("minibatches", "max_batches", "reward_processes", "eval_problems"),
 )
+_HOTTEST = 100.0
+"""The service samples no hotter."""
 _NUMBERS = {
-    "temperature": (0.0, math.inf),
+    "temperature": (0.0, _HOTTEST),
     "max_failed_rewards": (0.0, 1.0),
-    "eval_temperature": (0.0, math.inf),
+    "eval_temperature": (0.0, _HOTTEST),
     "pass_reward": (-math.inf, math.inf),
 }
 _OPTIONAL = {

@@ -21,6 +21,8 @@ WRONG = [
     ("max_staleness", {"max_staleness": -1}),
     ("temperature", {"temperature": math.nan}),
     ("temperature", {"temperature": math.inf}),
+    ("temperature", {"temperature": 100.5}),
+    ("eval_temperature", {"eval_problems": 4, "eval_temperature": 101}),
     ("top_p", {"top_p": 1.1}),
     ("top_p", {"top_p": 0.0}),
     ("top_p", {"top_p": math.nan}),
