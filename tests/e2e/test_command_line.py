@@ -113,6 +113,18 @@ def test_a_resumed_run_trains_as_if_it_had_not_stopped(tiny_service: LocalServic
     assert [e["loss"] for e in [*first, *second] if "loss" in e] == whole
 
 
+def test_a_run_that_takes_fewer_steps_says_so_before_it_trains(
+    tiny_service: LocalService, data: Path
+):
+    with ServiceClient(tiny_service.target, api_key=tiny_service.api_key) as client:
+        made = client.create_training_client({"model_ref": "tiny", "max_steps": 3})
+    resume = ("train", "sft", str(data), "--resume", made.run_id)
+    ran = run_tensafe(tiny_service, *resume, "--steps", "4", expect=2)
+    assert "made for 3 steps" in ran.stderr
+    assert run_json(tiny_service, "runs", "show", made.run_id)["step"] == 0
+    assert "step 3/3" in run_tensafe(tiny_service, *resume, "--steps", "3").stdout
+
+
 def test_a_bad_line_is_named(tiny_service: LocalService, tmp_path: Path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n{"prompt": "no completion"}\n')

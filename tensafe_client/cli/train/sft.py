@@ -136,6 +136,10 @@ def sft(
             f"{attached.run_id} has {attached.step} steps already; name more to go on",
             param_hint="--steps",
         )
+    if attached is not None and steps > (most := attached.config.max_steps or steps):
+        raise click.BadParameter(
+            f"{attached.run_id} was made for {most} steps and takes no more", param_hint="--steps"
+        )
     # The whole data is encoded before a run is created: no bad line is met in the middle of one.
     model_ref = model if attached is None else attached.config.model_ref
     assert model_ref is not None, "NewRun.check asks for one"
