@@ -77,6 +77,7 @@ class Dispatcher:
         self._specs = specs
         self._blame = blame
         self._links: dict[str, WorkerLink] = {}
+        self._greeted: dict[str, WorkerLink] = {}
         self._shares = FairShares()
         self._kicked = False
         self._arrival = asyncio.Event()
@@ -94,7 +95,18 @@ class Dispatcher:
             self._kicked = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
+    def greet(self, link: WorkerLink) -> None:
+        """The worker is being given back what it has. Until `add` it gets nothing new, and what it
+        has by then may be cancelled, or taken back, as any other's."""
+        self._greeted[link.id] = link
+
+    def dismiss(self, link: WorkerLink) -> None:
+        """That broke off: it comes back with all that it has."""
+        del self._greeted[link.id]
+        self._ledger.recall(link.id)
+
     def add(self, link: WorkerLink) -> None:
+        self._greeted.pop(link.id, None)
         self._links[link.id] = link
         self._arrival.set()
         self.kick()
@@ -115,7 +127,7 @@ class Dispatcher:
 
     def release(self, run: RunState) -> None:
         """Tells the worker of a deleted run to forget it."""
-        link = self._links.get(run.worker_id or "")
+        link = self._find(run.worker_id)
         if link is not None:
             link.runs.discard(run.id)
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=run.id)))
@@ -123,7 +135,7 @@ class Dispatcher:
 
     def give_back(self, run: RunState) -> None:
         """Takes a run back from the worker that was to hold it; its next one gets it anew."""
-        link = self._links.get(run.worker_id or "")
+        link = self._find(run.worker_id)
         for operation in self._ledger.recall_run(run):
             if link is not None:
                 link.free(operation.row.id)
@@ -147,7 +159,7 @@ class Dispatcher:
     def rest(self, run: RunState, fault: TenSafeFault) -> None:
         """Takes a run back that its worker did not bring to where the log has it: it is tried again
         in a moment. After several times what waits of it fails; nothing of the run changes."""
-        link = self._links.get(run.worker_id or "")
+        link = self._find(run.worker_id)
         run.given_up.append(link.instance if link is not None else "")
         self.give_back(run)
         run.resting = True
@@ -162,7 +174,7 @@ class Dispatcher:
     def dispute(self, run: RunState) -> None:
         """Takes a run back from whoever holds it, or comes back with it, also after a restart: its
         epoch is over."""
-        link = self._links.get(run.worker_id or "")
+        link = self._find(run.worker_id)
         if run.worker_id is not None:
             self.give_back(run)
         if link is not None:  # nobody asks for what it has any more
@@ -170,7 +182,10 @@ class Dispatcher:
         self._store.set_run_epoch(run.id, run.begin_epoch())
 
     def link_of(self, operation: PendingOperation) -> WorkerLink | None:
-        return self._links.get(operation.worker_id or "")
+        return self._find(operation.worker_id)
+
+    def _find(self, worker_id: str | None) -> WorkerLink | None:
+        return self._links.get(worker_id or "") or self._greeted.get(worker_id or "")
 
     def _dispatch(self) -> None:
         self._kicked = False
@@ -277,7 +292,7 @@ class Dispatcher:
         return frozenset(one.id for one in self._links.values() if one.instance in instances)
 
     def _last_group(self, run: RunState) -> int:
-        link = self._links.get(run.worker_id or "")
+        link = self._find(run.worker_id)
         if link is None or not link.group_cost:
             return 0
         numbers = (link.groups.number_of(p.row.id) for p in reversed(run.in_flight))

@@ -117,13 +117,14 @@ class Reception:
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
+        self._dispatcher.greet(link)
         try:
             if register.held_runs:
                 await self._restorer.flushed()  # what it told before it was cut off counts
             for held in register.held_runs:
                 await self._take_back(link, held)
         except BaseException:
-            self._ledger.recall(link.id)  # it comes back with all that it has
+            self._dispatcher.dismiss(link)
             raise
         self._dispatcher.add(link)
         self._liveness.watch(link)
@@ -394,13 +395,13 @@ class Reception:
                     raise  # nothing can be given back as long as nothing can be written
                 # The others are not to wait for it: it is restored by itself.
                 log.exception("%s cannot be given back to %s", run.id, link.id)
-        if run is None or onward is None:
+        # Looked at again: meanwhile it may have been deleted, or given to another worker.
+        if run is None or onward is None or not self._holds_rightly(run, held):
             link.send(pb.ConnectResponse(release=pb.ReleaseRun(run_id=held.run_id)))
             return
-        if self._holds_rightly(run, held):
-            run.worker_id = link.id
-            link.runs.add(run.id)
-            self._dispatcher.bring(run, link, onward)
+        run.worker_id = link.id
+        link.runs.add(run.id)
+        self._dispatcher.bring(run, link, onward)
 
     def _holds_rightly(self, run: RunState, held: pb.HeldRun) -> bool:
         # It may be ahead of what was reported: operations that are sent again it answers from
