@@ -309,8 +309,10 @@ class Reception:
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
     ) -> bool:
         """Whether an operation for which its worker's disk had no room is another worker's now. One
-        with a place in a run stays: taking the run on there may need more room."""
-        if operation.row.seq is not None or operation.finishing or not done.HasField("error"):
+        with a place in a run stays: taking the run on there may need more room. So does one that is
+        not to go on: it was cancelled, or its deadline has passed."""
+        stays = operation.row.seq is not None or operation.finishing
+        if stays or operation.withdrawn is not None or not done.HasField("error"):
             return False
         full = as_error(done.error).reason == "WORKER_DISK_FULL"
         return full and self._dispatcher.try_elsewhere(operation, link)

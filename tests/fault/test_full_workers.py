@@ -82,3 +82,19 @@ def test_a_save_fails_and_its_run_stays(world: World):
     world.finish()
     assert outcomes(world, run)[3:] == ["SUCCEEDED", "WORKER_DISK_FULL", "SUCCEEDED"]
     assert world.coordinator.ledger.runs[run].epoch == 1
+
+
+def test_one_that_was_cancelled_is_not_tried_again(world: World):
+    artifact_id = saved(world)
+    asked = fill(world, 0, 1)
+    message = sample(1)
+    message.weights.artifact_id = artifact_id
+    spec = training.OperationSpec(request_id="request-1", sample=message)
+    [outcome] = world.do(world.send([spec]))
+    for at in range(2):
+        world.do(world.deliver(at))
+    for host in world.hosts:
+        host.worker.execute()
+    assert world.do(world.cancel(outcome.operation_id))  # its worker has failed, and not said so
+    world.finish()
+    assert len(asked) == 1
