@@ -385,9 +385,19 @@ class Session:
         for run_id, next_seq in next_seqs.items():
             if next_seq <= accepted[run_id]:
                 self.lost(run_id, _lost(f"what run {run_id} had from seq {max(1, next_seq)} on"))
+        there: dict[str, list[OperationFuture[Any]]] = {}
         for future in futures:
-            if not future.seq or future.seq >= next_seqs.get(future.run_id, 0):
+            if future.seq and future.seq < next_seqs.get(future.run_id, 0):
+                there.setdefault(future.run_id, []).append(future)
+            else:
                 await self._read_anew(future)
+        for of_run in there.values():
+            # Another client may have used the seqs of lost ones again. If the newest is there, so
+            # are those that were accepted before it.
+            of_run.sort(key=lambda future: future.seq, reverse=True)
+            for future in of_run:
+                if await self._read_anew(future):
+                    break
 
     async def _next_seq(self, run_id: str) -> int:
         """What the server expects next of a run; 0 if it does not have the run."""
@@ -405,16 +415,18 @@ class Session:
         open_ones = [*self._by_place.values(), *self._by_id.values()]
         return [future for future in open_ones if future.operation_id is not None]
 
-    async def _read_anew(self, future: OperationFuture[Any]) -> None:
+    async def _read_anew(self, future: OperationFuture[Any]) -> bool:
+        """Takes over what became of an operation; False if it is lost."""
         stubs = await self.stubs()
         request = operations_pb2.GetOperationRequest(operation_id=future.operation_id or "")
         try:
             response = await self.call(stubs.operations.GetOperation, request)
         except OperationNotFoundError:
             self._lose(future)
-        else:
-            if response.operation.HasField("finished_at"):
-                self.finished(response.operation)
+            return False
+        if response.operation.HasField("finished_at"):
+            self.finished(response.operation)
+        return True
 
     def _lose(self, future: OperationFuture[Any]) -> None:
         self._by_id.pop(future.operation_id or "", None)
