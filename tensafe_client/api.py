@@ -104,6 +104,7 @@ class Api:
         """Asks for a run's next seq."""
         stubs = await self._session.stubs()
         request = training_pb2.AttachRunRequest(run_id=check_string("run_id", run_id))
+        await self._session.answered(run_id)
         response = await self._session.call(stubs.training.AttachRun, request)
         return RunInfo.from_proto(response.run), self._session.sequence(response.run)
 

@@ -109,6 +109,29 @@ class Session:
                 known.next_seq = max(run.next_seq, known.next_seq)
         return known
 
+    async def answered(self, run_id: str) -> None:
+        """Returns once nothing is on its way to the server of what was numbered before a run lost
+        seqs: it would be taken in among what is numbered after that; on the loop.
+
+        Raises:
+            ConnectionFailedError: if that takes too long.
+        """
+        if not self._is_lost(run_id):
+            return
+        try:
+            async with asyncio.timeout(self.connection.timeout_s):
+                await self._submitter.answered()
+        except TimeoutError:
+            raise self._channel.unreachable("to take what was being sent") from None
+
+    def is_behind_lost(self, future: OperationFuture[Any]) -> bool:
+        """Whether earlier operations of its run are lost, so that it is not to be sent again."""
+        return bool(future.seq) and self._is_lost(future.run_id)
+
+    def _is_lost(self, run_id: str) -> bool:
+        sequence = self._sequences.get(run_id)
+        return sequence is not None and sequence.lost is not None
+
     def has_pending(self, run_id: str) -> bool:
         """Tells whether numbered operations of the run have not ended yet."""
         return any(pending == run_id for pending, _ in list(self._by_place))

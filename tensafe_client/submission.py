@@ -67,7 +67,7 @@ class Submitter:
         self._waiting: deque[Submission] = deque()
         self._wake = asyncio.Event()
         self._woken = False
-        self._sending = False
+        self._sending: list[Submission] | None = None
         self._progress = asyncio.Event()
         self._backoff = Backoff()
         # Put back in the midst of a call, which may have reached the server.
@@ -96,7 +96,7 @@ class Submitter:
             self._woken = False
             while self._waiting:
                 batch = self._take()
-                self._sending = True
+                self._sending = batch
                 try:
                     await ready()
                     await self._send(batch)
@@ -110,12 +110,19 @@ class Submitter:
                     raise
                 finally:
                     self._session.batch_answered()
-                    self._sending = False
+                    self._sending = None
                     self._progress.set()
 
     async def flush(self) -> None:
         """Returns once everything put before has been answered."""
         while self._waiting or self._sending:
+            self._progress.clear()
+            await self._progress.wait()
+
+    async def answered(self) -> None:
+        """Returns once the batch that is being sent, if one is, has been answered."""
+        batch = self._sending
+        while batch is not None and self._sending is batch:
             self._progress.clear()
             await self._progress.wait()
 
@@ -166,7 +173,7 @@ class Submitter:
             error = from_status(outcome.error)
             if isinstance(error, SequenceConflictError):
                 self._session.overtaken(future, error)
-            elif asks_for_retry(error):
+            elif asks_for_retry(error) and not self._session.is_behind_lost(future):
                 again.append(submission)
                 delay_s = max(delay_s or 0.0, error.retry_delay_s or 0.0)
             else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from fake_server import API_KEY, FakeCoordinator
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe_client import (
     OperationLostError,
+    ResourceExhaustedError,
     SequenceGapError,
     ServiceClient,
     TrainingClient,
@@ -60,6 +63,37 @@ def test_what_comes_after_seqs_that_are_lost_is_not_sent(
     waiting.result(timeout=20)
     with pytest.raises(SequenceGapError, match=f"run {tc.run_id} had from seq 2 on"):
         tc.optim_step()
+
+
+@pytest.mark.parametrize("queue_full", [0, 1])
+def test_what_is_on_its_way_meanwhile_is_answered_before_the_run_goes_on(
+    client: ServiceClient, tc: TrainingClient, server: FakeCoordinator, queue_full: int
+) -> None:
+    """Else the server would take it in among what is sent in its place."""
+    server.hold = True
+    _, _, lost = accepted(tc, 3)
+    server.stop()
+    under_way = tc.optim_step()
+    server.forget(1)
+    server.gate.clear()
+    server.start()
+    with pytest.raises(OperationLostError):
+        lost.result(timeout=20)
+    server.queue_full = queue_full
+    with ThreadPoolExecutor() as pool:
+        attaching = pool.submit(client.training_client, tc.run_id)
+        with pytest.raises(TimeoutError):
+            attaching.result(timeout=0.5)
+        server.gate.set()
+        again = attaching.result(timeout=20)
+    server.release()
+    if queue_full:
+        with pytest.raises(ResourceExhaustedError):
+            under_way.result(timeout=20)
+    else:
+        under_way.result(timeout=20)
+    again.optim_step().result(timeout=20)
+    assert server.batches[-2:] == [[under_way.seq], [lost.seq if queue_full else under_way.seq + 1]]
 
 
 def test_a_sample_that_is_lost(client: ServiceClient, server: FakeCoordinator) -> None:
