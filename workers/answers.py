@@ -37,6 +37,7 @@ class Answers:
         """Keeps an outcome of an operation of a run."""
         room = self._apart.get(run_id, self._common)
         room[done.operation_id] = (run_id, done)
+        room.move_to_end(done.operation_id)  # it may be there from an earlier assignment
         if len(room) > self._kept:
             room.popitem(last=False)
 
