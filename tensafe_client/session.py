@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -38,6 +38,7 @@ from tensafe_client.submission import Submission, Submitter, check_size
 from tensafe_client.watching import Watcher
 
 _WAIT_S = 60.0
+_READ_AT_ONCE = 64
 
 
 class Session:
@@ -391,8 +392,7 @@ class Session:
         Raises:
             TenSafeError: the server cannot say; nothing is lost by asking again.
         """
-        for future in self._acknowledged():
-            await self._read_anew(future)
+        await self._read_all(self._acknowledged())
 
     async def find_lost(self) -> None:
         """Ends what the server, started anew, had accepted and does not have any more.
@@ -409,11 +409,13 @@ class Session:
             if next_seq <= accepted[run_id]:
                 self.lost(run_id, _lost(f"what run {run_id} had from seq {max(1, next_seq)} on"))
         there: dict[str, list[OperationFuture[Any]]] = {}
+        doubtful = []
         for future in futures:
             if future.seq and future.seq < next_seqs.get(future.run_id, 0):
                 there.setdefault(future.run_id, []).append(future)
             else:
-                await self._read_anew(future)
+                doubtful.append(future)
+        await self._read_all(doubtful)
         for of_run in there.values():
             # Another client may have used the seqs of lost ones again. If the newest is there, so
             # are those that were accepted before it.
@@ -437,6 +439,10 @@ class Session:
         # Of the others, the submitter's answer will come.
         open_ones = [*self._by_place.values(), *self._by_id.values()]
         return [future for future in open_ones if future.operation_id is not None]
+
+    async def _read_all(self, futures: Sequence[OperationFuture[Any]]) -> None:
+        for begin in range(0, len(futures), _READ_AT_ONCE):
+            await asyncio.gather(*map(self._read_anew, futures[begin : begin + _READ_AT_ONCE]))
 
     async def _read_anew(self, future: OperationFuture[Any]) -> bool:
         """Takes over what became of an operation; False if it is lost."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from fake_server import API_KEY, FakeCoordinator
@@ -106,6 +108,26 @@ def test_a_sample_that_is_lost(client: ServiceClient, server: FakeCoordinator) -
     server.start()
     with pytest.raises(OperationLostError, match="can be sent again"):
         lost.result(timeout=20)
+
+
+def test_many_are_asked_for_at_once(client: ServiceClient, server: FakeCoordinator) -> None:
+    """One after the other, a thousand samples would hold up what the stream has to tell."""
+    server.hold = True
+    samples = [client.sample_async("a", model="m") for _ in range(2)]
+    session = samples[0]._session
+    assert all(session.io.run(session.identified(one)) for one in samples)
+    server.stop()
+    both, read = threading.Barrier(2), server.GetOperation
+
+    def read_both(request: Any, context: Any) -> Any:
+        both.wait(timeout=10)
+        return read(request, context)
+
+    server.GetOperation = read_both  # type: ignore[method-assign]
+    server.start()
+    server.release()
+    for one in samples:
+        one.result(timeout=20)
 
 
 def test_a_server_that_cannot_say_is_asked_again(
