@@ -21,7 +21,15 @@ from workers.agenda import Agenda, Farewell, Flush, Item, Release
 from workers.artifacts import ArtifactCache, Transfers
 from workers.backend import Backend
 from workers.execution import Execution, SnapshotLoadError
-from workers.failures import FAILS_ALONE, RunLostError, as_fault, fail, given_up, passes_by
+from workers.failures import (
+    FAILS_ALONE,
+    OrderLeftError,
+    RunLostError,
+    as_fault,
+    fail,
+    given_up,
+    passes_by,
+)
 from workers.grouping import (
     Member,
     PassCount,
@@ -331,9 +339,11 @@ class Executor:
 
     def _lose(self, ended: Ended, lost: RunLostError) -> None:
         """Leaves a run to its next assignment, and with it the operation that it was at, unless
-        nothing of that is in a replay once it has failed: it might fail for ever."""
+        that was begun and nothing of it is in a replay once it has failed: it might fail for
+        ever."""
         spec, planned = ended.spec, ended.planned
-        if spec.WhichOneof("operation") in FAILS_ALONE:
+        began = not isinstance(lost, OrderLeftError)
+        if began and spec.WhichOneof("operation") in FAILS_ALONE:
             fail(ended.done, lost.fault, planned)
             self._telling.end([ended])
         else:
@@ -518,7 +528,7 @@ class Executor:
         if spec.seq <= run.last_seq:
             # What the run has done is not what the log has.
             error = RuntimeError(f"seq {spec.seq} of {run_id} comes after {run.last_seq}")
-            raise RunLostError(run_id, error)
+            raise OrderLeftError(run_id, error)
         if planned.HasField("charge") and self._private.open_step(run_id) is not None:
             raise RuntimeError(f"a private step of {run_id} came before the last one was told")
         return run

@@ -46,6 +46,10 @@ class RunLostError(Exception):
         self.fault = as_fault(error, f"keeping the state of {run_id}")
 
 
+class OrderLeftError(RunLostError):
+    """It was not there before the operation at hand, of which nothing was done."""
+
+
 @contextmanager
 def closed_over(
     backend: Backend, kind: str, planned: worker_pb2.PlannedOperation, run_id: str
