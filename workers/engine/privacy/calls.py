@@ -48,16 +48,9 @@ class PrivateCall:
             rows: of the batch, in the order of the pass, those of a unit after one another.
             lengths: tokens of each.
         """
-        counts: Counter[int] = Counter()
-        tokens: Counter[int] = Counter()
-        for row, length in zip(rows, lengths, strict=True):
-            unit = int(self._units[row])
-            counts[unit] += 1
-            tokens[unit] += length
+        counts = Counter(int(self._units[row]) for row in rows)
         self._rows_left.subtract(counts)
-        return UnitGradients(
-            self._adapter, list(counts), list(counts.values()), list(tokens.values())
-        )
+        return UnitGradients(self._adapter, list(counts), list(counts.values()), lengths)
 
     def close(self, found: UnitGradients, row_losses: Tensor) -> Tensor:
         """Takes what a backward pass has left.

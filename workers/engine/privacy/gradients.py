@@ -24,7 +24,7 @@ class UnitGradients:
         adapter: whose A and B they are of.
         units: their numbers, in the order of the pass.
         counts: rows of each in the pass.
-        lengths: tokens of each; the call's tokens are theirs, end to end.
+        lengths: tokens of each row; the call's tokens are theirs, end to end.
     """
 
     def __init__(
@@ -37,6 +37,10 @@ class UnitGradients:
         self.units = list(units)
         self.counts = list(counts)
         self._adapter = adapter
+        # A row has a product of its own, and a unit's are added up in the weights' type: which of
+        # its rows are in one pass depends on other units, and is to round nothing otherwise.
+        owners = [index for index, count in enumerate(counts) for _ in range(count)]
+        self._owners = torch.tensor(owners, device=adapter.weights.device)
         # Neighbours of equal length take one product together.
         self._stacks = [(length, len(list(own))) for length, own in groupby(lengths)]
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -63,18 +67,21 @@ class UnitGradients:
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         dtype = self._adapter.weights.dtype
-        shape = len(self.units), left.shape[0], right.shape[1]
-        out = torch.empty(shape, dtype=left.dtype, device=left.device)
-        token = unit = 0
+        shape = left.shape[0], right.shape[1]
+        out = torch.empty(len(self._owners), *shape, dtype=left.dtype, device=left.device)
+        token = row = 0
         for length, count in self._stacks:
             tokens = slice(token, token + length * count)
             torch.bmm(
                 left[:, tokens].unflatten(1, (count, length)).transpose(0, 1),  # type: ignore[no-untyped-call]
                 right[tokens].view(count, length, -1),
-                out=out[unit : unit + count],
+                out=out[row : row + count],
             )
-            token, unit = tokens.stop, unit + count
-        return out.to(dtype)
+            token, row = tokens.stop, row + count
+        if len(self.units) == len(out):
+            return out.to(dtype)
+        sums = torch.zeros(len(self.units), *shape, dtype=dtype, device=out.device)
+        return sums.index_add_(0, self._owners, out.to(dtype))
 
     def norms(self) -> Tensor:
         """float64 [U]: L2 norm of each unit's gradient over the whole adapter; NaN or infinite if
