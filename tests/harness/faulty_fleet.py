@@ -13,6 +13,7 @@ from harness.cluster import Cluster, Process
 from tensafe_client import Datum, OperationFuture, ServiceClient, TrainingClient
 
 TIMEOUT_S = 60.0
+_LAST_BREATH_S = 0.5
 PROGRAM = Path(__file__).with_name("faulty_worker.py")
 
 
@@ -105,6 +106,10 @@ class FaultyCluster(Cluster):
             poller.register(handle, select.POLLIN)
         ready = [handle for handle, _ in poller.poll(TIMEOUT_S * 1e3)]
         assert ready, "no worker has ended, and the operation neither"
+        if ready == [ended]:
+            # A dying process closes its streams first, of which others may hear before us.
+            poller.unregister(ended)
+            ready = [handle for handle, _ in poller.poll(_LAST_BREATH_S * 1e3)]
         for handle in handles:
             os.close(handle)
         for handle in ready:
