@@ -29,9 +29,16 @@ def machine() -> dict[str, Any]:
         "instruction_sets": [
             name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags
         ],
+        "gpu": _gpu(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def versions() -> dict[str, str]:

@@ -8,8 +8,10 @@ brings a `packing` runs here, or in whatever other layout of tokens that is; any
 # ruff: noqa: N803, N806 - the suffixes give shapes
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ _DENSE_LENGTH = 576
 """Longest document whose whole [T, T] is held; beyond it the flash kernel's memory is worth it."""
 _LEAST_FILL = 0.85
 _SMALL_BUCKET = 2**15
+_WIDEST_HEAD = 256
 _APART_STEP = 16
 """What lengths are rounded up to where padding may not depend on neighbours: few different ones."""
 
@@ -97,7 +100,7 @@ class Packing:
         """See `Layout`."""
         if self.keep is not None:
             self.keep(module.layer_idx, k_NGE, v_NGE)
-        if q_NHE.is_cuda:
+        if _has_ragged_kernel(q_NHE, v_NGE):
             return _varlen(q_NHE, k_NGE, v_NGE, self, scale, window)
         return _bucketed(q_NHE, k_NGE, v_NGE, self, scale, window)
 
@@ -188,6 +191,16 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def _has_ragged_kernel(q_NHE: Tensor, v_NGE: Tensor) -> bool:
+    """Whether flash attention takes them: half precision, heads of up to 256, a GPU of 2020 on."""
+    return (
+        q_NHE.is_cuda
+        and q_NHE.dtype in (torch.bfloat16, torch.float16)
+        and max(q_NHE.shape[2], v_NGE.shape[2]) <= _WIDEST_HEAD
+        and torch.cuda.get_device_capability(q_NHE.device) >= (8, 0)
+    )
+
+
 def _varlen(
     q_NHE: Tensor,
     k_NGE: Tensor,
@@ -207,6 +220,9 @@ def _varlen(
         for part in (q_NHE, k_NGE, v_NGE)
     )
     left = -1 if window is None else window - 1
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_options():  # older ones group heads without being told
+        options["enable_gqa"] = q_NHE.shape[1] != k_NGE.shape[1]
     output = varlen_attn(
         q_NHE.contiguous(),
         k_NGE.contiguous(),
@@ -217,17 +233,24 @@ def _varlen(
         longest,
         scale=scale,
         window_size=(left, 0),
-        enable_gqa=q_NHE.shape[1] != k_NGE.shape[1],
+        **options,
     )
     if not isinstance(output, Tensor):
         raise TypeError("varlen_attn gave more than its output")
     return output[..., :width]
 
 
+@lru_cache(maxsize=1)
+def _varlen_options() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _bucketed(
     q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packing: Packing, scale: float, window: int | None
 ) -> Tensor:
-    """The CPU's way: bucket by bucket, plain products for short documents, SDPA for long ones.
+    """Any device's way, and the CPU's: bucket by bucket, plain products for short documents, SDPA for long ones.
 
     Measured on SmolLM2 (docs/benchmarks.md): the flash kernel's backward pass costs several times
     the plain products' for rows of a few hundred tokens.
