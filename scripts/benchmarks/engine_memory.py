@@ -117,17 +117,21 @@ def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict
 
 def peaks(steps: dict[str, Any]) -> dict[str, float]:
     """Bytes of each step at its most: `CELL peak`, and above what was there: `CELL above model`."""
+    from benchmarks.engine import warm_ups
+
     found = {}
     for cell, step in steps.items():
-        loaded = _resident()
+        loaded = _held()
         _forget_peak()
-        step()
+        for _ in range(warm_ups()):
+            step()
         found[f"{cell} peak"] = _peak()
         found[f"{cell} above model"] = _peak() - loaded
     return found
 
 
 def _resident() -> float:
+    """What tensors take on a GPU, or the process on a CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -136,11 +140,21 @@ def _resident() -> float:
     return _status("VmRSS")
 
 
+def _held() -> float:
+    """The same with what a GPU's allocator keeps from others: captured passes are in that."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return _resident()
+    torch.cuda.empty_cache()
+    return float(torch.cuda.memory_reserved())
+
+
 def _peak() -> float:
     import torch
 
     if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_reserved())
     return _status("VmHWM")
 
 

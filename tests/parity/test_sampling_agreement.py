@@ -18,7 +18,7 @@ from parity.sampled import (
 )
 from parity.tiny_runs import perturb, request_of, rows_of, settings, tiny_llama
 
-from workers.engine import passes
+from workers.engine import computing
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 from workers.operations import LossRequest, Reduction
@@ -76,13 +76,13 @@ def test_a_policy_is_not_computed_as_its_company_would_be(backend, sampled):
     policy = LossRequest(replace(batch, inputs={"logprobs": zeros, "advantages": zeros}), "ppo")
     types = []
     with pytest.MonkeyPatch.context() as patch:
-        kept = passes.PassAdapters
+        kept = computing.PassAdapters
 
         def noted(segments, dtype, *rest, **options):
             types.append(dtype)
             return kept(segments, dtype, *rest, **options)
 
-        patch.setattr(passes, "PassAdapters", noted)
+        patch.setattr(computing, "PassAdapters", noted)
         backend.forward_backward("b", 1, plain)
         backend.forward_backward_group([("b", 2, plain), ("a", 1, policy)])
     backend.drop_window("a")

@@ -9,31 +9,10 @@ import inspect
 
 import pytest
 import torch
+from parity.ragged import ragged
 from torch.nn.attention import varlen
 
 from workers.engine.attention import _bucketed, _varlen, pack
-
-
-def ragged(q, k, v, borders_q, borders_k, longest_q, longest_k, **options):
-    """Attention document by document, as `varlen_attn` documents its arguments."""
-    assert all(part.is_contiguous() for part in (q, k, v))
-    assert borders_q.dtype == torch.int32
-    assert torch.equal(borders_q, borders_k)
-    assert longest_q == longest_k == int(borders_q.diff().max())
-    left, right = options["window_size"]
-    assert right == 0
-    assert options.get("enable_gqa") in (None, q.shape[1] != k.shape[1])
-    outputs = []
-    for begin, end in zip(borders_q[:-1].tolist(), borders_q[1:].tolist(), strict=True):
-        groups = q.shape[1] // k.shape[1]
-        own_k, own_v = (part[begin:end].repeat_interleave(groups, 1) for part in (k, v))
-        scores = torch.einsum("nhe,mhe->hnm", q[begin:end], own_k) * options["scale"]
-        place = torch.arange(end - begin)
-        behind = place[:, None] - place
-        seen = (behind >= 0) & ((left < 0) | (behind <= left))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        outputs.append(torch.einsum("hnm,mhe->nhe", weights, own_v))
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parity.tiny_runs import VOCABULARY, rows_of, settings, tiny_llama
 from privacy.private_runs import open_private, private, private_request, unit_sum
 
-from workers.engine import passes
+from workers.engine import computing
 from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
@@ -182,7 +182,7 @@ def test_attention_in_company_has_the_bits_of_attention_alone(dtype):
 @pytest.mark.parametrize("lengths", [[3], [3, 60], [60] * 8])
 def test_types_and_padding_of_a_private_pass_do_not_depend_on_its_size(base, monkeypatch, lengths):
     seen = []
-    adapters, packed = passes.PassAdapters, passes.pack
+    adapters, packed = computing.PassAdapters, computing.pack
 
     def spied(segments, dtype, *rest, **options):
         seen.append(dtype)
@@ -192,8 +192,8 @@ def test_types_and_padding_of_a_private_pass_do_not_depend_on_its_size(base, mon
         seen.append(apart)
         return packed(*args, apart=apart)
 
-    monkeypatch.setattr(passes, "PassAdapters", spied)
-    monkeypatch.setattr(passes, "pack", packing)
+    monkeypatch.setattr(computing, "PassAdapters", spied)
+    monkeypatch.setattr(computing, "pack", packing)
     sums(base, clean_rows(1, lengths), budget=10_000)
     assert seen[-2:] == [True, base.dtype]  # what came before were measurements
 

@@ -8,7 +8,7 @@ initialisation are `peft`'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +59,6 @@ class Adapter:
     ) -> None:
         self.settings = settings
         self.slots = slots
-        self._sizes = [slot.end - slot.begin for slot in slots]
         self.weights = nn.Parameter(torch.zeros(slots[-1].end, device=device, dtype=dtype))
         self._gradient: Tensor | None = None
         self._gradients: Pairs = {}
@@ -109,14 +108,7 @@ class Adapter:
     def pairs(self, vector: Tensor) -> Pairs:
         """Module → A's and B's part of a vector laid out like the weights, or of each of several,
         [..., P] or longer."""
-        leading = vector.shape[:-1]
-        whole = vector[..., : self.slots[-1].end]
-        parts = torch.split(whole, self._sizes, -1)
-        views = [
-            part.view(*leading, *slot.shape) for part, slot in zip(parts, self.slots, strict=True)
-        ]
-        modules = [slot.module for slot in self.slots[::2]]
-        return dict(zip(modules, zip(views[::2], views[1::2], strict=True), strict=True))
+        return pairs(self.slots, vector)
 
     def named(self, vector: Tensor | None = None) -> dict[str, Tensor]:
         """`peft`'s names → the tensors of a vector laid out like the weights, or of these."""
@@ -164,19 +156,41 @@ def new_adapter(
         layers: the model's layers that can carry one, by full name.
         dtype: of its numbers.
     """
+    slots = lay_out(layers, settings.target_modules, settings.rank)
+    return Adapter(settings, slots, device, dtype)
+
+
+def lay_out(layers: Mapping[str, nn.Linear], targets: Sequence[str], rank: int) -> list[Slot]:
+    """Where the tensors of an adapter lie: module after module, its A, then its B.
+
+    Args:
+        layers: as `new_adapter` takes them.
+        targets: last parts of the modules' names.
+    """
     slots: list[Slot] = []
     begin = 0
     for module, layer in layers.items():
-        if module.rsplit(".", 1)[-1] not in settings.target_modules:
+        if module.rsplit(".", 1)[-1] not in targets:
             continue
         shapes = (
-            ("lora_A", (settings.rank, layer.in_features)),
-            ("lora_B", (layer.out_features, settings.rank)),
+            ("lora_A", (rank, layer.in_features)),
+            ("lora_B", (layer.out_features, rank)),
         )
         for side, shape in shapes:
             slots.append(Slot(_KEY.format(module=module, side=side), module, shape, begin))
             begin = slots[-1].end
-    return Adapter(settings, slots, device, dtype)
+    return slots
+
+
+def pairs(slots: Sequence[Slot], vector: Tensor) -> Pairs:
+    """Module → A's and B's part of a vector laid out so, or of each of several, [..., P] or
+    longer."""
+    leading = vector.shape[:-1]
+    whole = vector[..., : slots[-1].end]
+    parts = torch.split(whole, [slot.end - slot.begin for slot in slots], -1)
+    views = [part.view(*leading, *slot.shape) for part, slot in zip(parts, slots, strict=True)]
+    modules = [slot.module for slot in slots[::2]]
+    return dict(zip(modules, zip(views[::2], views[1::2], strict=True), strict=True))
 
 
 def _mismatch(text: str) -> TenSafeFault:

@@ -100,7 +100,7 @@ class Packing:
         """See `Layout`."""
         if self.keep is not None:
             self.keep(module.layer_idx, k_NGE, v_NGE)
-        if _has_ragged_kernel(q_NHE, v_NGE):
+        if has_ragged_kernel(q_NHE.device, q_NHE.dtype, max(q_NHE.shape[2], v_NGE.shape[2])):
             return _varlen(q_NHE, k_NGE, v_NGE, self, scale, window)
         return _bucketed(q_NHE, k_NGE, v_NGE, self, scale, window)
 
@@ -191,13 +191,17 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def _has_ragged_kernel(q_NHE: Tensor, v_NGE: Tensor) -> bool:
-    """Whether flash attention takes them: half precision, heads of up to 256, a GPU of 2020 on."""
+def has_ragged_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether flash attention takes them: half precision, heads of up to 256, a GPU of 2020 on.
+
+    Args:
+        width: of a head.
+    """
     return (
-        q_NHE.is_cuda
-        and q_NHE.dtype in (torch.bfloat16, torch.float16)
-        and max(q_NHE.shape[2], v_NGE.shape[2]) <= _WIDEST_HEAD
-        and torch.cuda.get_device_capability(q_NHE.device) >= (8, 0)
+        device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and width <= _WIDEST_HEAD
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -250,7 +254,8 @@ def _varlen_options() -> frozenset[str]:
 def _bucketed(
     q_NHE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packing: Packing, scale: float, window: int | None
 ) -> Tensor:
-    """Any device's way, and the CPU's: bucket by bucket, plain products for short documents, SDPA for long ones.
+    """Any device's way, and the CPU's: bucket by bucket, plain products for short documents, SDPA
+    for long ones.
 
     Measured on SmolLM2 (docs/benchmarks.md): the flash kernel's backward pass costs several times
     the plain products' for rows of a few hundred tokens.

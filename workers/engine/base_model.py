@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from workers.engine.peft_names import read_otherwise
 from workers.engine.products import Product, SegmentLoop
 from workers.engine.sampling.cache import LayerShape
 from workers.operations import LoraSettings
+
+if TYPE_CHECKING:
+    from workers.engine.graphs.graphs import Graphs
 
 attention.register()
 
@@ -76,6 +79,7 @@ class BaseModel:
     def __post_init__(self) -> None:
         self.scope = LoraScope()
         self.product: Product = SegmentLoop()
+        self.graphs: Graphs | None = None
         self.blocks = Blocks(self.body)
         self._longest_token = _longest_token(self.tokenizer)
         self.layers = _carry_adapters(self.module, self.head, self.scope)

@@ -23,7 +23,7 @@ class PassDropout:
     """What one pass of N tokens drops.
 
     Attributes:
-        keys: int32 [N], from `token_keys`.
+        keys: int32 [N], one for each token.
         last: int16 [N, 1], from `last_dropped`; each token's own.
     """
 
@@ -49,16 +49,26 @@ def masked(values: Tensor, bits: Tensor) -> Tensor:
     return (values.view(whole) & bits).view(values.dtype)
 
 
-def token_keys(seed: int, operation: int, rows: Tensor, positions: Tensor) -> Tensor:
-    """int32 [N]: one key for each token.
+def operation_key(seed: int, operation: int) -> int:
+    """What tells one operation's masks from another's, in int32's range.
 
     Args:
         seed: the run's.
         operation: the run's count of forward_backward calls that took effect.
-        rows: int32 [N], the index of each token's datum in its batch.
-        positions: int32 [N], each token's place in its datum.
     """
-    return mix32(mix32(rows ^ int32_key(seed, "dropout", operation)) + positions)
+    return int32_key(seed, "dropout", operation)
+
+
+def pass_dropout(numbers: Tensor) -> PassDropout:
+    """What a pass drops.
+
+    Args:
+        numbers: int64 [4, N], of each token: its place in its datum, the index of its datum in the
+            batch, its `operation_key`, and its `last_dropped`.
+    """
+    positions, rows, operations = numbers[:3].to(torch.int32)
+    keys = mix32(mix32(rows ^ operations) + positions)
+    return PassDropout(keys, numbers[3].to(torch.int16)[:, None])
 
 
 @lru_cache(maxsize=4096)

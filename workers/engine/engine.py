@@ -20,6 +20,7 @@ from workers.engine.adapters import Adapter
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
+from workers.engine.graphs.graphs import graphs_of
 from workers.engine.measuring import free_bytes, measure_budget, token_bytes
 from workers.engine.memory import memory_faults
 from workers.engine.objectives import Objective, resolve
@@ -68,6 +69,7 @@ class TorchBackend(Backend):
         losses: what may be minimised; None for the built-in losses.
         sample_bytes: memory for the keys and values of rows that are sampled, and for the adapters
             beside them; None: an eighth of what is free.
+        captures: whether a GPU captures passes of sizes that come again, and replays them.
     """
 
     name = "torch"
@@ -80,6 +82,7 @@ class TorchBackend(Backend):
         run_bytes: int | None = None,
         losses: LossRegistry | None = None,
         sample_bytes: int | None = None,
+        captures: bool = True,
     ) -> None:
         self._losses = losses or LossRegistry()
         self.device = models[0].device
@@ -90,6 +93,8 @@ class TorchBackend(Backend):
             model.name: TokenBudget(token_budget) if token_budget else measure_budget(model)
             for model in models
         }
+        for model in models:
+            model.graphs = graphs_of(model, self._budgets[model.name].tokens) if captures else None
         if run_bytes is None:
             run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
         self._runs = Residency(run_bytes, self._new_run, self.fingerprint)

@@ -17,9 +17,10 @@ import torch
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
+from workers.engine.computing import compute
 from workers.engine.gathering import Computed, gather
 from workers.engine.memory import is_memory_error, memory_faults
-from workers.engine.passes import Call, Pass, compute, cut
+from workers.engine.passes import Call, Pass, cut
 from workers.engine.scoring import LossFunctionError, PortionLoss
 
 log = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ def _fitting(
                 budget.fitted(size for size in sizes if size < frugal_tokens)
             return found
         # Nothing was counted yet: the next attempt begins with gradients of zero.
+        if model.graphs is not None:
+            model.graphs.release()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tokens = len(found.ids)

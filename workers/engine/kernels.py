@@ -50,6 +50,7 @@ class Kernel(Generic[P, T]):
     def adopt(self, fused: Callable[P, T] | None) -> None:
         """Takes a compiled form into use, or goes back to the plain one."""
         self._fused = fused
+        _switch.generation += 1
 
 
 KERNELS: list[Kernel[..., Any]] = []
@@ -63,12 +64,22 @@ of 8 x 16 tokens took 2.5% longer."""
 @dataclass(slots=True)
 class _Switch:
     """Process-wide, since a GPU's backward pass runs in threads of its own; one thread executes
-    passes."""
+    passes.
+
+    Attributes:
+        generation: how often a compiled form came or went.
+    """
 
     on: bool = False
+    generation: int = 0
 
 
 _switch = _Switch()
+
+
+def generation() -> int:
+    """Another number whenever passes may use other kernels than before."""
+    return _switch.generation
 
 
 def kernel(samples: Samples) -> Callable[[Callable[P, T]], Kernel[P, T]]:

@@ -11,8 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from workers.engine.base_model import BaseModel
 from workers.engine.batches import check_batch
 from workers.engine.budget import TokenBudget
+from workers.engine.computing import compute
 from workers.engine.objectives import Objective
-from workers.engine.passes import Call, compute, cut
+from workers.engine.passes import Call, cut
 from workers.losses import Reduction
 from workers.losses.cross_entropy import cross_entropy
 from workers.operations import Batch, LoraSettings, LossRequest

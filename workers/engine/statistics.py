@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engine.head import CHUNK_LOGITS, target_logprobs
+from workers.engine.head import chunk_logits, target_logprobs
 from workers.losses import Statistic
 
 
@@ -114,7 +114,7 @@ class _Sweep(torch.autograd.Function):
             for name in names
             if keeps and name in (Statistic.ENTROPY, Statistic.KL, Statistic.FORWARD_KL)
         }
-        chunk = max(1, min(count, max(32, CHUNK_LOGITS // vocabulary)))
+        chunk = max(1, min(count, max(32, chunk_logits(hidden_SD.device) // vocabulary)))
         for begin in range(0, count, chunk):
             part = slice(begin, min(begin + chunk, count))
             logits_CV = _logits(hidden_SD[part], weight_VD, bias_V, wide)

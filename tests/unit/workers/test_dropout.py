@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from workers.engine.dropout import (
-    PassDropout,
     keep_bits,
     kept_share,
     last_dropped,
     masked,
     module_key,
-    token_keys,
+    operation_key,
+    pass_dropout,
 )
 from workers.engine.randomness import derive, mix32, uniform
 
@@ -23,10 +23,11 @@ def drop(rows: list[int], length: int, *, seed=1, operation=1, module="a", featu
     """[R, T, F]: ones through the dropout of rows of equal length, laid end to end."""
     index = torch.tensor(rows, dtype=torch.int32).repeat_interleave(length)
     places = torch.arange(length, dtype=torch.int32).repeat(len(rows))
-    keys = token_keys(seed, operation, index, places)
-    last = torch.full((len(keys), 1), last_dropped(p), dtype=torch.int16)
-    bits = PassDropout(keys, last).mask(module_key(module), features)
-    kept = masked(torch.ones(len(keys), features), bits) / kept_share(p)
+    numbers = torch.zeros(4, len(places), dtype=torch.int64)
+    numbers[0], numbers[1] = places, index
+    numbers[2], numbers[3] = operation_key(seed, operation), last_dropped(p)
+    bits = pass_dropout(numbers).mask(module_key(module), features)
+    kept = masked(torch.ones(len(places), features), bits) / kept_share(p)
     return kept.view(len(rows), length, features)
 
 

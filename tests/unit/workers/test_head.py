@@ -21,7 +21,7 @@ def test_known_answers():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_is_autograds_across_chunks(monkeypatch, bias):
-    monkeypatch.setattr(head, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(head, "_CHUNK_LOGITS_CPU", 1)
     torch.manual_seed(0)
     hidden = torch.randn(150, 8, dtype=torch.float32, requires_grad=True)
     weight = torch.randn(30, 8)

@@ -217,7 +217,7 @@ def test_out_of_memory_fails_one_operation(directory, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
 
     with monkeypatch.context() as patch:
-        patch.setattr("workers.engine.passes.score", exhausted)
+        patch.setattr("workers.engine.computing.score", exhausted)
         with pytest.raises(TenSafeFault) as caught:
             backend.forward_backward("run", 2, request)
     assert caught.value.detail.reason == "OUT_OF_MEMORY"

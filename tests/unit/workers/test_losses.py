@@ -158,7 +158,7 @@ def named(cases: list[tuple[str, dict[str, Any]]]) -> Any:
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum"])
 @named(TOKENS)
 def test_known_answers(monkeypatch, name, options, reduction):
-    monkeypatch.setattr(head, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(head, "_CHUNK_LOGITS_CPU", 1)
     for seed in range(5):
         check(name, options, reduction, case_of(name, seed))
 

@@ -1,0 +1,232 @@
+"""Passes that are captured and replayed compute what they do as written.
+
+A graph has no CPU form; here its functions are run again, on the same tensors in the same places.
+`tests/gpu` captures them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
+from parity.group_members import Member, entries, groups, open_all
+from parity.ragged import Again, ragged_kernel  # noqa: F401 - a fixture
+from parity.test_groups import examples
+from parity.tiny_models import FAMILIES
+from parity.tiny_runs import metric, request_of, rows_of, settings, tiny_llama
+
+from workers.engine.base_model import BaseModel, freeze
+from workers.engine.engine import TorchBackend
+from workers.engine.graphs import graphs as sizes
+from workers.engine.graphs.captured import Member as Segment
+from workers.engine.graphs.captured import Size, borders
+from workers.engine.graphs.graphs import Graphs, size_of
+from workers.operations import LossOutcome, Reduction, StepRequest
+
+pytestmark = pytest.mark.usefixtures("ragged_kernel")
+
+TIMES = 5
+"""The first two run as written."""
+
+
+def capturing(backend: TorchBackend, base: BaseModel, tape=Again, **limits) -> Graphs:
+    """What a backend on a GPU has from the start."""
+    options = {"most_tokens": 4096, "most_bytes": 2**30} | limits
+    base.graphs = Graphs(base, tape, **options)
+    return base.graphs
+
+
+def call_and_update(backend: TorchBackend, members: list[Member], call: int):
+    """Outcomes and gradients of one call of each, and its update."""
+    outcomes = backend.forward_backward_group(entries(members, call=call))
+    gradients = [backend._runs[str(i)].accumulator.clone() for i in range(len(members))]
+    backend.optim_step_group([(str(index), StepRequest()) for index in range(len(members))])
+    return outcomes, gradients
+
+
+def check(base: BaseModel, twin: BaseModel, members: list[Member], captured: int = 1) -> None:
+    """The twin runs as written."""
+    ours, theirs = open_all(base, members), open_all(twin, members)
+    graphs = capturing(ours, base)
+    for call in range(TIMES):
+        # Their sizes are the same each time; the tokens and weights are not.
+        found, expected = (call_and_update(one, members, call) for one in (ours, theirs))
+        for outcome, reference in zip(found[0], expected[0], strict=True):
+            assert isinstance(outcome, LossOutcome)
+            np.testing.assert_allclose(outcome.logprobs, reference.logprobs, rtol=0, atol=1e-4)
+        for gradient, reference in zip(found[1], expected[1], strict=True):
+            assert (gradient - reference).norm() <= 2e-4 * reference.norm() + 1e-7
+    assert len(graphs.held) == captured
+
+
+def plain(**changes) -> Member:
+    lora = {"rank": 4, "alpha": 8.0, "dropout": 0.1, "target_modules": ("q_proj", "down_proj")}
+    member = Member(3, lora, {}, Reduction.TOKEN_MEAN, (40, 17, 9, 1), 1.0)
+    return replace(member, **changes)
+
+
+def test_one_run_with_dropout():
+    check(freeze("tiny", tiny_llama()), freeze("tiny", tiny_llama()), [plain()])
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-gqa", "qwen2-tied-windows", "gemma3-windows", "deepseek-latent"]
+)
+def test_families(family):
+    linear = tuple(FAMILIES[family].linear)
+    member = plain(lora={"rank": 8, "alpha": 4.0, "dropout": 0.0, "target_modules": linear})
+    base, twin = (freeze("tiny", FAMILIES[family].build().float()) for _ in range(2))
+    check(base, twin, [member])
+
+
+@examples(8)
+@given(members=groups(3))
+def test_runs_of_every_kind_together(members):
+    # Every row scored to its end, so that the sizes come again.
+    whole = [replace(member, scored=1.0) for member in members]
+    check(freeze("tiny", tiny_llama()), freeze("tiny", tiny_llama()), whole)
+
+
+def test_others_in_the_same_frame_leave_nothing_behind():
+    base, twin = (freeze("tiny", tiny_llama()) for _ in range(2))
+    small = plain(lora={**plain().lora, "rank": 3, "target_modules": ("down_proj",)})
+    members = [plain(), plain(seed=4), small, plain(seed=5, lengths=(30, 20))]
+    ours, theirs = open_all(base, members), open_all(twin, members)
+    capturing(ours, base)
+    alone = [[0, 1, 3]] * 4 + [[3, 2, 0]] * 4 + [[1, 2, 0], [2, 0, 1]]
+    for call, own in enumerate(alone):
+        for backend in (ours, theirs):
+            outcomes = backend.forward_backward_group(entries(members, own, call))
+            assert all(isinstance(outcome, LossOutcome) for outcome in outcomes)
+            backend.optim_step_group([(str(index), StepRequest()) for index in own])
+    for index in range(len(members)):
+        found, expected = (one._runs[str(index)].adapter.weights for one in (ours, theirs))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+def test_forward_is_captured_too_and_changes_nothing():
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=1000)
+    backend.open_run("one", settings(), None)
+    graphs = capturing(backend, base)
+    request = request_of(rows_of(1, [20, 9]))
+    found = [backend.forward("one", request) for _ in range(TIMES)]
+    assert [size.trains for size in graphs.held] == [False]
+    for outcome in found[1:]:
+        np.testing.assert_allclose(outcome.logprobs, found[0].logprobs, rtol=0, atol=1e-5)
+    assert backend._runs["one"].accumulator is None
+
+
+def test_deterministic_private_and_compared_calls():
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=1000)
+    graphs = capturing(backend, base)
+    backend.open_run("exact", settings(deterministic=True), None)
+    request = request_of(rows_of(1, [20, 9]))
+    for _ in range(TIMES):
+        backend.forward_backward("exact", 1, request)
+    assert not graphs.held
+
+
+def test_what_cannot_be_captured_runs_as_written_and_says_so_once(caplog):
+    class Unable:
+        def record(self, functions):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=1000)
+    backend.open_run("one", settings(lora={"dropout": 0.2}), None)
+    graphs = capturing(backend, base, Unable)
+    request = request_of(rows_of(1, [20, 9]))
+    with caplog.at_level(logging.WARNING):
+        outcomes = [backend.forward("one", request) for _ in range(TIMES + 2)]
+    assert [record.message for record in caplog.records] == [
+        "passes of tiny cannot be captured and run as written: "
+        "operation not permitted when stream is capturing"
+    ]
+    assert not graphs.held
+    assert len({metric(outcome, "loss") for outcome in outcomes}) == 1
+
+
+def test_a_lack_of_memory_releases_them_and_counts_nothing_twice():
+    class Scarce(Again):
+        left = 1
+
+        def record(self, functions):
+            if Scarce.left:
+                Scarce.left -= 1
+                functions[0]()
+                raise torch.OutOfMemoryError("out of memory")
+            return super().record(functions)
+
+    base, twin = (freeze("tiny", tiny_llama()) for _ in range(2))
+    ours, theirs = open_all(base, [plain()]), open_all(twin, [plain()])
+    graphs = capturing(ours, base, Scarce)
+    for call in range(2 * TIMES):
+        (_, (found,)), (_, (expected,)) = (
+            call_and_update(one, [plain()], call) for one in (ours, theirs)
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    assert Scarce.left == 0
+    assert graphs.held
+
+
+def test_few_are_held_and_adapters_take_no_more_than_their_share(monkeypatch):
+    monkeypatch.setattr(sizes, "_MOST", 2)
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=4000)
+    ranks = [4, 12, 20]
+    for rank in ranks:
+        backend.open_run(str(rank), settings(lora={"rank": rank}), None)
+    request = request_of(rows_of(1, [20, 9]))
+    graphs = capturing(backend, base)
+
+    def call_all():
+        for _ in range(TIMES):
+            for rank in ranks:
+                backend.forward_backward(str(rank), 1, request)
+
+    call_all()
+    assert [size.rank for size in graphs.held] == [16, 24]
+    one = next(iter(graphs.held.values())).frame.nbytes
+    graphs = capturing(backend, base, most_bytes=one)
+    call_all()
+    assert [size.rank for size in graphs.held] == [16]
+    capturing(backend, base, most_bytes=1000)
+    call_all()
+    assert not base.graphs.held
+    capturing(backend, base, most_tokens=63)
+    call_all()
+    assert not base.graphs.held
+
+
+@hypothesis(deadline=None)
+@given(lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=70), runs=st.integers(1, 40))
+def test_a_size_holds_its_pass(lengths, runs):
+    adapter = freeze_once().new_adapter(settings().lora)
+    members = [Segment(adapter, 0)] * runs
+    numbers = np.zeros((2, sum(lengths)), np.int64)
+    size = size_of(numbers, lengths, members, trains=True)
+    assert isinstance(size, Size)
+    assert sum(lengths) <= size.tokens < sum(lengths) + max(64, sum(lengths) / 8 + 1)
+    found = borders(lengths, size)
+    assert len(found) == size.documents + 1
+    assert found[0] == 0
+    assert found[-1] == size.tokens
+    gaps = np.diff(found)
+    assert gaps[: len(lengths)].tolist() == lengths
+    assert gaps.min() >= 0
+    assert gaps.max() <= size.longest
+    assert size.runs >= runs
+
+
+def freeze_once(made: list[BaseModel] = []) -> BaseModel:  # noqa: B006 - that is what it is for
+    if not made:
+        made.append(freeze("tiny", tiny_llama()))
+    return made[0]

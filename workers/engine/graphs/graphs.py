@@ -1,0 +1,178 @@
+"""Which passes are captured: those of sizes that come again, the rest run as written."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from weakref import WeakValueDictionary
+
+import torch
+
+from workers.engine.attention import has_ragged_kernel
+from workers.engine.base_model import BaseModel
+from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
+from workers.engine.graphs.frames import Frame
+from workers.engine.graphs.tapes import CudaTape, Tape
+from workers.engine.kernels import generation
+from workers.engine.memory import is_memory_error
+from workers.operations import Int64
+
+log = logging.getLogger(__name__)
+
+_WORTH = 3
+"""Times that a size has come before it is captured, which takes as long as some passes."""
+_MOST = 48
+_MOST_COUNTED = 4096
+_LEAST_TOKENS = _LEAST_LONGEST = 64
+_STEPS = 8
+"""Sizes between one power of two and the next: at most an eighth is padding."""
+_RANK_STEP = 8
+"""`grouped_mm` wants strides of 16 bytes."""
+_MOST_TOKENS = 8192
+_BUDGET_SHARE = 4
+_FRAME_SHARE = 1 / 16
+
+
+class Graphs:
+    """The captured passes of one model, those that were used last.
+
+    Args:
+        tape: makes what captures; a new one after memory was given back.
+        most_tokens: of a pass; longer ones keep the device busy as they are.
+        most_bytes: that adapters may take beside the runs' own.
+
+    Attributes:
+        held: the captured passes, the one used last at the end.
+    """
+
+    def __init__(
+        self, model: BaseModel, tape: Callable[[], Tape], most_tokens: int, most_bytes: int
+    ) -> None:
+        self._model, self._make_tape = model, tape
+        self._most_tokens, self._most_bytes = most_tokens, most_bytes
+        self._tape = tape()
+        self.held: OrderedDict[Size, CapturedPass] = OrderedDict()
+        self._frames: WeakValueDictionary[tuple[int, tuple[str, ...], int], Frame] = (
+            WeakValueDictionary()
+        )
+        self._seen: Counter[Size] = Counter()
+
+    def load(
+        self, numbers: Int64, lengths: Sequence[int], members: Sequence[Member], *, trains: bool
+    ) -> CapturedPass | None:
+        """A captured pass of this size, with this pass in its place; None for one that runs as
+        written.
+
+        Args:
+            numbers, lengths, members: as `CapturedPass.load` takes them.
+        """
+        captured = self._find(size_of(numbers, lengths, members, trains=trains))
+        if captured is None:
+            return None
+        captured.load(numbers, lengths, members)
+        try:
+            captured.record()
+        except Exception as error:
+            if is_memory_error(error):
+                raise
+            log.warning(
+                "passes of %s cannot be captured and run as written: %s", self._model.name, error
+            )
+            self.release()
+            self._most_tokens = 0
+            return None
+        return captured
+
+    def _find(self, size: Size) -> CapturedPass | None:
+        if size.tokens > self._most_tokens:
+            return None
+        if size in self.held:
+            self.held.move_to_end(size)
+            return self.held[size]
+        self._seen[size] += 1
+        if self._seen[size] < _WORTH:
+            if len(self._seen) > _MOST_COUNTED:
+                self._seen.clear()
+            return None
+        frame = self._frame(size)
+        if frame is None:
+            return None
+        self.held[size] = CapturedPass(self._model, size, frame, self._tape)
+        if len(self.held) > _MOST:
+            self.held.popitem(last=False)
+        return self.held[size]
+
+    def release(self) -> None:
+        """Gives their memory back. Sizes that go on coming are captured again."""
+        if self.held:
+            log.info("%s: %d captured passes are released", self._model.name, len(self.held))
+        self.held.clear()
+        self._seen.clear()
+        self._tape = self._make_tape()
+
+    def _frame(self, size: Size) -> Frame | None:
+        key = (size.rank, size.targets, size.runs)
+        frame = self._frames.get(key)
+        if frame is not None:
+            return frame
+        layers, dtype = self._model.layers, self._model.dtype
+        wanted = Frame.bytes_of(layers, size.targets, size.rank, size.runs, dtype)
+        if wanted > self._most_bytes:
+            return None
+        while self.held and wanted + self._frame_bytes() > self._most_bytes:
+            self.held.popitem(last=False)
+        frame = Frame(layers, size.targets, size.rank, size.runs, self._model.device, dtype)
+        self._frames[key] = frame
+        return frame
+
+    def _frame_bytes(self) -> int:
+        return sum(frame.nbytes for frame in self._frames.values())
+
+
+def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
+    """Those of a model on a GPU that has what captured passes are made of; else None.
+
+    Args:
+        token_budget: most tokens of a pass; captured ones have at most a quarter, since their
+            memory is theirs for good.
+    """
+    width = max(max(shape.key_size, shape.value_size) for shape in model.layer_shapes)
+    if not has_ragged_kernel(model.head.weight.device, model.dtype, width):
+        return None
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    return Graphs(
+        model,
+        CudaTape,
+        min(_MOST_TOKENS, token_budget // _BUDGET_SHARE),
+        int(_FRAME_SHARE * total),
+    )
+
+
+def size_of(
+    numbers: Int64, lengths: Sequence[int], members: Sequence[Member], trains: bool
+) -> Size:
+    settings = [member.adapter.settings for member in members]
+    longest = _power(max(_LEAST_LONGEST, *lengths))
+    tokens = sum(lengths)
+    step = max(_LEAST_TOKENS, _power(tokens) // (2 * _STEPS))
+    tokens = -(-tokens // step) * step
+    padding = 1 + step // longest
+    rank = max(lora.rank for lora in settings)
+    targets = {name for lora in settings for name in lora.target_modules}
+    return Size(
+        tokens=tokens,
+        documents=_power(len(lengths) + padding),
+        longest=longest,
+        runs=_power(len(members)),
+        rank=-(-rank // _RANK_STEP) * _RANK_STEP,
+        targets=tuple(sorted(targets)),
+        drops=len(numbers) > PLAIN_ROWS,
+        trains=trains,
+        kernels=generation(),
+    )
+
+
+def _power(number: int) -> int:
+    """The least power of two from it on."""
+    return 1 << max(0, number - 1).bit_length()
