@@ -18,6 +18,7 @@ _COMPUTING: dict[str, dict[str, Any]] = {
     "--sample-memory-mib": {"type": _ABOVE_0},
     "--loss": {"multiple": True, "metavar": "NAME[=MODULE:FUNCTION]"},
     "--compile": {"type": click.Choice(["auto", "background", "first", "off"])},
+    "--cuda-graphs": {"type": click.Choice(["auto", "off"])},
 }
 """What the mock backend has no use for."""
 _ALL: dict[str, dict[str, Any]] = {

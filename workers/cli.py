@@ -114,6 +114,14 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
     help="torch.compile of the element-wise kernels: beside the work, before the worker registers, "
     "or never; auto is background on a GPU and off on a CPU. Deterministic runs never use them.",
 )
+@click.option(
+    "--cuda-graphs",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="auto: a GPU captures passes of sizes that come again and replays them, which takes it "
+    "up to an eighth of its memory. Deterministic runs have other bits with off.",
+)
 @click.option("--name", help="For people and logs.  [default: HOST/PID]")
 @click.option(
     "--operation-limit-s",
@@ -155,6 +163,7 @@ def worker(
     sample_memory_mib: float | None,
     plug_ins: tuple[str, ...],
     compiling: str,
+    cuda_graphs: str,
     name: str | None,
     operation_limit_s: float,
     token_limit_ms: float,
@@ -182,10 +191,10 @@ def worker(
             "the mock backend serves any model on the cpu; leave out --model, --dtype and --device"
         )
     sizes = pass_tokens or run_memory_mib or sample_memory_mib
-    if backend == "mock" and (sizes or plug_ins or compiling != "auto"):
+    if backend == "mock" and (sizes or plug_ins or compiling != "auto" or cuda_graphs != "auto"):
         raise click.UsageError(
             "the mock backend computes nothing; leave out --pass-tokens, --run-memory-mib, "
-            "--sample-memory-mib, --loss and --compile"
+            "--sample-memory-mib, --loss, --compile and --cuda-graphs"
         )
     if backend == "torch" and not models:
         raise click.UsageError("the torch backend needs at least one --model")
@@ -222,6 +231,7 @@ def worker(
             _bytes(sample_memory_mib),
             plug_ins,
             compiling,
+            cuda_graphs,
         )
         if group_tokens is not None:
             loaded.group_tokens = group_tokens
@@ -263,6 +273,7 @@ def _backend(
     sample_bytes: int | None,
     plug_ins: tuple[str, ...],
     compiling: str,
+    cuda_graphs: str,
 ) -> Backend:
     if kind == "mock":
         from workers.mock import MockBackend
@@ -289,6 +300,7 @@ def _backend(
             sample_bytes=sample_bytes,
             losses=losses,
             compiling=Compiling(compiling),
+            captures=cuda_graphs == "auto",
         )
     except ModelLoadError as error:
         # Never a mock in place of a model that does not load.

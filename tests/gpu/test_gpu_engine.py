@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +156,11 @@ def test_runs_together_are_each_alone(captures):
 
 
 def test_deterministic_runs_have_the_same_bits_whoever_is_there():
-    def bits(neighbours: int) -> list[bytes]:
+    def bits(neighbours: int, captured: bool = True) -> list[bytes]:
         backend = opened(middle(), captures=True, deterministic=True, lora={"dropout": 0.1})
+        graphs = backend.base_model("tiny").graphs
+        if not captured:
+            graphs._most_tokens = 0
         for index in range(neighbours):
             backend.open_run(f"other-{index}", settings(seed=index), None)
         found = []
@@ -163,9 +169,26 @@ def test_deterministic_runs_have_the_same_bits_whoever_is_there():
                 train(backend, 10 + index, f"other-{index}")
             outcome, gradient = train(backend, seed)
             found += [outcome.logprobs.tobytes(), gradient.cpu().numpy().tobytes()]
+        assert any(size.exact for size in graphs.held) is captured
         return [*found, backend._runs["run"].adapter.weights.detach().cpu().numpy().tobytes()]
 
-    assert bits(0) == bits(0) == bits(3)
+    assert bits(0) == bits(0) == bits(3) == bits(2, captured=False)
+
+
+def test_deterministic_runs_have_the_same_bits_after_a_restart():
+    command = [sys.executable, "-m", "gpu.deterministic_digest"]
+    places = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    found = [
+        subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": places},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert found[0] == found[1]
+    assert len(found[0].split()) == 4
 
 
 def test_too_large_a_batch_is_split_and_counts_nothing_twice():

@@ -32,7 +32,8 @@ def test_ragged_attention(window, heads, groups, width):
         output = way(*own, packing, width**-0.5, window)
         found.append([output, *torch.autograd.grad(output, own, slope.to(dtype))])
     for ours, theirs in zip(*found, strict=True):
-        assert distance(ours, theirs) < 1e-2
+        # A window of one token has no slope by queries and keys.
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm() + 1e-4
 
 
 K, WIDTH = 96, 160

@@ -17,9 +17,11 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from parity.group_members import Member, entries, groups, open_all
 from parity.ragged import Again, ragged_kernel  # noqa: F401 - a fixture
+from parity.scarce_memory import fault_at
 from parity.test_groups import examples
 from parity.tiny_models import FAMILIES
 from parity.tiny_runs import metric, request_of, rows_of, settings, tiny_llama
+from privacy.private_runs import open_private, private_request
 
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
@@ -123,14 +125,44 @@ def test_forward_is_captured_too_and_changes_nothing():
     assert backend._runs["one"].accumulator is None
 
 
-def test_deterministic_private_and_compared_calls():
+def bits_of_deterministic_calls(base: BaseModel, tape=Again, **limits) -> list[bytes]:
+    backend = TorchBackend([base], token_budget=1000)
+    options = settings(deterministic=True, lora={"dropout": 0.2})
+    backend.open_run("exact", options, None)
+    capturing(backend, base, tape, **limits)
+    found = []
+    for seed in range(TIMES):
+        outcome = backend.forward_backward("exact", 1, request_of(rows_of(seed, [20, 9, 33])))
+        found += [outcome.logprobs.tobytes(), backend._runs["exact"].accumulator.numpy().tobytes()]
+        backend.optim_step("exact", StepRequest())
+    return found
+
+
+def test_deterministic_calls_have_the_same_bits_captured_or_not():
+    class Unable:
+        def record(self, functions):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    base = freeze("tiny", tiny_llama())
+    expected = bits_of_deterministic_calls(base)
+    assert [size.exact for size in base.graphs.held] == [True]
+    for limits in ({"most_tokens": 63}, {"most_bytes": 1000}):
+        assert bits_of_deterministic_calls(base, **limits) == expected
+        assert not base.graphs.held
+    assert bits_of_deterministic_calls(base, Unable) == expected
+    # There is no memory for some of them, so that their activations are made anew.
+    with fault_at(base.body, {0, 2, 5}, backward=True) as passes:
+        assert bits_of_deterministic_calls(base) == expected
+    assert passes.faults == 3
+
+
+def test_private_calls_are_not_captured():
     base = freeze("tiny", tiny_llama())
     backend = TorchBackend([base], token_budget=1000)
     graphs = capturing(backend, base)
-    backend.open_run("exact", settings(deterministic=True), None)
-    request = request_of(rows_of(1, [20, 9]))
+    open_private(backend)
     for _ in range(TIMES):
-        backend.forward_backward("exact", 1, request)
+        backend.forward_backward("run", 1, private_request(rows_of(1, [20, 9])))
     assert not graphs.held
 
 

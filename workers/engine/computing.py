@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel
 from workers.engine.dropout import last_dropped, operation_key, pass_dropout
-from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member
+from workers.engine.graphs.captured import PLAIN_ROWS, Member
 from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.passes import Call, Pass, Share
@@ -39,7 +39,7 @@ def compute(
         drops: whether dropout acts.
         frugal: keep no activations inside the model's layers, and make them anew for the backward
             pass.
-        exact: use nothing that comes when it is ready: no compiled kernels, no captured passes.
+        exact: the same kernels on the same shapes each time, whatever is ready by now.
 
     Returns:
         What came of each share of the pass, without graph.
@@ -57,8 +57,13 @@ def compute(
     kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
     with torch.set_grad_enabled(trains), kernels:
         captured = None
-        if not (apart or frugal or exact):
-            captured = _captured(model, calls, work, host, trains)
+        if model.graphs is not None and not apart and (exact or not frugal):
+            members = [
+                Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares
+            ]
+            captured = model.graphs.load(
+                host, work.lengths, members, trains=trains, exact=exact, frugal=frugal
+            )
         # Few transfers, whatever the number of calls.
         numbers = (
             torch.from_numpy(host).to(device)
@@ -102,16 +107,6 @@ def _numbers(calls: Sequence[Call], work: Pass, drops: bool) -> Int64:
         keys[share.tokens] = operation_key(call.seed, call.operation)
         last[share.tokens] = last_dropped(lora.dropout)
     return np.stack([*plain, work.rows, keys, last])
-
-
-def _captured(
-    model: BaseModel, calls: Sequence[Call], work: Pass, numbers: Int64, trains: bool
-) -> CapturedPass | None:
-    """The pass in the place of one of its size; None if it is to run as written."""
-    if model.graphs is None:
-        return None
-    members = [Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares]
-    return model.graphs.load(numbers, work.lengths, members, trains=trains)
 
 
 def _adapters(

@@ -129,6 +129,8 @@ class TorchBackend(Backend):
         if self.device.startswith("cuda"):
             facts["cuda_device"] = torch.cuda.get_device_name(self.device)
             facts["cuda"] = torch.version.cuda or ""
+            graphs = any(model.graphs is not None for model in self._models.values())
+            facts["cuda_graphs"] = "on" if graphs else "off"
         return facts
 
     def open_run(self, run_id: str, settings: RunSettings, state: Path | None) -> None:

@@ -39,6 +39,7 @@ def load_backend(
     sample_bytes: int | None = None,
     losses: LossRegistry | None = None,
     compiling: Compiling = Compiling.OFF,
+    captures: bool = True,
 ) -> TorchBackend:
     """Loads every model onto one device.
 
@@ -47,7 +48,7 @@ def load_backend(
         device: `auto`, `cpu` or `cuda:N`.
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
-        token_budget, run_bytes, sample_bytes, losses: as `TorchBackend` takes them.
+        token_budget, run_bytes, sample_bytes, losses, captures: as `TorchBackend` takes them.
         compiling: when kernels are compiled.
 
     Raises:
@@ -69,7 +70,12 @@ def load_backend(
         )
     loaded = [load_model(source, place, kind) for source in sources]
     backend = TorchBackend(
-        loaded, token_budget, run_bytes, losses=losses, sample_bytes=sample_bytes
+        loaded,
+        token_budget,
+        run_bytes,
+        losses=losses,
+        sample_bytes=sample_bytes,
+        captures=captures,
     )
     try:
         start_compiling(compiling, place, kind)

@@ -19,8 +19,9 @@ from workers.losses.cross_entropy import cross_entropy
 from workers.operations import Batch, LoraSettings, LossRequest
 
 _PROBE_TOKENS = 64
-_SHARE = 0.5
-"""Of the free memory, for activations; the rest is for adapters, the head's chunks and others."""
+_SHARE_CPU, _SHARE_GPU = 1 / 2, 3 / 8
+"""Of the free memory, for activations; the rest is for adapters, the head's chunks and others, on a
+GPU for captured passes too."""
 _MOST_CPU, _MOST_GPU = 1024, 65_536
 """Beyond these a pass gains nothing: the matrix products are as fast as they get. On a CPU it
 loses: the activations of 4,088 tokens leave its caches, and a step takes 23 to 26 s instead of the
@@ -29,9 +30,10 @@ _LEAST = 256
 
 
 def measure_budget(model: BaseModel) -> TokenBudget:
-    """What fits into half of the memory that is free now."""
-    most = _MOST_CPU if model.device == "cpu" else _MOST_GPU
-    fits = int(_SHARE * free_bytes(model.device) / token_bytes(model))
+    """What fits into its share of the memory that is free now."""
+    on_cpu = model.device == "cpu"
+    most, share = (_MOST_CPU, _SHARE_CPU) if on_cpu else (_MOST_GPU, _SHARE_GPU)
+    fits = int(share * free_bytes(model.device) / token_bytes(model))
     return TokenBudget(max(_LEAST, min(most, fits)))
 
 

@@ -71,6 +71,7 @@ GIVEN = {
     "--sample-memory-mib": "32.0",
     "--loss": "huber=ours:huber",
     "--compile": "off",
+    "--cuda-graphs": "off",
     "--operation-limit-s": "9.0",
     "--token-limit-ms": "4.0",
 }

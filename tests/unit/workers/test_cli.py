@@ -48,6 +48,7 @@ async def test_a_worker_process_serves_and_sigterm_ends_it_with_0():
         (["--backend", "mock"], "", "TENSAFE_WORKER_KEY is not set"),
         (["--backend", "mock", "--model", "x"], "k", "the mock backend serves any model"),
         (["--backend", "mock", "--compile", "first"], "k", "leave out --pass-tokens"),
+        (["--backend", "mock", "--cuda-graphs", "off"], "k", "leave out --pass-tokens"),
         (["--backend", "mock", "--sample-memory-mib", "9"], "k", "--sample-memory-mib"),
         ([], "k", "needs at least one --model"),
         (["--model", "/no/such/model"], "k", "there is no directory /no/such/model"),

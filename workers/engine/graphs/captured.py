@@ -26,7 +26,7 @@ PLAIN_ROWS = 2
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is the same for all passes that one graph serves; all but the last four at least theirs.
+    """What is the same for all passes that one graph serves; the numbers are at least theirs.
 
     Attributes:
         tokens, documents: of a pass.
@@ -36,6 +36,7 @@ class Size:
         targets: of the adapters, together.
         drops: whether any has dropout.
         trains: whether there is a way back.
+        exact: whether its kernels add up in one order.
         kernels: which compiled kernels there were.
     """
 
@@ -47,6 +48,7 @@ class Size:
     targets: tuple[str, ...]
     drops: bool
     trains: bool
+    exact: bool
     kernels: int
 
 
@@ -64,11 +66,14 @@ class CapturedPass:
     Args:
         frame: where the adapters are put.
         tape: how the pass is run again.
+        frugal: keep only the layers' inputs for the way back; for a tape that captures nothing.
     """
 
-    def __init__(self, model: BaseModel, size: Size, frame: Frame, tape: Tape) -> None:
+    def __init__(
+        self, model: BaseModel, size: Size, frame: Frame, tape: Tape, *, frugal: bool = False
+    ) -> None:
         self.frame = frame
-        self._model, self._size, self._tape = model, size, tape
+        self._model, self._size, self._tape, self._frugal = model, size, tape, frugal
         device, width = model.device, model.head.weight.shape[1]
         self._numbers = torch.zeros(
             PLAIN_ROWS + 3 * size.drops, size.tokens, dtype=torch.int64, device=device
@@ -78,7 +83,7 @@ class CapturedPass:
         self._hidden_ND = torch.zeros(size.tokens, width, dtype=model.dtype, device=device)
         self._slope_ND = torch.zeros_like(self._hidden_ND)
         self._anchor = torch.zeros((), requires_grad=size.trains)
-        self._live: Tensor | None = None
+        self._live: tuple[Tensor, FrameAdapters] | None = None
         self._members: Sequence[Member] = ()
         self._forward: Function | None = None
         self._backward: Function | None = None
@@ -133,16 +138,17 @@ class CapturedPass:
         )
         packing = Packing(self._borders, size.longest, [])
         with torch.set_grad_enabled(size.trains), model.carrying(adapters):
-            live = model.hidden(self._numbers[0], self._numbers[1], packing)
+            live = model.hidden(self._numbers[0], self._numbers[1], packing, frugal=self._frugal)
         self._hidden_ND.copy_(live.detach())
-        self._live = live if size.trains else None
+        self._live = (live, adapters) if size.trains else None
 
     def _run_backward(self) -> None:
-        live, self._live = self._live, None
-        if live is None:
+        if self._live is None:
             raise RuntimeError("a way back without a way there")
+        (live, adapters), self._live = self._live, None
         self.frame.clear_gradients()
-        live.backward(self._slope_ND)  # type: ignore[no-untyped-call]
+        with self._model.carrying(adapters):
+            live.backward(self._slope_ND)  # type: ignore[no-untyped-call]
 
     def forward(self, places: Tensor) -> Tensor:
         """The way there."""

@@ -7,14 +7,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
-import torch
-
 from workers.engine.attention import has_ragged_kernel
 from workers.engine.base_model import BaseModel
 from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
 from workers.engine.graphs.frames import Frame
-from workers.engine.graphs.tapes import CudaTape, Tape
+from workers.engine.graphs.tapes import CudaTape, Direct, Tape
 from workers.engine.kernels import generation
+from workers.engine.measuring import free_bytes
 from workers.engine.memory import is_memory_error
 from workers.operations import Int64
 
@@ -30,7 +29,7 @@ _STEPS = 8
 _RANK_STEP = 8
 """`grouped_mm` wants strides of 16 bytes."""
 _MOST_TOKENS = 8192
-_BUDGET_SHARE = 4
+_BUDGET_SHARE = 6
 _FRAME_SHARE = 1 / 16
 
 
@@ -59,17 +58,42 @@ class Graphs:
         self._seen: Counter[Size] = Counter()
 
     def load(
-        self, numbers: Int64, lengths: Sequence[int], members: Sequence[Member], *, trains: bool
+        self,
+        numbers: Int64,
+        lengths: Sequence[int],
+        members: Sequence[Member],
+        *,
+        trains: bool,
+        exact: bool = False,
+        frugal: bool = False,
     ) -> CapturedPass | None:
-        """A captured pass of this size, with this pass in its place; None for one that runs as
-        written.
+        """A pass of this size with this one in its place; None for one that runs as written.
+
+        An exact one never does: captured or not, it is the same kernels on the same shapes.
 
         Args:
             numbers, lengths, members: as `CapturedPass.load` takes them.
+            exact: its bits may not depend on what else there is or was.
+            frugal: there is no memory to keep activations.
         """
-        captured = self._find(size_of(numbers, lengths, members, trains=trains))
-        if captured is None:
+        size = size_of(numbers, lengths, members, trains=trains, exact=exact)
+        found = None if frugal or size.tokens > self._most_tokens else self._find(size)
+        if found is not None and self._prepared(found, numbers, lengths, members):
+            return found
+        if not exact:
             return None
+        direct = CapturedPass(self._model, size, self._new_frame(size), Direct(), frugal=frugal)
+        direct.load(numbers, lengths, members)
+        direct.record()
+        return direct
+
+    def _prepared(
+        self,
+        captured: CapturedPass,
+        numbers: Int64,
+        lengths: Sequence[int],
+        members: Sequence[Member],
+    ) -> bool:
         captured.load(numbers, lengths, members)
         try:
             captured.record()
@@ -81,12 +105,10 @@ class Graphs:
             )
             self.release()
             self._most_tokens = 0
-            return None
-        return captured
+            return False
+        return True
 
     def _find(self, size: Size) -> CapturedPass | None:
-        if size.tokens > self._most_tokens:
-            return None
         if size in self.held:
             self.held.move_to_end(size)
             return self.held[size]
@@ -116,15 +138,19 @@ class Graphs:
         frame = self._frames.get(key)
         if frame is not None:
             return frame
-        layers, dtype = self._model.layers, self._model.dtype
-        wanted = Frame.bytes_of(layers, size.targets, size.rank, size.runs, dtype)
+        wanted = Frame.bytes_of(
+            self._model.layers, size.targets, size.rank, size.runs, self._model.dtype
+        )
         if wanted > self._most_bytes:
             return None
         while self.held and wanted + self._frame_bytes() > self._most_bytes:
             self.held.popitem(last=False)
-        frame = Frame(layers, size.targets, size.rank, size.runs, self._model.device, dtype)
-        self._frames[key] = frame
+        frame = self._frames[key] = self._new_frame(size)
         return frame
+
+    def _new_frame(self, size: Size) -> Frame:
+        model = self._model
+        return Frame(model.layers, size.targets, size.rank, size.runs, model.device, model.dtype)
 
     def _frame_bytes(self) -> int:
         return sum(frame.nbytes for frame in self._frames.values())
@@ -134,24 +160,25 @@ def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
     """Those of a model on a GPU that has what captured passes are made of; else None.
 
     Args:
-        token_budget: most tokens of a pass; captured ones have at most a quarter, since their
-            memory is theirs for good.
+        token_budget: most tokens of a pass; captured ones have at most a sixth, since what they
+            take is theirs for good: a 16th of the memory, as are the adapters' rows.
     """
     width = max(max(shape.key_size, shape.value_size) for shape in model.layer_shapes)
     if not has_ragged_kernel(model.head.weight.device, model.dtype, width):
         return None
-    total = torch.cuda.get_device_properties(model.device).total_memory
-    return Graphs(
-        model,
-        CudaTape,
-        min(_MOST_TOKENS, token_budget // _BUDGET_SHARE),
-        int(_FRAME_SHARE * total),
-    )
+    most_tokens = min(_MOST_TOKENS, token_budget // _BUDGET_SHARE)
+    return Graphs(model, CudaTape, most_tokens, int(_FRAME_SHARE * free_bytes(model.device)))
 
 
 def size_of(
-    numbers: Int64, lengths: Sequence[int], members: Sequence[Member], trains: bool
+    numbers: Int64,
+    lengths: Sequence[int],
+    members: Sequence[Member],
+    *,
+    trains: bool,
+    exact: bool = False,
 ) -> Size:
+    """What a pass is rounded up to."""
     settings = [member.adapter.settings for member in members]
     longest = _power(max(_LEAST_LONGEST, *lengths))
     tokens = sum(lengths)
@@ -169,7 +196,8 @@ def size_of(
         targets=tuple(sorted(targets)),
         drops=len(numbers) > PLAIN_ROWS,
         trains=trains,
-        kernels=generation(),
+        exact=exact,
+        kernels=0 if exact else generation(),
     )
 
 
