@@ -6,7 +6,7 @@ scripts/bench_engine.py --part one          one run against plain transformers +
 scripts/bench_engine.py --part many         runs in one pass, against in turn and swapping
 scripts/bench_engine.py --part memory       peak memory of one run, and what a run more costs
 scripts/bench_engine.py --clock cpu         CPU seconds, for machines that others use too
-scripts/bench_engine.py --compile first     with compiled kernels
+scripts/bench_engine.py --compile first     with compiled kernels, as on a GPU by itself
 scripts/bench_engine.py --json FILE         also write ratios, raw figures, versions and machine
 """
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--compile", choices=["first", "off"], default="off")
+    parser.add_argument("--compile", choices=["auto", "first", "off"], default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
 
@@ -113,6 +113,8 @@ def _backend(
     model: str, device: str, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> TorchBackend:
     compiling = Compiling(arguments.compile)
+    if compiling is Compiling.AUTO:
+        compiling = Compiling.OFF if device == "cpu" else Compiling.FIRST
     if model == SMOLLM2:
         return load_backend(
             [model],

@@ -46,6 +46,11 @@ class Frame:
         self._gradients_SP = torch.zeros(rows, size, dtype=torch.float32, device=device)
         self.weights: Pairs = pairs(self._slots, self._weights_SP)
         self.gradients: Pairs = pairs(self._slots, self._gradients_SP)
+        # B's of each row: to take views anew for each pass would take longer than what is done.
+        self._scaled_weights, self._scaled_gradients = (
+            list(zip(*(b_SOr.unbind() for _, b_SOr in held.values()), strict=True))
+            for held in (self.weights, self.gradients)
+        )
         self._places: OrderedDict[tuple[int, tuple[str, ...]], Tensor | None] = OrderedDict()
 
     @staticmethod
@@ -73,7 +78,7 @@ class Frame:
             into_P.copy_(own_P)
         else:
             into_P.zero_().index_copy_(0, places, own_P.to(into_P.dtype))
-        torch._foreach_mul_([b_SOr[row] for _, b_SOr in self.weights.values()], scale)
+        torch._foreach_mul_(self._scaled_weights[row], scale)
 
     @torch.no_grad()
     def clear_gradients(self) -> None:
@@ -83,7 +88,7 @@ class Frame:
     @torch.no_grad()
     def add_gradient(self, row: int, adapter: Adapter, scale: float) -> None:
         """Adds a row's gradient to its adapter's; the row's own is then of no more use."""
-        torch._foreach_mul_([b_SOr[row] for _, b_SOr in self.gradients.values()], scale)
+        torch._foreach_mul_(self._scaled_gradients[row], scale)
         found_P, places = self._gradients_SP[row], self._places_of(adapter)
         adapter.gradient().add_(found_P if places is None else found_P.index_select(0, places))
 
