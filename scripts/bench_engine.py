@@ -7,6 +7,7 @@ scripts/bench_engine.py --part many         runs in one pass, against in turn an
 scripts/bench_engine.py --part memory       peak memory of one run, and what a run more costs
 scripts/bench_engine.py --clock cpu         CPU seconds, for machines that others use too
 scripts/bench_engine.py --compile first     with compiled kernels, as on a GPU by itself
+scripts/bench_engine.py --cuda-graphs off   a GPU's passes as written
 scripts/bench_engine.py --json FILE         also write ratios, raw figures, versions and machine
 """
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--compile", choices=["auto", "first", "off"], default="auto")
+    parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
 
@@ -122,9 +124,11 @@ def _backend(
             dtype=arguments.dtype,
             threads=arguments.threads,
             compiling=compiling,
+            captures=arguments.cuda_graphs == "auto",
         )
     torch.set_num_threads(arguments.threads)
-    backend = TorchBackend([random_models.base_model(model, device, dtype)])
+    base = random_models.base_model(model, device, dtype)
+    backend = TorchBackend([base], captures=arguments.cuda_graphs == "auto")
     start_compiling(compiling, device, dtype)
     return backend
 

@@ -33,7 +33,7 @@ def test_ragged_attention(window, heads, groups, width):
         found.append([output, *torch.autograd.grad(output, own, slope.to(dtype))])
     for ours, theirs in zip(*found, strict=True):
         # A window of one token has no slope by queries and keys.
-        assert (ours - theirs).norm() < 1e-2 * theirs.norm() + 1e-4
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm() + 1e-3
 
 
 K, WIDTH = 96, 160

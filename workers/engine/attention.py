@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from workers.engine.uploads import upload
+
 NAME = "tensafe"
 
 _DENSE_LENGTH = 576
@@ -138,7 +140,7 @@ def pack(lengths: Sequence[int], device: str, *, apart: bool = False) -> Packing
         places = _places(lengths[first:last], longest, device)
         buckets.append(Bucket(begin, end, last - first, longest, places))
         begin, first = end, last
-    return Packing(borders.to(device), max(lengths), buckets)
+    return Packing(upload(borders.numpy(), device), max(lengths), buckets)
 
 
 def _joins(length: int, longest: int, count: int) -> bool:
@@ -152,7 +154,7 @@ def _places(lengths: Sequence[int], longest: int, device: str) -> Tensor | None:
     if all(length == longest for length in lengths):
         return None
     places = [torch.arange(length) + row * longest for row, length in enumerate(lengths)]
-    return torch.cat(places).to(device)
+    return upload(torch.cat(places).numpy(), device)
 
 
 def attention(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from workers.engine.products import Part, tokens_like
+from workers.engine.uploads import upload
 
 _ALIGNED = 8
 """`grouped_mm` on a GPU wants strides of 16 bytes."""
@@ -146,4 +147,4 @@ def _touching(parts: Sequence[Part], count: int) -> bool:
 
 def _ends(parts: Sequence[Part], like: Tensor) -> Tensor:
     lengths = torch.tensor([part.end - part.begin for part in parts], dtype=torch.int32)
-    return lengths.cumsum(0, dtype=torch.int32).to(like.device, non_blocking=True)
+    return upload(lengths.cumsum(0, dtype=torch.int32).numpy(), like.device)

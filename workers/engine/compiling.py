@@ -99,7 +99,7 @@ def _compiled(
     kernel: Kernel[..., Any], device: torch.device, dtype: torch.dtype
 ) -> Callable[..., Any] | None:
     """The compiled form for all its samples; None if it gains nothing."""
-    function = torch.compile(kernel.plain, dynamic=True, fullgraph=True)
+    function = torch.compile(kernel.source, dynamic=True, fullgraph=True)
     samples = kernel.samples(device, dtype)
     for sample in samples:
         function(*sample)

@@ -20,6 +20,7 @@ from workers.engine.passes import Call, Pass, Share
 from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import SegmentLoop
 from workers.engine.scoring import Portion, PortionLoss, score
+from workers.engine.uploads import upload
 from workers.operations import Int64
 
 
@@ -52,7 +53,7 @@ def compute(
     # Kept apart by the loop alone.
     apart = any(own is not None for own in units)
     host = _numbers(calls, work, drops)
-    places = torch.from_numpy(work.scored).to(device)
+    places = upload(work.scored, device)
     # Nor does how it is computed depend on how much lies beside it.
     kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
     with torch.set_grad_enabled(trains), kernels:
@@ -65,11 +66,7 @@ def compute(
                 host, work.lengths, members, trains=trains, exact=exact, frugal=frugal
             )
         # Few transfers, whatever the number of calls.
-        numbers = (
-            torch.from_numpy(host).to(device)
-            if captured is None
-            else captured.numbers(len(work.ids))
-        )
+        numbers = upload(host, device) if captured is None else captured.numbers(len(work.ids))
         portions = [
             _portion(calls[share.call], share, reference)
             for share, reference in zip(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from workers.engine.kernels import kernel
 from workers.engine.randomness import int32_key, mix32
 
 _MULTIPLY_1 = 0x7FEB352D
@@ -90,6 +92,12 @@ def kept_share(p: float) -> float:
     return 1 - (last_dropped(p) + 1) / _DRAWS
 
 
+def _samples(device: torch.device, _dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    last = torch.full((1013, 1), last_dropped(0.1), dtype=torch.int16, device=device)
+    tokens = torch.arange(1013, dtype=torch.int32, device=device)
+    return [(tokens, _mixed_places(320, device), features, last) for features in (640, 639)]
+
+
 @lru_cache(maxsize=64)
 def _mixed_places(count: int, device: torch.device) -> Tensor:
     return mix32(torch.arange(count, dtype=torch.int32, device=device))
@@ -102,8 +110,23 @@ def keep_bits(tokens: Tensor, features: int, last: Tensor) -> Tensor:
         tokens: int32 [N], mixed keys.
         last: int16 [N, 1], from `last_dropped`.
     """
-    pairs = (features + 1) // 2
-    bits = tokens[:, None] ^ _mixed_places(pairs, tokens.device)
+    places = _mixed_places((features + 1) // 2, tokens.device)
+    found: Tensor = _keep_bits(tokens, places, features, last)
+    return found
+
+
+def _keep_bits_by_halves(tokens: Tensor, places: Tensor, features: int, last: Tensor) -> Tensor:
+    """The same without another view of memory, at which compilers stop to fuse."""
+    bits = (tokens[:, None] ^ places) * _MULTIPLY_1
+    bits = (bits ^ (bits >> 15)) * _MULTIPLY_2
+    bits = bits ^ (bits >> 16)
+    halves = torch.stack([bits & (_DRAWS - 1), (bits >> 16) & (_DRAWS - 1)], -1).to(torch.int16)
+    return (last - halves.flatten(1)[:, :features]) >> 15
+
+
+@kernel(_samples, source=_keep_bits_by_halves)
+def _keep_bits(tokens: Tensor, places: Tensor, features: int, last: Tensor) -> Tensor:
+    bits = tokens[:, None] ^ places
     # A shorter finaliser than mix32 (constants of Chris Wellons' lowbias32), since both halves of
     # the key are mixed already. Each 32-bit word serves two features. The shifts copy the sign,
     # which costs one of the bits that are not used.

@@ -27,11 +27,15 @@ class Kernel(Generic[P, T]):
     Attributes:
         plain: as written.
         samples: what to compile it for; sizes mean nothing, since all are dynamic.
+        source: what is compiled: the same, or another way to write it that compilers fuse.
     """
 
-    def __init__(self, plain: Callable[P, T], samples: Samples) -> None:
+    def __init__(
+        self, plain: Callable[P, T], samples: Samples, source: Callable[..., Any] | None = None
+    ) -> None:
         self.plain = plain
         self.samples = samples
+        self.source: Callable[..., Any] = source or plain
         self.name = plain.__name__.strip("_")
         self._fused: Callable[P, T] | None = None
 
@@ -82,11 +86,13 @@ def generation() -> int:
     return _switch.generation
 
 
-def kernel(samples: Samples) -> Callable[[Callable[P, T]], Kernel[P, T]]:
+def kernel(
+    samples: Samples, source: Callable[..., Any] | None = None
+) -> Callable[[Callable[P, T]], Kernel[P, T]]:
     """Makes a function a kernel."""
 
     def register(plain: Callable[P, T]) -> Kernel[P, T]:
-        KERNELS.append(made := Kernel(plain, samples))
+        KERNELS.append(made := Kernel(plain, samples, source))
         return made
 
     return register

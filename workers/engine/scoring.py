@@ -19,6 +19,7 @@ from workers.engine.batches import ScoredBatch
 from workers.engine.memory import is_memory_error
 from workers.engine.objectives import Objective
 from workers.engine.statistics import Statistics, measure
+from workers.engine.uploads import upload
 from workers.losses import LossTerms, Scored
 from workers.operations import Int64
 
@@ -148,7 +149,7 @@ class _Stack:
 
     def upload(self, device: torch.device) -> Tensor:
         joined = np.concatenate(self._arrays or [np.zeros(0)]).astype(self._dtype)
-        return torch.from_numpy(joined).to(device)
+        return upload(joined, device)
 
 
 def _unpack(portion: Portion, keys: dict[str, _Key], uploaded: dict[str, Tensor]) -> _Tensors:

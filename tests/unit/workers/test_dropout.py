@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from workers.engine.dropout import (
+    _keep_bits,
     keep_bits,
     kept_share,
     last_dropped,
@@ -88,6 +89,15 @@ def test_masked_keeps_or_zeroes_in_every_type(dtype, features):
     expected = torch.where(bits == -1, values, torch.zeros_like(values))
     assert torch.equal(masked(values, bits), expected)
     assert set(bits.unique().tolist()) == {-1, 0}
+
+
+@pytest.mark.parametrize("features", [1, 7, 16])
+def test_what_is_compiled_for_it_is_the_same(features):
+    keys = mix32(torch.arange(300, dtype=torch.int32))
+    places = mix32(torch.arange((features + 1) // 2, dtype=torch.int32))
+    last = torch.full((300, 1), last_dropped(0.4), dtype=torch.int16)
+    found = _keep_bits.source(keys, places, features, last)
+    assert torch.equal(found, _keep_bits.plain(keys, places, features, last))
 
 
 def test_tokens_of_one_pass_have_their_own_probabilities():

@@ -18,6 +18,7 @@ from workers.engine.dropout import pass_dropout
 from workers.engine.graphs.adapters import FrameAdapters
 from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.tapes import Function, Tape
+from workers.engine.uploads import staged
 from workers.operations import Int64
 
 PLAIN_ROWS = 2
@@ -103,16 +104,19 @@ class CapturedPass:
         size, count = self._size, numbers.shape[1]
         whole = np.zeros(self._numbers.shape, np.int64)
         whole[:, :count] = numbers
-        self._numbers.copy_(torch.from_numpy(whole))
-        self._borders.copy_(torch.from_numpy(borders(lengths, size)))
+        self._put(self._numbers, whole)
+        self._put(self._borders, borders(lengths, size))
         ends = np.full(size.runs, count, np.int32)
         ends[: len(members)] = [member.end for member in members]
         # The rest is anybody's: its gradient is zero.
         ends[-1] = size.tokens
-        self._ends.copy_(torch.from_numpy(ends))
+        self._put(self._ends, ends)
         self._members = members
         for row, (adapter, scale) in enumerate(self._scaled()):
             self.frame.load(row, adapter, scale)
+
+    def _put(self, where: Tensor, array: np.ndarray[Any, Any]) -> None:
+        where.copy_(staged(array, where.device), non_blocking=True)
 
     def record(self) -> None:
         """Captures the pass in its place, if none was."""
