@@ -6,7 +6,7 @@ JOBS ?= 2
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup protos lint format test test-slow chaos demo smoke bench clean
+.PHONY: help setup protos lint format test test-slow test-gpu chaos demo smoke bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: setup ## Run the tests, without those that need a real model
 
 test-slow: setup ## Run the tests that need a real model, or minutes
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## Test the engine on this machine's GPU
+	$(BIN)/python -m pytest tests/gpu
 
 chaos: setup ## Kill processes at random while three tenants train (SEED= replays, KILLS= is how many)
 	SEED=$(SEED) KILLS=$(KILLS) $(BIN)/python -m pytest -m slow -s tests/fault/test_chaos.py
