@@ -23,6 +23,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
         "tie_word_embeddings": True,
     },
+    # SmolLM2-135M, for machines that cannot fetch it.
+    "random-135m": {
+        "vocab_size": 49_152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
     # The same way in little, for tests.
     "random-tiny": {
         "vocab_size": 512,
