@@ -44,6 +44,7 @@ from tensafe_server.api.metrics import MetricsServicer
 from tensafe_server.api.models import ModelsServicer
 from tensafe_server.api.operations import OperationsServicer
 from tensafe_server.api.privacy import PrivacyServicer
+from tensafe_server.api.registering import GenericHandlers
 from tensafe_server.api.training import TrainingServicer
 from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.local import LocalBlobStore
@@ -224,7 +225,7 @@ class Coordinator:
         self._server = grpc.aio.server(
             interceptors=[Guard(self.identity)], options=server_options()
         )
-        server = self._server
+        server = GenericHandlers(self._server)
         services: list[tuple[Any, Any]] = [
             (
                 training_pb2_grpc.add_TrainingServiceServicer_to_server,
