@@ -2,7 +2,8 @@
 
 The stubs name each method to the server twice: in a generic handler, and by itself. For each that
 is named by itself grpc.aio keeps a task, and goes over all of these tasks whenever a call comes.
-With fifty methods that was a tenth of what a call cost; the generic handlers serve the same.
+With fifty methods that was a seventh of a bare echo's CPU time. The generic handlers serve the
+same.
 """
 
 from __future__ import annotations
