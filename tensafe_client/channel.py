@@ -26,7 +26,7 @@ from tensafe_client.errors import ConnectionFailedError, TenSafeError, from_rpc_
 LONGEST_CONNECT_S = 10.0
 """The first connection fails after this or `timeout_s`, whichever is shorter."""
 
-_SUBMIT_BATCH = "/tensafe.v1.TrainingService/SubmitBatch"
+_SUBMIT_STREAM = "/tensafe.v1.TrainingService/SubmitStream"
 
 
 class Stubs:
@@ -41,10 +41,10 @@ class Stubs:
         self.datasets = DatasetsServiceStub(channel)
         self.privacy = PrivacyServiceStub(channel)
         self.admin = AdminServiceStub(channel)
-        self.submit_batch: Any = channel.unary_unary(
-            _SUBMIT_BATCH,
+        self.submit_stream: Any = channel.stream_stream(
+            _SUBMIT_STREAM,
             request_serializer=None,  # the submitter joins serialized operations
-            response_deserializer=training_pb2.SubmitBatchResponse.FromString,
+            response_deserializer=training_pb2.SubmitStreamResponse.FromString,
         )
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -192,6 +193,7 @@ def to_dict(message: struct_pb2.Struct) -> dict[str, Any]:
     return {key: _plain(item) for key, item in message.fields.items()}
 
 
+@lru_cache(256)
 def enum_name(enum: Any, number: int) -> str:
     """Returns `forward_backward` for OPERATION_KIND_FORWARD_BACKWARD, and so on.
 

@@ -35,6 +35,7 @@ from tensafe_client.futures import OperationFuture
 from tensafe_client.io_loop import io_loop
 from tensafe_client.sequence import Place, RunSequence
 from tensafe_client.submission import Submission, Submitter, check_size
+from tensafe_client.submit_stream import SubmitStream
 from tensafe_client.watching import Watcher
 
 _WAIT_S = 60.0
@@ -52,6 +53,7 @@ class Session:
         self._closed = False
         self._channel = Channel(connection, self.check_open)
         self.metadata = self._channel.metadata
+        self._stream = SubmitStream(self.metadata, connection.timeout_s)
         self._submitter = Submitter(self)
         self._watcher = Watcher(self)
         self._sender: asyncio.Task[None] | None = None
@@ -81,13 +83,10 @@ class Session:
         return await self._channel.call(method, request, timeout_s=timeout_s)
 
     async def submit_batch(self, request: bytes) -> training_pb2.SubmitBatchResponse:
-        """Makes one SubmitBatch call, once; on the loop."""
+        """Sends a serialized SubmitStreamRequest, once; on the loop."""
         stubs = await self.stubs()
         self._submitting = True
-        response: training_pb2.SubmitBatchResponse = await stubs.submit_batch(
-            request, timeout=self.connection.timeout_s, metadata=self.metadata
-        )
-        return response
+        return await self._stream.send(stubs, request)
 
     def spawn(self, coroutine: Any) -> None:
         """Runs a background task that ends with the session; on the loop."""
@@ -505,6 +504,7 @@ class Session:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)  # the sender puts back its batch
+            self._stream.close()
             self.fail_all(
                 ClientClosedError(
                     "the client was closed before the operation ended; if it was acknowledged, "

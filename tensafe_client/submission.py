@@ -1,4 +1,4 @@
-"""The submitter: whatever waits while one SubmitBatch is in flight goes into the next.
+"""The submitter: whatever waits while one batch is in flight goes into the next.
 
 No timer and no task per operation: callers append to a deque, and wake the loop once for all that
 wait. A batch whose answer was lost is sent again byte for byte, under the same (run, seq).
@@ -230,16 +230,16 @@ def _taken(future: OperationFuture[Any]) -> SequenceConflictError:
 
 
 def _serialize(batch: list[Submission], session_id: str) -> bytes:
-    """Joins serialized OperationSpecs into a SubmitBatchRequest without parsing or copying twice.
+    """Joins serialized OperationSpecs into a SubmitStreamRequest without parsing or copying twice.
 
-    In protobuf's wire format a repeated message is its tag, its length and its bytes, one after
-    another; field 1 of wire type 2 has the tag 0x0A.
+    In protobuf's wire format a message in another, or in a list of it, is its tag, its length and
+    its bytes; field 1 of wire type 2 has the tag 0x0A.
     """
     parts: list[bytes] = []
     for submission in batch:
         parts += (b"\x0a", _varint(len(submission.spec)), submission.spec)
     parts.append(pb.SubmitBatchRequest(session_id=session_id).SerializeToString())
-    return b"".join(parts)
+    return b"".join((b"\x0a", _varint(sum(map(len, parts))), *parts))
 
 
 def _varint(value: int) -> bytes:

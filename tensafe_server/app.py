@@ -44,6 +44,8 @@ from tensafe_server.api.metrics import MetricsServicer
 from tensafe_server.api.models import ModelsServicer
 from tensafe_server.api.operations import OperationsServicer
 from tensafe_server.api.privacy import PrivacyServicer
+from tensafe_server.api.registering import GenericHandlers
+from tensafe_server.api.submit_streams import RequestStreams
 from tensafe_server.api.training import TrainingServicer
 from tensafe_server.api.worker import WorkerServicer
 from tensafe_server.blobs.local import LocalBlobStore
@@ -220,11 +222,12 @@ class Coordinator:
 
         self.address = self.local_address = ""
         self._lock: IO[bytes] | None = None
+        self._submitting = RequestStreams(self.identity)
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[Guard(self.identity)], options=server_options()
         )
-        server = self._server
+        server = GenericHandlers(self._server)
         services: list[tuple[Any, Any]] = [
             (
                 training_pb2_grpc.add_TrainingServiceServicer_to_server,
@@ -239,6 +242,7 @@ class Coordinator:
                     self._hub,
                     verifications,
                     self._pruner,
+                    self._submitting,
                 ),
             ),
             (
@@ -384,6 +388,7 @@ class Coordinator:
         self._hub.close(draining())
         self._reader.drain()
         self._streams.close()
+        self._submitting.close(draining())
         self._artifacts.stop()
         self._uploads.stop()
         for link in self.dispatcher.links:

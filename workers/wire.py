@@ -34,7 +34,6 @@ from workers.operations import (
     Metric,
     ModelCard,
     OptimizerSettings,
-    Output,
     PrivacySettings,
     PrivateMetrics,
     PrivateRelease,
@@ -313,39 +312,40 @@ def step_metrics(outcome: StepOutcome) -> list[types_pb2.Metric]:
     return _metrics(outcome.metrics)
 
 
-def _outputs(outcome: LossOutcome) -> list[types_pb2.NamedTensor]:
-    return [_output(name, output) for name, output in outcome.outputs.items()]
-
-
-def _output(name: str, output: Output) -> types_pb2.NamedTensor:
-    values = output.values
-    tensor = types_pb2.Tensor(
-        dtype=types_pb2.DATA_TYPE_FLOAT32,
-        shape=values.shape,
-        data=values.astype("<f4", copy=False).tobytes(),
-    )
-    message = types_pb2.NamedTensor(name=name, tensor=tensor)
-    if output.per_datum:
-        message.offsets.CopyFrom(encode(np.arange(len(values) + 1, dtype=np.int64)))
-    return message
+def _fill(
+    message: operations_pb2.ForwardResult | operations_pb2.ForwardBackwardResult,
+    outcome: LossOutcome,
+) -> None:
+    # In place: messages that are built apart are copied when they are put together.
+    message.SetInParent()
+    for metric in outcome.metrics:
+        message.metrics.add(
+            name=metric.name,
+            value=metric.value,
+            reduction=int(metric.combine),
+            weight=metric.weight,
+        )
+    for name, output in outcome.outputs.items():
+        values, item = output.values, message.outputs.add(name=name)
+        item.tensor.dtype = types_pb2.DATA_TYPE_FLOAT32
+        item.tensor.shape.extend(values.shape)
+        item.tensor.data = values.astype("<f4", copy=False).tobytes()
+        if output.per_datum:
+            item.offsets.CopyFrom(encode(np.arange(len(values) + 1, dtype=np.int64)))
 
 
 def forward_result(outcome: LossOutcome) -> operations_pb2.OperationResult:
     """Packs a FORWARD's outcome."""
-    return operations_pb2.OperationResult(
-        forward=operations_pb2.ForwardResult(
-            metrics=_metrics(outcome.metrics), outputs=_outputs(outcome)
-        )
-    )
+    result = operations_pb2.OperationResult()
+    _fill(result.forward, outcome)
+    return result
 
 
 def forward_backward_result(outcome: LossOutcome) -> operations_pb2.OperationResult:
     """Packs a FORWARD_BACKWARD's outcome."""
-    return operations_pb2.OperationResult(
-        forward_backward=operations_pb2.ForwardBackwardResult(
-            metrics=_metrics(outcome.metrics), outputs=_outputs(outcome)
-        )
-    )
+    result = operations_pb2.OperationResult()
+    _fill(result.forward_backward, outcome)
+    return result
 
 
 def optim_step_result(outcome: StepOutcome) -> operations_pb2.OperationResult:

@@ -10,6 +10,7 @@ scored here, whatever its label, and neither is a token that follows padding on 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,8 +89,8 @@ def _encode_datums(datums: Sequence[Any]) -> EncodedBatch:
                 f"is a {type(datum).__name__}, not a Datum",
                 remedy="collate dicts into one mapping of padded arrays, or make a Datum of each",
             )
-    offsets = np.zeros(len(datums) + 1, np.int64)
-    np.cumsum([len(datum) for datum in datums], out=offsets[1:])
+    ends = accumulate((len(datum) for datum in datums), initial=0)
+    offsets = np.fromiter(ends, np.int64, len(datums) + 1)
     _check_alike(datums)
     unit_ids = [datum.unit_id for datum in datums if datum.unit_id is not None]
     if unit_ids and len(unit_ids) != len(datums):

@@ -38,6 +38,15 @@ def caller() -> Principal:
     return _caller.get()
 
 
+def unauthenticated(problem: str) -> TenSafeFault:
+    """The refusal of a call whose key is no good."""
+    return TenSafeFault(
+        "UNAUTHENTICATED",
+        f"{problem}; send `authorization: Bearer ts_…` (TENSAFE_API_KEY, or a profile of "
+        "`tensafe up`)",
+    )
+
+
 class _Malformed:
     """Stands in for a request that could not be parsed."""
 
@@ -87,11 +96,7 @@ class Guard(grpc.aio.ServerInterceptor):
         )
         if principal is None:
             problem = "the API key is unknown or revoked" if header else "no API key was sent"
-            raise TenSafeFault(
-                "UNAUTHENTICATED",
-                f"{problem}; send `authorization: Bearer ts_…` (TENSAFE_API_KEY, or a profile of "
-                "`tensafe up`)",
-            )
+            raise unauthenticated(problem)
         service = details.method.split("/")[1].rpartition(".")[2]
         needed = int(_KINDS.get(service, admin.KEY_KIND_TENANT))
         if principal.kind != needed:

@@ -13,6 +13,7 @@ from tensafe.v1 import training_pb2_grpc as rpc
 from tensafe.wire.status import TenSafeFault, from_status
 from tensafe_server.api.guard import caller
 from tensafe_server.api.pages import page, token
+from tensafe_server.api.submit_streams import RequestStreams
 from tensafe_server.events.hub import EventHub
 from tensafe_server.fleet.cancel import Cancellation
 from tensafe_server.fleet.dispatcher import Dispatcher
@@ -24,6 +25,7 @@ from tensafe_server.operations.lookup import OperationReader
 from tensafe_server.operations.model import RunState
 from tensafe_server.operations.pruning import Pruner
 from tensafe_server.operations.runs import RunBook, run_message
+from tensafe_server.operations.validation import check_rules
 from tensafe_server.store.requests import uninterrupted
 
 
@@ -40,7 +42,9 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         hub: EventHub,
         verifications: Verifications,
         pruner: Pruner,
+        submitting: RequestStreams,
     ) -> None:
+        self._submitting = submitting
         self._runs = runs
         self._ledger = ledger
         self._intake = intake
@@ -112,6 +116,16 @@ class TrainingServicer(rpc.TrainingServiceServicer):
     async def SubmitBatch(
         self, request: pb.SubmitBatchRequest, context: Any
     ) -> pb.SubmitBatchResponse:
+        return await self._submit(request)
+
+    async def SubmitStream(
+        self, requests: AsyncIterator[pb.SubmitStreamRequest], context: Any
+    ) -> AsyncIterator[pb.SubmitStreamResponse]:
+        async for request in self._submitting.each(requests):
+            check_rules(request)
+            yield pb.SubmitStreamResponse(batch=await self._submit(request.batch))
+
+    async def _submit(self, request: pb.SubmitBatchRequest) -> pb.SubmitBatchResponse:
         outcomes = await self._intake.submit(
             caller().tenant_id, request.operations, request.session_id
         )

@@ -117,6 +117,11 @@ class Identity:
             self._remember(key)
         return key
 
+    def is_revoked(self, key_id: str) -> bool:
+        """Whether a key that was good when a call began is no good any more."""
+        key = self._keys.get(key_id)
+        return key is not None and key.revoked_ns is not None
+
     def _remember(self, key: KeyRow) -> None:
         self._keys[key.id] = key
         self._by_secret[key.secret_sha256] = key

@@ -19,7 +19,7 @@ METHODS = {
 # What changes nothing; what has another key to be known by again (a run and its seq, a file and its
 # offset); and AttachRun, which twice is the same as once and of which the second must tell anew.
 WITHOUT_REQUEST_ID = re.compile(
-    r"/(Get|List|Watch|Wait|Stream|Verify|Download)|/(Submit|SubmitBatch)$|/Upload\w*File$|/AttachRun$"
+    r"/(Get|List|Watch|Wait|Stream|Verify|Download)|/(Submit|SubmitBatch|SubmitStream)$|/Upload\w*File$|/AttachRun$"
 )
 
 

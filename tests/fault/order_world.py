@@ -34,6 +34,7 @@ from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from tensafe_server.api import guard
 from tensafe_server.api.files import ArtifactUpload
+from tensafe_server.api.submit_streams import RequestStreams
 from tensafe_server.api.training import TrainingServicer
 from tensafe_server.blobs.local import LocalBlobStore
 from tensafe_server.fleet.link import WorkerLink
@@ -43,7 +44,7 @@ from tensafe_server.operations.model import RUNNING
 from tensafe_server.operations.runs import RunBook
 from tensafe_server.operations.snapshots import new_snapshot_id
 from tensafe_server.store.base import EventScope, OperationRow, Page, TenantRow
-from tensafe_server.tenants.identity import Principal
+from tensafe_server.tenants.identity import Identity, Principal
 
 TENANT = "ten-1"
 LATER_S = 3600
@@ -230,6 +231,7 @@ class World:
             ),
             *(parts.gaps, parts.cancellation, parts.dispatcher, parts.hub),
             *(parts.reception._verifications, parts.pruner),
+            RequestStreams(Identity(self.store)),
         )
         guard._caller.set(Principal(admin.KEY_KIND_TENANT, TENANT, "key"))
         request = training.DeleteRunRequest(run_id=run_id, request_id=f"request-{run_id}")

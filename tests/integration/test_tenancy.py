@@ -68,6 +68,7 @@ UNNAMED = {
     "TrainingService/CreateRun",
     "TrainingService/ListRuns",
     "TrainingService/SubmitBatch",
+    "TrainingService/SubmitStream",
     "ArtifactsService/BeginUpload",
     "ModelsService/ListModels",
     "ModelsService/GetModel",

@@ -76,13 +76,14 @@ class FakeCoordinator(
 
     Attributes:
         hold: operations are accepted and do not run until `release`.
-        gate: SubmitBatch waits for it before it does anything.
-        lose_replies: so many SubmitBatch calls are carried out and then answered UNAVAILABLE.
-        internal_errors: so many SubmitBatch calls fail INTERNAL before anything is recorded.
+        gate: a batch waits for it before it does anything.
+        lose_replies: so many batches are taken and then answered UNAVAILABLE.
+        internal_errors: so many batches fail INTERNAL before anything is recorded.
         queue_full: so many operations are refused with QUEUE_FULL first.
         fail: seqs that end FAILED, with the fault.
         refuse: seqs that are refused at submission, with the fault.
-        batches: the seqs of each SubmitBatch call as it came.
+        batches: the seqs of each batch as it came.
+        submit_streams: how many streams of batches were opened.
         watches: the cursor of each Watch call as it came; None if it was unset.
         starts: how often it was started.
         unanswered: so many GetRun calls fail INTERNAL.
@@ -105,6 +106,7 @@ class FakeCoordinator(
         self.fail: dict[int, TenSafeFault] = {}
         self.refuse: dict[int, TenSafeFault] = {}
         self.batches: list[list[int]] = []
+        self.submit_streams = 0
         self.requests: list[bytes] = []
         self.watches: list[int | None] = []
         self.starts = 0
@@ -219,6 +221,15 @@ class FakeCoordinator(
                 self.lose_replies -= 1
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the reply is lost")
         return pb.SubmitBatchResponse(outcomes=outcomes)
+
+    def SubmitStream(
+        self, requests: Iterator[pb.SubmitStreamRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.SubmitStreamResponse]:
+        with self.lock:
+            self.submit_streams += 1
+            self.lock.notify_all()
+        for request in requests:
+            yield pb.SubmitStreamResponse(batch=self.SubmitBatch(request.batch, context))
 
     # -- operations
 

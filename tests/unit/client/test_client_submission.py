@@ -267,12 +267,12 @@ def test_close_sends_what_waits_and_ends_what_is_open(server: FakeCoordinator) -
     client.close()
 
 
-def test_joined_operations_are_a_submit_batch_request() -> None:
+def test_joined_operations_are_a_request_of_the_stream() -> None:
     specs = [pb.OperationSpec(run_id="run-1", seq=n, optim_step=pb.OptimStep()) for n in (1, 2)]
     specs.append(pb.OperationSpec(run_id="x" * 300))
     batch = [Submission(spec.SerializeToString(), None) for spec in specs]  # type: ignore[arg-type]
     expected = pb.SubmitBatchRequest(operations=specs, session_id="ses-1")
-    assert pb.SubmitBatchRequest.FromString(_serialize(batch, "ses-1")) == expected
+    assert pb.SubmitStreamRequest.FromString(_serialize(batch, "ses-1")).batch == expected
 
 
 def test_presence_on_the_wire(tc: TrainingClient, server: FakeCoordinator) -> None:

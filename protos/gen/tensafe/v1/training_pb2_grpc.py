@@ -75,6 +75,11 @@ class TrainingServiceStub:
                 request_serializer=tensafe_dot_v1_dot_training__pb2.SubmitBatchRequest.SerializeToString,
                 response_deserializer=tensafe_dot_v1_dot_training__pb2.SubmitBatchResponse.FromString,
                 _registered_method=True)
+        self.SubmitStream = channel.stream_stream(
+                '/tensafe.v1.TrainingService/SubmitStream',
+                request_serializer=tensafe_dot_v1_dot_training__pb2.SubmitStreamRequest.SerializeToString,
+                response_deserializer=tensafe_dot_v1_dot_training__pb2.SubmitStreamResponse.FromString,
+                _registered_method=True)
 
 
 class TrainingServiceServicer:
@@ -159,6 +164,18 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitStream(self, request_iterator, context):
+        """SubmitBatch again and again: a call that stays open costs less than one for
+        each. The requests are answered in the order sent, the next is read when the one
+        before has its answer. What would be the error of a whole SubmitBatch ends the
+        stream, and nothing behind that request is read; UNAUTHENTICATED comes also with
+        the first request after the key was revoked, UNAVAILABLE DRAINING also between
+        two requests. A request without an answer is sent again over a new stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -201,6 +218,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.SubmitBatch,
                     request_deserializer=tensafe_dot_v1_dot_training__pb2.SubmitBatchRequest.FromString,
                     response_serializer=tensafe_dot_v1_dot_training__pb2.SubmitBatchResponse.SerializeToString,
+            ),
+            'SubmitStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.SubmitStream,
+                    request_deserializer=tensafe_dot_v1_dot_training__pb2.SubmitStreamRequest.FromString,
+                    response_serializer=tensafe_dot_v1_dot_training__pb2.SubmitStreamResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -420,6 +442,33 @@ class TrainingService:
             '/tensafe.v1.TrainingService/SubmitBatch',
             tensafe_dot_v1_dot_training__pb2.SubmitBatchRequest.SerializeToString,
             tensafe_dot_v1_dot_training__pb2.SubmitBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tensafe.v1.TrainingService/SubmitStream',
+            tensafe_dot_v1_dot_training__pb2.SubmitStreamRequest.SerializeToString,
+            tensafe_dot_v1_dot_training__pb2.SubmitStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,14 @@ class TrainingServiceStub:
     UNAUTHENTICATED, UNAVAILABLE and INVALID_ARGUMENT for an empty or oversized
     list.
     """
+    SubmitStream: _grpc.StreamStreamMultiCallable[_training_pb2.SubmitStreamRequest, _training_pb2.SubmitStreamResponse]
+    """SubmitBatch again and again: a call that stays open costs less than one for
+    each. The requests are answered in the order sent, the next is read when the one
+    before has its answer. What would be the error of a whole SubmitBatch ends the
+    stream, and nothing behind that request is read; UNAUTHENTICATED comes also with
+    the first request after the key was revoked, UNAVAILABLE DRAINING also between
+    two requests. A request without an answer is sent again over a new stream.
+    """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
@@ -128,6 +136,14 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     means that the accepted ones are on disk. Errors of the whole call are only
     UNAUTHENTICATED, UNAVAILABLE and INVALID_ARGUMENT for an empty or oversized
     list.
+    """
+    SubmitStream: _aio.StreamStreamMultiCallable[_training_pb2.SubmitStreamRequest, _training_pb2.SubmitStreamResponse]  # type: ignore[assignment]
+    """SubmitBatch again and again: a call that stays open costs less than one for
+    each. The requests are answered in the order sent, the next is read when the one
+    before has its answer. What would be the error of a whole SubmitBatch ends the
+    stream, and nothing behind that request is read; UNAUTHENTICATED comes also with
+    the first request after the key was revoked, UNAVAILABLE DRAINING also between
+    two requests. A request without an answer is sent again over a new stream.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -224,6 +240,20 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         means that the accepted ones are on disk. Errors of the whole call are only
         UNAUTHENTICATED, UNAVAILABLE and INVALID_ARGUMENT for an empty or oversized
         list.
+        """
+
+    @_abc_1.abstractmethod
+    def SubmitStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_training_pb2.SubmitStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_pb2.SubmitStreamResponse], _abc.AsyncIterator[_training_pb2.SubmitStreamResponse]]:
+        """SubmitBatch again and again: a call that stays open costs less than one for
+        each. The requests are answered in the order sent, the next is read when the one
+        before has its answer. What would be the error of a whole SubmitBatch ends the
+        stream, and nothing behind that request is read; UNAUTHENTICATED comes also with
+        the first request after the key was revoked, UNAVAILABLE DRAINING also between
+        two requests. A request without an answer is sent again over a new stream.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
