@@ -7,7 +7,9 @@ A graph has no CPU form; here its functions are run again, on the same tensors i
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +30,8 @@ from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
 from workers.engine.graphs.captured import Member as Segment
 from workers.engine.graphs.captured import Size, borders
-from workers.engine.graphs.graphs import Graphs, size_of
+from workers.engine.graphs.graphs import Graphs, graphs_of, size_of
+from workers.engine.graphs.tapes import CudaTape, _stream
 from workers.operations import LossOutcome, Reduction, StepRequest
 
 pytestmark = pytest.mark.usefixtures("ragged_kernel")
@@ -236,6 +239,71 @@ def test_few_are_held_and_adapters_take_no_more_than_their_share(monkeypatch):
     capturing(backend, base, most_tokens=63)
     call_all()
     assert not base.graphs.held
+
+
+@pytest.fixture
+def no_streams():
+    """Made so far, and none of those made here remain."""
+    _stream.cache_clear()
+    yield
+    _stream.cache_clear()
+
+
+def test_a_capture_is_of_the_models_device_in_one_stream_for_all_of_it(monkeypatch, no_streams):
+    """Its kernels are asked for there; captured on another device, a graph would be empty."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(sizes, "has_ragged_kernel", lambda device, dtype, width: True)
+    base = replace(freeze_once(), device="cuda:1")
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 2**40)
+    graphs = graphs_of(base, 60_000)
+    graphs.release()
+    assert graphs_of(base, 60_000) is not None
+    assert made == [torch.device("cuda:1")]
+
+
+class BrokenCapture:
+    """Stands in for `torch.cuda`: a capture fails at its end too, in the stream that it was in."""
+
+    def __init__(self, monkeypatch):
+        self.entered, self.ended = ["default"], []
+        for name, value in (
+            ("Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None)),
+            ("graph_pool_handle", lambda: "pool"),
+            ("CUDAGraph", object),
+            ("current_stream", lambda: SimpleNamespace(wait_stream=lambda other: None)),
+            ("device", lambda device: nullcontext()),
+            ("stream", self.stream),
+            ("graph", self.graph),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda *of: self.ended.append(of), raising=False
+        )
+
+    @contextmanager
+    def stream(self, stream):
+        before = list(self.entered)
+        self.entered.append(stream)
+        try:
+            yield
+        finally:
+            self.entered = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.entered.append("capture")
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypatch, no_streams):
+    device = BrokenCapture(monkeypatch)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaTape("cuda:1").record([lambda: None])
+    assert device.entered == ["default"]
+    assert device.ended == [(1, "pool")]
 
 
 @hypothesis(deadline=None)

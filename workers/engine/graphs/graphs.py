@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
 from workers.engine.attention import has_ragged_kernel
@@ -167,7 +168,8 @@ def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
     if not has_ragged_kernel(model.head.weight.device, model.dtype, width):
         return None
     most_tokens = min(_MOST_TOKENS, token_budget // _BUDGET_SHARE)
-    return Graphs(model, CudaTape, most_tokens, int(_FRAME_SHARE * free_bytes(model.device)))
+    tape = partial(CudaTape, model.device)
+    return Graphs(model, tape, most_tokens, int(_FRAME_SHARE * free_bytes(model.device)))
 
 
 def size_of(
