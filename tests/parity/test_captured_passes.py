@@ -6,10 +6,12 @@ A graph has no CPU form; here its functions are run again, on the same tensors i
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import WeakSet, ref
 
 import numpy as np
 import pytest
@@ -28,8 +30,8 @@ from privacy.private_runs import open_private, private_request
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
+from workers.engine.graphs.captured import CapturedPass, Size, borders
 from workers.engine.graphs.captured import Member as Segment
-from workers.engine.graphs.captured import Size, borders
 from workers.engine.graphs.graphs import Graphs, graphs_of, size_of
 from workers.engine.graphs.tapes import CudaTape, _stream
 from workers.operations import LossOutcome, Reduction, StepRequest
@@ -157,6 +159,40 @@ def test_deterministic_calls_have_the_same_bits_captured_or_not():
     with fault_at(base.body, {0, 2, 5}, backward=True) as passes:
         assert bits_of_deterministic_calls(base) == expected
     assert passes.faults == 3
+
+
+def test_what_runs_as_written_takes_no_memory_once_it_is_over(monkeypatch):
+    """Nor does it wait for a garbage collection, which knows nothing of a GPU's memory."""
+    left: WeakSet[CapturedPass] = WeakSet()
+
+    class Counted(CapturedPass):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            left.add(self)
+
+    monkeypatch.setattr(sizes, "CapturedPass", Counted)
+    base = freeze("tiny", tiny_llama())
+    gc.disable()
+    try:
+        bits_of_deterministic_calls(base, most_tokens=63)
+        assert not left
+    finally:
+        gc.enable()
+
+
+def test_a_run_that_is_gone_is_in_no_captured_pass():
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=1000)
+    graphs = capturing(backend, base)
+    backend.open_run("one", settings(), None)
+    for _ in range(TIMES):
+        backend.forward("one", request_of(rows_of(1, [20, 9])))
+        backend.forward_backward("one", 1, request_of(rows_of(1, [20, 9])))
+    assert len(graphs.held) == 2
+    adapter = ref(backend._runs["one"].adapter)
+    backend.close_run("one")
+    gc.collect()
+    assert adapter() is None
 
 
 def test_private_calls_are_not_captured():

@@ -12,7 +12,7 @@ from workers.engine.attention import has_ragged_kernel
 from workers.engine.base_model import BaseModel
 from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
 from workers.engine.graphs.frames import Frame
-from workers.engine.graphs.tapes import CudaTape, Direct, Tape
+from workers.engine.graphs.tapes import CudaTape, Tape
 from workers.engine.kernels import generation
 from workers.engine.measuring import free_bytes
 from workers.engine.memory import is_memory_error
@@ -83,9 +83,8 @@ class Graphs:
             return found
         if not exact:
             return None
-        direct = CapturedPass(self._model, size, self._new_frame(size), Direct(), frugal=frugal)
+        direct = CapturedPass(self._model, size, self._new_frame(size), frugal=frugal)
         direct.load(numbers, lengths, members)
-        direct.record()
         return direct
 
     def _prepared(

@@ -19,14 +19,6 @@ class Tape(Protocol):
         """What does the same as each of the functions, which belong together in this order."""
 
 
-class Direct:
-    """By calling them."""
-
-    def record(self, functions: Sequence[Function]) -> list[Function]:
-        """The functions themselves."""
-        return list(functions)
-
-
 class CudaTape:
     """As CUDA graphs.
 
