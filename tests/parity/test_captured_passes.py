@@ -248,6 +248,27 @@ def test_a_lack_of_memory_releases_them_and_counts_nothing_twice():
     assert graphs.held
 
 
+def test_what_there_is_no_room_to_hold_together_is_not_captured_at_each_turn():
+    """A capture takes as long as some passes."""
+    records = []
+
+    class Counting(Again):
+        def record(self, functions):
+            records.append(len(functions))
+            return super().record(functions)
+
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=4000)
+    for rank in (12, 20):
+        backend.open_run(str(rank), settings(lora={"rank": rank}), None)
+    one = sizes.Frame(base.layers, settings().lora.target_modules, 24, 1, "cpu", base.dtype).nbytes
+    capturing(backend, base, Counting, most_bytes=one)
+    for _ in range(12):
+        for rank in (12, 20):
+            backend.forward_backward(str(rank), 1, request_of(rows_of(1, [20, 9])))
+    assert len(records) <= 2 * 12 / 3
+
+
 def test_few_are_held_and_adapters_take_no_more_than_their_share(monkeypatch):
     monkeypatch.setattr(sizes, "_MOST", 2)
     base = freeze("tiny", tiny_llama())

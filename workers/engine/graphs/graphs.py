@@ -122,8 +122,14 @@ class Graphs:
             return None
         self.held[size] = CapturedPass(self._model, size, frame, self._tape)
         if len(self.held) > _MOST:
-            self.held.popitem(last=False)
+            self._let_go()
         return self.held[size]
+
+    def _let_go(self) -> None:
+        """Of the one used longest ago. Its size has to come as often again as a new one: where few
+        of those that come in turn can be held, not each of them is captured."""
+        size, _ = self.held.popitem(last=False)
+        del self._seen[size]
 
     def release(self) -> None:
         """Gives their memory back. Sizes that go on coming are captured again."""
@@ -144,7 +150,7 @@ class Graphs:
         if wanted > self._most_bytes:
             return None
         while self.held and wanted + self._frame_bytes() > self._most_bytes:
-            self.held.popitem(last=False)
+            self._let_go()
         frame = self._frames[key] = self._new_frame(size)
         return frame
 
