@@ -68,6 +68,9 @@ class CapturedPass:
         frame: where the adapters are put.
         tape: how the pass is run again; None: by computing it anew.
         frugal: keep only the layers' inputs for the way back; without a tape.
+
+    Attributes:
+        nbytes: what it holds beside the frame, and what its tape holds.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class CapturedPass:
         self._ends = torch.zeros(size.runs, dtype=torch.int32, device=device)
         self._hidden_ND = torch.zeros(size.tokens, width, dtype=model.dtype, device=device)
         self._slope_ND = torch.zeros_like(self._hidden_ND)
+        own = self._numbers, self._borders, self._ends, self._hidden_ND, self._slope_ND
+        self.nbytes = sum(tensor.nbytes for tensor in own)
         self._anchor = torch.zeros((), requires_grad=size.trains)
         self._live: tuple[Tensor, FrameAdapters] | None = None
         self._replays: list[Function] = []

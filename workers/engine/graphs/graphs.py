@@ -40,7 +40,8 @@ class Graphs:
     Args:
         tape: makes what captures; a new one after memory was given back.
         most_tokens: of a pass; longer ones keep the device busy as they are.
-        most_bytes: that adapters may take beside the runs' own.
+        most_bytes: that they may hold beside what the tape holds: adapters' rows above all. Where
+            rows that fit just so are of adapters of other layouts, one goes beyond it alone.
 
     Attributes:
         held: the captured passes, the one used last at the end.
@@ -95,6 +96,8 @@ class Graphs:
         members: Sequence[Member],
     ) -> bool:
         captured.load(numbers, lengths, members)
+        while len(self.held) > 1 and self._held_bytes() > self._most_bytes:
+            self._let_go()
         try:
             captured.record()
         except Exception as error:
@@ -149,7 +152,7 @@ class Graphs:
         )
         if wanted > self._most_bytes:
             return None
-        while self.held and wanted + self._frame_bytes() > self._most_bytes:
+        while self.held and wanted + self._held_bytes() > self._most_bytes:
             self._let_go()
         frame = self._frames[key] = self._new_frame(size)
         return frame
@@ -158,8 +161,9 @@ class Graphs:
         model = self._model
         return Frame(model.layers, size.targets, size.rank, size.runs, model.device, model.dtype)
 
-    def _frame_bytes(self) -> int:
-        return sum(frame.nbytes for frame in self._frames.values())
+    def _held_bytes(self) -> int:
+        frames, passes = self._frames.values(), self.held.values()
+        return sum(frame.nbytes for frame in frames) + sum(each.nbytes for each in passes)
 
 
 def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
