@@ -225,6 +225,28 @@ def test_what_cannot_be_captured_runs_as_written_and_says_so_once(caplog):
     assert len({metric(outcome, "loss") for outcome in outcomes}) == 1
 
 
+def test_a_device_that_captures_no_groups_still_captures_one_run(caplog):
+    """`grouped_mm` asks an older one where its segments end, which no capture allows."""
+
+    class NoGroups(Again):
+        def record(self, functions):
+            if functions[0].__self__._size.runs > 1:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().record(functions)
+
+    base = freeze("tiny", tiny_llama())
+    members = [plain(), plain(seed=4)]
+    backend = open_all(base, members)
+    graphs = capturing(backend, base, NoGroups)
+    for own in [[0, 1]] * TIMES + [[0]] * TIMES + [[0, 1]] * TIMES:
+        backend.forward_backward_group(entries(members, own))
+    assert [size.runs for size in graphs.held] == [1]
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "passes of several runs on tiny cannot be captured and run as written: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
 def test_a_lack_of_memory_releases_them_and_counts_nothing_twice():
     class Scarce(Again):
         left = 1
@@ -246,6 +268,8 @@ def test_a_lack_of_memory_releases_them_and_counts_nothing_twice():
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
     assert Scarce.left == 0
     assert graphs.held
+    # The pass itself had room, so that nothing is said of how many tokens fit.
+    assert ours._budgets["tiny"].tokens == 100_000
 
 
 def test_what_there_is_no_room_to_hold_together_is_not_captured_at_each_turn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +22,8 @@ from workers.operations import Int64
 log = logging.getLogger(__name__)
 
 _WORTH = 3
-"""Times that a size has come before it is captured, which takes as long as some passes."""
+"""Times that a size has come before it is captured, which takes as long as some passes; twice as
+often whenever there was no memory for it."""
 _MOST = 48
 _MOST_COUNTED = 4096
 _LEAST_TOKENS = _LEAST_LONGEST = 64
@@ -53,6 +55,8 @@ class Graphs:
         self._model, self._make_tape = model, tape
         self._most_tokens, self._most_bytes = most_tokens, most_bytes
         self._tape = tape()
+        self._worth = _WORTH
+        self._most_runs: float = math.inf
         self.held: OrderedDict[Size, CapturedPass] = OrderedDict()
         self._frames: WeakValueDictionary[tuple[int, tuple[str, ...], int], Frame] = (
             WeakValueDictionary()
@@ -79,44 +83,50 @@ class Graphs:
             frugal: there is no memory to keep activations.
         """
         size = size_of(numbers, lengths, members, trains=trains, exact=exact)
-        found = None if frugal or size.tokens > self._most_tokens else self._find(size)
-        if found is not None and self._prepared(found, numbers, lengths, members):
+        fits = size.tokens <= self._most_tokens and size.runs <= self._most_runs
+        found = self._prepared(size, numbers, lengths, members) if fits and not frugal else None
+        if found is not None or not exact:
             return found
-        if not exact:
-            return None
         direct = CapturedPass(self._model, size, self._new_frame(size), frugal=frugal)
         direct.load(numbers, lengths, members)
         return direct
 
     def _prepared(
-        self,
-        captured: CapturedPass,
-        numbers: Int64,
-        lengths: Sequence[int],
-        members: Sequence[Member],
-    ) -> bool:
-        captured.load(numbers, lengths, members)
-        while len(self.held) > 1 and self._held_bytes() > self._most_bytes:
-            self._let_go()
+        self, size: Size, numbers: Int64, lengths: Sequence[int], members: Sequence[Member]
+    ) -> CapturedPass | None:
         try:
-            captured.record()
+            captured = self._find(size)
+            if captured is not None:
+                captured.load(numbers, lengths, members)
+                while len(self.held) > 1 and self._held_bytes() > self._most_bytes:
+                    self._let_go()
+                captured.record()
         except Exception as error:
-            if is_memory_error(error):
-                raise
-            log.warning(
-                "passes of %s cannot be captured and run as written: %s", self._model.name, error
-            )
-            self.release()
-            self._most_tokens = 0
-            return False
-        return True
+            self._failed(size, error)
+            return None
+        return captured
+
+    def _failed(self, size: Size, error: Exception) -> None:
+        """One of that size could not be captured, which says nothing against it as written."""
+        self.release()
+        name = self._model.name
+        if is_memory_error(error):
+            log.info("%s: there is no memory to capture a pass of %d tokens", name, size.tokens)
+            self._worth *= 2
+            return
+        # An adapter alone needs no product of several.
+        self._most_runs = 1 if size.runs > 1 else 0
+        several = "several runs on " * (size.runs > 1)
+        log.warning(
+            "passes of %s%s cannot be captured and run as written: %s", several, name, error
+        )
 
     def _find(self, size: Size) -> CapturedPass | None:
         if size in self.held:
             self.held.move_to_end(size)
             return self.held[size]
         self._seen[size] += 1
-        if self._seen[size] < _WORTH:
+        if self._seen[size] < self._worth:
             if len(self._seen) > _MOST_COUNTED:
                 self._seen.clear()
             return None
