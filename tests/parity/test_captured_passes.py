@@ -27,6 +27,7 @@ from parity.tiny_models import FAMILIES
 from parity.tiny_runs import metric, request_of, rows_of, settings, tiny_llama
 from privacy.private_runs import open_private, private_request
 
+from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
@@ -34,6 +35,7 @@ from workers.engine.graphs.captured import CapturedPass, Size, borders
 from workers.engine.graphs.captured import Member as Segment
 from workers.engine.graphs.graphs import Graphs, graphs_of, size_of
 from workers.engine.graphs.tapes import CudaTape, _stream
+from workers.engine.memory import memory_faults
 from workers.operations import LossOutcome, Reduction, StepRequest
 
 pytestmark = pytest.mark.usefixtures("ragged_kernel")
@@ -291,6 +293,31 @@ def test_what_there_is_no_room_to_hold_together_is_not_captured_at_each_turn():
         for rank in (12, 20):
             backend.forward_backward(str(rank), 1, request_of(rows_of(1, [20, 9])))
     assert len(records) <= 2 * 12 / 3
+
+
+def test_models_of_one_device_share_what_captured_passes_may_take(monkeypatch):
+    made = []
+    monkeypatch.setattr(sizes, "Graphs", lambda model, tape, *shares: made.append(shares))
+    monkeypatch.setattr(sizes, "has_ragged_kernel", lambda device, dtype, width: True)
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 3200)
+    names = [("one",), ("one", "two")]
+    for own in names:
+        TorchBackend([freeze(name, tiny_llama()) for name in own], token_budget=12_000)
+    assert made == [(2000, 200), (1000, 100), (1000, 100)]
+
+
+def test_whoever_lacks_memory_gets_back_what_all_models_captured():
+    bases = [freeze(name, tiny_llama()) for name in ("one", "two")]
+    backend = TorchBackend(bases, token_budget=1000)
+    for base in bases:
+        backend.open_run(base.name, replace(settings(), model_ref=base.name), None)
+        capturing(backend, base)
+        for _ in range(TIMES):
+            backend.forward(base.name, request_of(rows_of(1, [20, 9])))
+        assert base.graphs.held
+    with pytest.raises(TenSafeFault), memory_faults("test"):
+        raise torch.OutOfMemoryError("out of memory")
+    assert not any(base.graphs.held for base in bases)
 
 
 def held_bytes(graphs: Graphs) -> int:

@@ -16,7 +16,7 @@ from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.tapes import CudaTape, Tape
 from workers.engine.kernels import generation
 from workers.engine.measuring import free_bytes
-from workers.engine.memory import is_memory_error
+from workers.engine.memory import can_spare, is_memory_error
 from workers.operations import Int64
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Graphs:
             WeakValueDictionary()
         )
         self._seen: Counter[Size] = Counter()
+        can_spare(self)
 
     def load(
         self,
@@ -176,19 +177,21 @@ class Graphs:
         return sum(frame.nbytes for frame in frames) + sum(each.nbytes for each in passes)
 
 
-def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
+def graphs_of(model: BaseModel, token_budget: int, models: int = 1) -> Graphs | None:
     """Those of a model on a GPU that has what captured passes are made of; else None.
 
     Args:
         token_budget: most tokens of a pass; captured ones have at most a sixth, since what they
             take is theirs for good: a 16th of the memory, as are the adapters' rows.
+        models: that share the device, and those two 16ths.
     """
     width = max(max(shape.key_size, shape.value_size) for shape in model.layer_shapes)
     if not has_ragged_kernel(model.head.weight.device, model.dtype, width):
         return None
-    most_tokens = min(_MOST_TOKENS, token_budget // _BUDGET_SHARE)
+    most_tokens = min(_MOST_TOKENS, token_budget // (_BUDGET_SHARE * models))
+    most_bytes = int(_FRAME_SHARE * free_bytes(model.device)) // models
     tape = partial(CudaTape, model.device)
-    return Graphs(model, tape, most_tokens, int(_FRAME_SHARE * free_bytes(model.device)))
+    return Graphs(model, tape, most_tokens, most_bytes)
 
 
 def size_of(
