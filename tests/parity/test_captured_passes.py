@@ -10,6 +10,7 @@ import gc
 import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from threading import Event
 from types import SimpleNamespace
 from weakref import WeakSet, ref
 
@@ -20,15 +21,19 @@ from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from parity.group_members import Member, entries, groups, open_all
+from parity.loss_calls import loss_request
 from parity.ragged import Again, ragged_kernel  # noqa: F401 - a fixture
 from parity.scarce_memory import fault_at
 from parity.test_groups import examples
 from parity.tiny_models import FAMILIES
-from parity.tiny_runs import metric, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import metric, perturb, request_of, rows_of, settings, tiny_llama
 from privacy.private_runs import open_private, private_request
 
 from tensafe.wire.status import TenSafeFault
+from workers.engine import compiling, computing
 from workers.engine.base_model import BaseModel, freeze
+from workers.engine.compiling import CompileError
+from workers.engine.dropout import _mixed_places
 from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
 from workers.engine.graphs.captured import CapturedPass, Size, borders
@@ -36,6 +41,7 @@ from workers.engine.graphs.captured import Member as Segment
 from workers.engine.graphs.graphs import Graphs, graphs_of, size_of
 from workers.engine.graphs.tapes import CudaTape, _stream
 from workers.engine.memory import memory_faults
+from workers.engine.scoring import LossFunctionError
 from workers.operations import LossOutcome, Reduction, StepRequest
 
 pytestmark = pytest.mark.usefixtures("ragged_kernel")
@@ -71,6 +77,10 @@ def check(base: BaseModel, twin: BaseModel, members: list[Member], captured: int
             np.testing.assert_allclose(outcome.logprobs, reference.logprobs, rtol=0, atol=1e-4)
         for gradient, reference in zip(found[1], expected[1], strict=True):
             assert (gradient - reference).norm() <= 2e-4 * reference.norm() + 1e-7
+        # Large steps would make much of what rounding left between them.
+        for index in range(len(members)):
+            own, other = (one._runs[str(index)].adapter.weights for one in (ours, theirs))
+            own.data.copy_(other)
     assert len(graphs.held) == captured
 
 
@@ -100,6 +110,48 @@ def test_runs_of_every_kind_together(members):
     # Every row scored to its end, so that the sizes come again.
     whole = [replace(member, scored=1.0) for member in members]
     check(freeze("tiny", tiny_llama()), freeze("tiny", tiny_llama()), whole)
+
+
+@pytest.mark.parametrize("key", ["kl", "dpo", "ppo"])
+def test_losses_that_compare_with_a_reference(key):
+    found = []
+    for captures in (True, False):
+        base = freeze("tiny", FAMILIES["qwen3-tied"].build().float())
+        backend = TorchBackend([base], token_budget=10_000)
+        lora = {"dropout": 0.1, "target_modules": FAMILIES["qwen3-tied"].linear}
+        backend.open_run("run", settings(lora=lora), None)
+        perturb(backend, "run")
+        if captures:
+            capturing(backend, base)
+        outcomes = [backend.forward_backward("run", 1, loss_request(key)) for _ in range(TIMES)]
+        assert not captures or base.graphs.held
+        found.append((outcomes, backend._runs["run"].accumulator))
+    (ours, gradient), (theirs, reference) = found
+    for outcome, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(outcome.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+        assert metric(outcome, "loss") == pytest.approx(metric(expected, "loss"), rel=1e-3)
+    assert (gradient - reference).norm() <= 1e-3 * reference.norm()
+
+
+def test_a_loss_that_fails_between_the_ways_there_and_back_leaves_nothing(monkeypatch):
+    base, twin = (freeze("tiny", tiny_llama()) for _ in range(2))
+    ours, theirs = open_all(base, [plain()]), open_all(twin, [plain()])
+    capturing(ours, base)
+    for call in range(TIMES + 3):
+        if call >= TIMES - 1:  # captured, and so is another size
+            with monkeypatch.context() as patch:
+                patch.setattr(computing, "score", failing_loss)
+                (failed,) = ours.forward_backward_group(entries([plain(seed=9)], call=call))
+            assert isinstance(failed, TenSafeFault)
+            ours.drop_window("0")
+        (_, (found,)), (_, (expected,)) = (
+            call_and_update(one, [plain()], call) for one in (ours, theirs)
+        )
+        assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
+def failing_loss(*_: object):
+    raise LossFunctionError(0, "of a plug-in") from ZeroDivisionError()
 
 
 def test_others_in_the_same_frame_leave_nothing_behind():
@@ -195,6 +247,44 @@ def test_a_run_that_is_gone_is_in_no_captured_pass():
     backend.close_run("one")
     gc.collect()
     assert adapter() is None
+
+
+def test_nothing_is_captured_while_kernels_are_compiled(monkeypatch):
+    """What is measured then waits for the device, and that breaks off a capture."""
+    begun, done = Event(), Event()
+
+    def compile_kernels(device, dtype):
+        begun.set()
+        assert done.wait(60)
+        raise CompileError("no compiler")
+
+    monkeypatch.setattr(compiling, "compile_kernels", compile_kernels)
+    base = freeze("tiny", tiny_llama())
+    backend = TorchBackend([base], token_budget=1000)
+    backend.open_run("one", settings(), None)
+    graphs = capturing(backend, base)
+
+    def call_all():
+        for _ in range(TIMES):
+            backend.forward("one", request_of(rows_of(1, [20, 9])))
+
+    thread = compiling.start(compiling.Compiling.BACKGROUND, "cpu", torch.float32)
+    try:
+        assert begun.wait(60)
+        call_all()
+        assert not graphs.held
+    finally:
+        done.set()
+        thread.join()
+    call_all()
+    assert graphs.held
+
+
+def test_what_a_captured_pass_reads_of_dropout_stays_where_it_is():
+    places = _mixed_places(33, torch.device("cpu"))
+    for count in range(34, 200):
+        _mixed_places(count, torch.device("cpu"))
+    assert _mixed_places(33, torch.device("cpu")) is places
 
 
 def test_private_calls_are_not_captured():

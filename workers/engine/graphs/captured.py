@@ -38,7 +38,6 @@ class Size:
         drops: whether any has dropout.
         trains: whether there is a way back.
         exact: whether its kernels add up in one order.
-        kernels: which compiled kernels there were.
     """
 
     tokens: int
@@ -50,7 +49,6 @@ class Size:
     drops: bool
     trains: bool
     exact: bool
-    kernels: int
 
 
 @dataclass(frozen=True, slots=True)
