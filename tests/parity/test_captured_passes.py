@@ -26,7 +26,7 @@ from parity.ragged import Again, ragged_kernel  # noqa: F401 - a fixture
 from parity.scarce_memory import fault_at
 from parity.test_groups import examples
 from parity.tiny_models import FAMILIES
-from parity.tiny_runs import metric, perturb, request_of, rows_of, settings, tiny_llama
+from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, settings, tiny_llama
 from privacy.private_runs import open_private, private_request
 
 from tensafe.wire.status import TenSafeFault
@@ -38,6 +38,7 @@ from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
 from workers.engine.graphs.captured import CapturedPass, Size, borders
 from workers.engine.graphs.captured import Member as Segment
+from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.graphs import Graphs, graphs_of, size_of
 from workers.engine.graphs.tapes import CudaTape, _stream
 from workers.engine.memory import memory_faults
@@ -119,8 +120,9 @@ def test_losses_that_compare_with_a_reference(key):
     for captures in (True, False):
         base = freeze("tiny", FAMILIES["qwen3-tied"].build().float())
         backend = TorchBackend([base], token_budget=10_000)
-        lora = {"dropout": 0.1, "target_modules": FAMILIES["qwen3-tied"].linear}
-        backend.open_run("run", settings(lora=lora), None)
+        linear = FAMILIES["qwen3-tied"].linear
+        options = settings(lora={"dropout": 0.1, "target_modules": linear})
+        backend.open_run("run", options, None)
         perturb(backend, "run")
         if captures:
             capturing(backend, base)
@@ -378,7 +380,7 @@ def test_what_there_is_no_room_to_hold_together_is_not_captured_at_each_turn():
     backend = TorchBackend([base], token_budget=4000)
     for rank in (12, 20):
         backend.open_run(str(rank), settings(lora={"rank": rank}), None)
-    one = sizes.Frame(base.layers, settings().lora.target_modules, 24, 1, "cpu", base.dtype).nbytes
+    one = Frame(base.layers, settings().lora.target_modules, 24, 1, "cpu", base.dtype).nbytes
     capturing(backend, base, Counting, most_bytes=one)
     for _ in range(12):
         for rank in (12, 20):
@@ -411,6 +413,18 @@ def test_whoever_lacks_memory_gets_back_what_all_models_captured():
     assert not any(base.graphs.held for base in bases)
 
 
+def test_a_group_of_many_layouts_finds_their_places_once(monkeypatch):
+    base, found = freeze_once(), []
+    find = Frame._find_places
+    monkeypatch.setattr(Frame, "_find_places", lambda *of: found.append(of) or find(*of))
+    frame = Frame(base.layers, settings().lora.target_modules, 32, 32, "cpu", base.dtype)
+    adapters = [base.new_adapter(lora(rank=rank)) for rank in range(1, 31)]
+    for _ in range(3):
+        for row, adapter in enumerate(adapters):
+            frame.load(row, adapter, 1.0)
+    assert len(found) == len(adapters)
+
+
 def held_bytes(graphs: Graphs) -> int:
     """Of all tensors of captured passes and their frames, each once."""
     found = {}
@@ -428,7 +442,7 @@ def test_all_that_they_hold_stays_within_their_share():
     backend = TorchBackend([base], token_budget=4000)
     for rank in (12, 20):  # neither fills a row
         backend.open_run(str(rank), settings(lora={"rank": rank}), None)
-    one = sizes.Frame(base.layers, settings().lora.target_modules, 24, 1, "cpu", base.dtype).nbytes
+    one = Frame(base.layers, settings().lora.target_modules, 24, 1, "cpu", base.dtype).nbytes
     share = int(2.2 * one)
     graphs = capturing(backend, base, most_bytes=share)
     for _ in range(TIMES):
@@ -455,7 +469,7 @@ def test_few_are_held_and_adapters_take_no_more_than_their_share(monkeypatch):
 
     call_all()
     assert [size.rank for size in graphs.held] == [16, 24]
-    one = sizes.Frame(base.layers, settings().lora.target_modules, 16, 1, "cpu", base.dtype).nbytes
+    one = Frame(base.layers, settings().lora.target_modules, 16, 1, "cpu", base.dtype).nbytes
     graphs = capturing(backend, base, most_bytes=one)
     call_all()
     assert [size.rank for size in graphs.held] == [16]

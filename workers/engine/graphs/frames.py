@@ -98,7 +98,8 @@ class Frame:
         key = (adapter.settings.rank, tuple(sorted(set(adapter.settings.target_modules))))
         if key not in self._places:
             self._places[key] = self._find_places(adapter)
-            if len(self._places) > _MOST_LAYOUTS:
+            # As many as one pass may have, or each pass would find them all again.
+            if len(self._places) > max(_MOST_LAYOUTS, len(self._weights_SP)):
                 self._places.popitem(last=False)
         self._places.move_to_end(key)
         return self._places[key]
