@@ -12,6 +12,7 @@ from workers.engine.choosing import choose_product
 from workers.engine.compiling import compile_kernels
 from workers.engine.graphs.adapters import _RowProduct, _Rows
 from workers.engine.graphs.frames import Frame
+from workers.engine.graphs.tapes import CudaTape
 from workers.engine.kernels import KERNELS
 from workers.engine.products import Part, SegmentLoop
 
@@ -101,6 +102,30 @@ def test_rows_of_a_frame_with_some_unused():
         assert distance(sums[0][row], part.grad_a - 1) < 1e-2
         # A part's gradient of B is by B, a row's by s·B.
         assert distance(sums[1][row] * part.scale, part.grad_b - 1) < 1e-2
+
+
+def test_a_capture_that_fails_leaves_the_device_as_it_was():
+    sums = torch.zeros(4, device=DEVICE)
+    with pytest.raises(RuntimeError):
+        CudaTape(DEVICE).record([lambda: sums.sum().item()])
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    large = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
+    del large
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < torch.cuda.memory_allocated() + 2**28
+    (again,) = CudaTape(DEVICE).record([lambda: sums.add_(1)])
+    before = sums.clone()
+    again()
+    assert torch.equal(sums, before + 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_capture_is_of_the_device_that_it_is_told():
+    sums = torch.zeros(4, device="cuda:1")
+    (again,) = CudaTape("cuda:1").record([lambda: sums.add_(1)])
+    before = sums.clone()
+    again()
+    assert torch.equal(sums, before + 1)
 
 
 def test_the_product_is_chosen_by_measurement():

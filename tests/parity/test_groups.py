@@ -69,7 +69,7 @@ def check_against_alone(members: list[Member], token_budget: int) -> None:
         ):
             # A tensor that its neighbours dwarf has only their rounding.
             note(f"{name}: {part.norm()} of {theirs.norm()}")
-            assert (part - reference).norm() <= 5e-5 * (part.norm() + 1e-2 * theirs.norm())
+            assert (part - reference).norm() <= 1e-4 * (part.norm() + 1e-2 * theirs.norm())
         assert metric(outcome, "tokens") == sum(members[int(run)].lengths)
         assert metric(outcome, "scored_tokens") == np.count_nonzero(request.batch.weights)
 

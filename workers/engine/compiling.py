@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from workers.engine.kernels import KERNELS, Kernel
+from workers.engine.kernels import KERNELS, Kernel, expect_compiled
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ def start(how: Compiling, device: str, dtype: torch.dtype) -> threading.Thread |
         thread = threading.Thread(
             target=_beside, args=(device, dtype), name="compiling", daemon=True
         )
+        expect_compiled(True)
         thread.start()
         return thread
     return None
@@ -60,6 +61,8 @@ def _beside(device: str, dtype: torch.dtype) -> None:
         compile_kernels(device, dtype)
     except CompileError as error:
         log.warning("%s; kernels stay as written. --compile off does not try", error)
+    finally:
+        expect_compiled(False)
 
 
 def compile_kernels(

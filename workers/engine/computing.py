@@ -58,10 +58,8 @@ def compute(
     kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
     with torch.set_grad_enabled(trains), kernels:
         captured = None
+        members = [Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares]
         if model.graphs is not None and not apart and (exact or not frugal):
-            members = [
-                Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares
-            ]
             captured = model.graphs.load(
                 host, work.lengths, members, trains=trains, exact=exact, frugal=frugal
             )
@@ -78,7 +76,7 @@ def compute(
             adapters = _adapters(model, calls, work, numbers, units, trains)
         with model.carrying(adapters):
             if captured is not None:
-                hidden = captured.scored(places)
+                hidden = captured.scored(places, members)
             else:
                 packing = pack(work.lengths, device, apart=apart)
                 whole = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)

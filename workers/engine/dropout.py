@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _samples(device: torch.device, _dtype: torch.dtype) -> list[tuple[Any, ...]]
     return [(tokens, _mixed_places(320, device), features, last) for features in (640, 639)]
 
 
-@lru_cache(maxsize=64)
+@cache  # a captured pass reads them where they lie; models have few widths
 def _mixed_places(count: int, device: torch.device) -> Tensor:
     return mix32(torch.arange(count, dtype=torch.int32, device=device))
 

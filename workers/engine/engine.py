@@ -94,7 +94,8 @@ class TorchBackend(Backend):
             for model in models
         }
         for model in models:
-            model.graphs = graphs_of(model, self._budgets[model.name].tokens) if captures else None
+            tokens = self._budgets[model.name].tokens
+            model.graphs = graphs_of(model, tokens, len(models)) if captures else None
         if run_bytes is None:
             run_bytes = int(_RUNS_SHARE * free_bytes(self.device))
         self._runs = Residency(run_bytes, self._new_run, self.fingerprint)

@@ -19,7 +19,7 @@ from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.computing import compute
 from workers.engine.gathering import Computed, gather
-from workers.engine.memory import is_memory_error, memory_faults
+from workers.engine.memory import give_back, is_memory_error, memory_faults
 from workers.engine.passes import Call, Pass, cut
 from workers.engine.scoring import LossFunctionError, PortionLoss
 
@@ -151,10 +151,7 @@ def _fitting(
                 budget.fitted(size for size in sizes if size < frugal_tokens)
             return found
         # Nothing was counted yet: the next attempt begins with gradients of zero.
-        if model.graphs is not None:
-            model.graphs.release()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         tokens = len(found.ids)
         if not found.is_one_unit and not mode.deterministic:
             budget.halve(tokens)

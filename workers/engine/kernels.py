@@ -54,7 +54,6 @@ class Kernel(Generic[P, T]):
     def adopt(self, fused: Callable[P, T] | None) -> None:
         """Takes a compiled form into use, or goes back to the plain one."""
         self._fused = fused
-        _switch.generation += 1
 
 
 KERNELS: list[Kernel[..., Any]] = []
@@ -71,19 +70,25 @@ class _Switch:
     passes.
 
     Attributes:
-        generation: how often a compiled form came or went.
+        on: whether the pass at hand uses compiled forms.
+        coming: whether another thread is making some.
     """
 
     on: bool = False
-    generation: int = 0
+    coming: bool = False
 
 
 _switch = _Switch()
 
 
-def generation() -> int:
-    """Another number whenever passes may use other kernels than before."""
-    return _switch.generation
+def expect_compiled(coming: bool) -> None:
+    """Says whether another thread compiles, to adopt what gains."""
+    _switch.coming = coming
+
+
+def are_settled() -> bool:
+    """Whether kernels stay what they are, and nobody compiles beside the passes."""
+    return not _switch.coming
 
 
 def kernel(

@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 
 from tensafe.wire.status import TenSafeFault
 
+
+class Spare(Protocol):
+    """What is kept for a next time, and can be made again."""
+
+    def release(self) -> None:
+        """Lets it go."""
+
+
+_spare: WeakSet[Spare] = WeakSet()
+
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def can_spare(one: Spare) -> None:
+    """Has it released when anybody lacks memory, for as long as it lives."""
+    _spare.add(one)
+
+
+def give_back() -> None:
+    """Gives devices back what is kept for a next time."""
+    for one in list(_spare):
+        one.release()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -27,9 +52,8 @@ def memory_faults(what: str) -> Iterator[None]:
         exhausted = True
     else:
         return
-    # Outside the handler, so that the traceback's tensors can be freed.
-    if exhausted and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if exhausted:  # outside the handler, so that the traceback's tensors can be freed
+        give_back()
     raise TenSafeFault(
         "OUT_OF_MEMORY",
         f"the device has too little memory for this {what}; use shorter sequences, fewer samples, "

@@ -38,7 +38,6 @@ class Size:
         drops: whether any has dropout.
         trains: whether there is a way back.
         exact: whether its kernels add up in one order.
-        kernels: which compiled kernels there were.
     """
 
     tokens: int
@@ -50,7 +49,6 @@ class Size:
     drops: bool
     trains: bool
     exact: bool
-    kernels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +64,21 @@ class CapturedPass:
 
     Args:
         frame: where the adapters are put.
-        tape: how the pass is run again.
-        frugal: keep only the layers' inputs for the way back; for a tape that captures nothing.
+        tape: how the pass is run again; None: by computing it anew.
+        frugal: keep only the layers' inputs for the way back; without a tape.
+
+    Attributes:
+        nbytes: what it holds beside the frame, and what its tape holds.
     """
 
     def __init__(
-        self, model: BaseModel, size: Size, frame: Frame, tape: Tape, *, frugal: bool = False
+        self,
+        model: BaseModel,
+        size: Size,
+        frame: Frame,
+        tape: Tape | None = None,
+        *,
+        frugal: bool = False,
     ) -> None:
         self.frame = frame
         self._model, self._size, self._tape, self._frugal = model, size, tape, frugal
@@ -83,11 +90,11 @@ class CapturedPass:
         self._ends = torch.zeros(size.runs, dtype=torch.int32, device=device)
         self._hidden_ND = torch.zeros(size.tokens, width, dtype=model.dtype, device=device)
         self._slope_ND = torch.zeros_like(self._hidden_ND)
+        own = self._numbers, self._borders, self._ends, self._hidden_ND, self._slope_ND
+        self.nbytes = sum(tensor.nbytes for tensor in own)
         self._anchor = torch.zeros((), requires_grad=size.trains)
         self._live: tuple[Tensor, FrameAdapters] | None = None
-        self._members: Sequence[Member] = ()
-        self._forward: Function | None = None
-        self._backward: Function | None = None
+        self._replays: list[Function] = []
 
     def numbers(self, count: int) -> Tensor:
         """int64 [2 or 5, count]: those of the pass in its place."""
@@ -111,8 +118,7 @@ class CapturedPass:
         # The rest is anybody's: its gradient is zero.
         ends[-1] = size.tokens
         self._put(self._ends, ends)
-        self._members = members
-        for row, (adapter, scale) in enumerate(self._scaled()):
+        for row, (adapter, scale) in enumerate(self._scaled(members)):
             self.frame.load(row, adapter, scale)
 
     def _put(self, where: Tensor, array: np.ndarray[Any, Any]) -> None:
@@ -120,18 +126,20 @@ class CapturedPass:
 
     def record(self) -> None:
         """Captures the pass in its place, if none was."""
-        if self._forward is None:
+        if self._tape is not None and not self._replays:
             steps = [self._run_forward, self._run_backward]
-            replays = self._tape.record(steps if self._size.trains else steps[:1])
-            self._forward, self._backward = replays[0], replays[-1]
+            self._replays = self._tape.record(steps if self._size.trains else steps[:1])
 
-    def scored(self, places: Tensor) -> Tensor:
+    def scored(self, places: Tensor, members: Sequence[Member]) -> Tensor:
         """Hidden states [S, D] at those places; the way back adds to the members' gradients.
 
         Args:
             places: int64 [S], each once.
+            members: those that were loaded. They are not kept: this outlives runs.
         """
-        found: Tensor = _Scored.apply(self._anchor, self, places)  # type: ignore[no-untyped-call]
+        found: Tensor = _Scored.apply(  # type: ignore[no-untyped-call]
+            self._anchor, self, places, members
+        )
         return found
 
     def _run_forward(self) -> None:
@@ -156,37 +164,46 @@ class CapturedPass:
 
     def forward(self, places: Tensor) -> Tensor:
         """The way there."""
-        if self._forward is None:
-            raise RuntimeError("nothing was recorded")
-        self._forward()
+        if self._replays:
+            self._replays[0]()
+        else:
+            self._run_forward()
         return self._hidden_ND.index_select(0, places)
 
-    def backward(self, grad_SD: Tensor, places: Tensor) -> None:
+    def backward(self, grad_SD: Tensor, places: Tensor, members: Sequence[Member]) -> None:
         """The way back."""
-        if self._backward is None:
-            raise RuntimeError("nothing was recorded")
         self._slope_ND.zero_().index_copy_(0, places, grad_SD)
-        self._backward()
-        for row, (adapter, scale) in enumerate(self._scaled()):
+        if self._replays:
+            self._replays[1]()
+        else:
+            self._run_backward()
+        for row, (adapter, scale) in enumerate(self._scaled(members)):
             self.frame.add_gradient(row, adapter, scale)
 
-    def _scaled(self) -> list[tuple[Adapter, float]]:
+    def _scaled(self, members: Sequence[Member]) -> list[tuple[Adapter, float]]:
         drops = self._size.drops
-        return [(one.adapter, one.adapter.scale(training=drops)) for one in self._members]
+        return [(one.adapter, one.adapter.scale(training=drops)) for one in members]
 
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, captured: CapturedPass, places: Tensor) -> Tensor:
-        ctx.captured = captured
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        captured: CapturedPass,
+        places: Tensor,
+        members: Sequence[Member],
+    ) -> Tensor:
+        ctx.rest = captured, members
         ctx.save_for_backward(places)
         return captured.forward(places)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
         (places,) = ctx.saved_tensors
-        ctx.captured.backward(grads[0], places)
-        return None, None, None
+        captured, members = ctx.rest
+        captured.backward(grads[0], places, members)
+        return None, None, None, None
 
 
 def borders(lengths: Sequence[int], size: Size) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,13 +60,14 @@ class Frame:
         rows: int,
         dtype: torch.dtype,
     ) -> int:
-        """What one takes."""
+        """What one takes at first."""
         return rows * lay_out(layers, targets, rank)[-1].end * (dtype.itemsize + _KEPT_BYTES)
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
-        return self._weights_SP.nbytes + self._gradients_SP.nbytes
+        """What it takes, with what it knows of its adapters' layouts."""
+        places = sum(found.nbytes for found in self._places.values() if found is not None)
+        return self._weights_SP.nbytes + self._gradients_SP.nbytes + places
 
     @torch.no_grad()
     def load(self, row: int, adapter: Adapter, scale: float) -> None:
@@ -98,7 +98,8 @@ class Frame:
         key = (adapter.settings.rank, tuple(sorted(set(adapter.settings.target_modules))))
         if key not in self._places:
             self._places[key] = self._find_places(adapter)
-            if len(self._places) > _MOST_LAYOUTS:
+            # As many as one pass may have, or each pass would find them all again.
+            if len(self._places) > max(_MOST_LAYOUTS, len(self._weights_SP)):
                 self._places.popitem(last=False)
         self._places.move_to_end(key)
         return self._places[key]
@@ -107,9 +108,11 @@ class Frame:
         if adapter.slots == self._slots:
             return None
         here = {slot.key: slot for slot in self._slots}
+        device = self._weights_SP.device
         found = []
         for slot in adapter.slots:
-            (rows, columns), room = slot.shape, here[slot.key]
-            places = np.arange(rows)[:, None] * room.shape[1] + np.arange(columns)
-            found.append(room.begin + places.ravel())
-        return torch.from_numpy(np.concatenate(found)).to(self._weights_SP.device)
+            room = here[slot.key]
+            rows, columns = (torch.arange(size, device=device) for size in slot.shape)
+            places = rows[:, None] * room.shape[1] + columns
+            found.append(places.view(-1) + room.begin)
+        return torch.cat(found)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
 from workers.engine.attention import has_ragged_kernel
 from workers.engine.base_model import BaseModel
 from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
 from workers.engine.graphs.frames import Frame
-from workers.engine.graphs.tapes import CudaTape, Direct, Tape
-from workers.engine.kernels import generation
+from workers.engine.graphs.tapes import CudaTape, Tape
+from workers.engine.kernels import are_settled
 from workers.engine.measuring import free_bytes
-from workers.engine.memory import is_memory_error
+from workers.engine.memory import can_spare, is_memory_error
 from workers.operations import Int64
 
 log = logging.getLogger(__name__)
 
 _WORTH = 3
-"""Times that a size has come before it is captured, which takes as long as some passes."""
+"""Times that a size has come before it is captured, which takes as long as some passes; twice as
+often whenever there was no memory for it."""
 _MOST = 48
 _MOST_COUNTED = 4096
 _LEAST_TOKENS = _LEAST_LONGEST = 64
@@ -39,7 +42,8 @@ class Graphs:
     Args:
         tape: makes what captures; a new one after memory was given back.
         most_tokens: of a pass; longer ones keep the device busy as they are.
-        most_bytes: that adapters may take beside the runs' own.
+        most_bytes: that they may hold beside what the tape holds: adapters' rows above all. Where
+            rows that fit just so are of adapters of other layouts, one goes beyond it alone.
 
     Attributes:
         held: the captured passes, the one used last at the end.
@@ -51,11 +55,14 @@ class Graphs:
         self._model, self._make_tape = model, tape
         self._most_tokens, self._most_bytes = most_tokens, most_bytes
         self._tape = tape()
+        self._worth = _WORTH
+        self._most_runs: float = math.inf
         self.held: OrderedDict[Size, CapturedPass] = OrderedDict()
         self._frames: WeakValueDictionary[tuple[int, tuple[str, ...], int], Frame] = (
             WeakValueDictionary()
         )
         self._seen: Counter[Size] = Counter()
+        can_spare(self)
 
     def load(
         self,
@@ -77,43 +84,54 @@ class Graphs:
             frugal: there is no memory to keep activations.
         """
         size = size_of(numbers, lengths, members, trains=trains, exact=exact)
-        found = None if frugal or size.tokens > self._most_tokens else self._find(size)
-        if found is not None and self._prepared(found, numbers, lengths, members):
+        fits = size.tokens <= self._most_tokens and size.runs <= self._most_runs
+        found = self._prepared(size, numbers, lengths, members) if fits and not frugal else None
+        if found is not None or not exact:
             return found
-        if not exact:
-            return None
-        direct = CapturedPass(self._model, size, self._new_frame(size), Direct(), frugal=frugal)
+        direct = CapturedPass(self._model, size, self._new_frame(size), frugal=frugal)
         direct.load(numbers, lengths, members)
-        direct.record()
         return direct
 
     def _prepared(
-        self,
-        captured: CapturedPass,
-        numbers: Int64,
-        lengths: Sequence[int],
-        members: Sequence[Member],
-    ) -> bool:
-        captured.load(numbers, lengths, members)
+        self, size: Size, numbers: Int64, lengths: Sequence[int], members: Sequence[Member]
+    ) -> CapturedPass | None:
         try:
-            captured.record()
+            captured = self._find(size)
+            if captured is not None:
+                captured.load(numbers, lengths, members)
+                while len(self.held) > 1 and self._held_bytes() > self._most_bytes:
+                    self._let_go()
+                captured.record()
         except Exception as error:
-            if is_memory_error(error):
-                raise
-            log.warning(
-                "passes of %s cannot be captured and run as written: %s", self._model.name, error
-            )
-            self.release()
-            self._most_tokens = 0
-            return False
-        return True
+            self._failed(size, error)
+            return None
+        return captured
+
+    def _failed(self, size: Size, error: Exception) -> None:
+        """One of that size could not be captured, which says nothing against it as written."""
+        self.release()
+        name = self._model.name
+        if is_memory_error(error):
+            log.info("%s: there is no memory to capture a pass of %d tokens", name, size.tokens)
+            self._worth *= 2
+            return
+        # An adapter alone needs no product of several.
+        self._most_runs = 1 if size.runs > 1 else 0
+        several = "several runs on " * (size.runs > 1)
+        log.warning(
+            "passes of %s%s cannot be captured and run as written: %s", several, name, error
+        )
 
     def _find(self, size: Size) -> CapturedPass | None:
         if size in self.held:
             self.held.move_to_end(size)
             return self.held[size]
+        if not are_settled():
+            # What is measured there waits for the device, which breaks off a capture; and the pass
+            # would go on with the kernels of before.
+            return None
         self._seen[size] += 1
-        if self._seen[size] < _WORTH:
+        if self._seen[size] < self._worth:
             if len(self._seen) > _MOST_COUNTED:
                 self._seen.clear()
             return None
@@ -122,8 +140,14 @@ class Graphs:
             return None
         self.held[size] = CapturedPass(self._model, size, frame, self._tape)
         if len(self.held) > _MOST:
-            self.held.popitem(last=False)
+            self._let_go()
         return self.held[size]
+
+    def _let_go(self) -> None:
+        """Of the one used longest ago. Its size has to come as often again as a new one: where few
+        of those that come in turn can be held, not each of them is captured."""
+        size, _ = self.held.popitem(last=False)
+        del self._seen[size]
 
     def release(self) -> None:
         """Gives their memory back. Sizes that go on coming are captured again."""
@@ -143,8 +167,8 @@ class Graphs:
         )
         if wanted > self._most_bytes:
             return None
-        while self.held and wanted + self._frame_bytes() > self._most_bytes:
-            self.held.popitem(last=False)
+        while self.held and wanted + self._held_bytes() > self._most_bytes:
+            self._let_go()
         frame = self._frames[key] = self._new_frame(size)
         return frame
 
@@ -152,22 +176,26 @@ class Graphs:
         model = self._model
         return Frame(model.layers, size.targets, size.rank, size.runs, model.device, model.dtype)
 
-    def _frame_bytes(self) -> int:
-        return sum(frame.nbytes for frame in self._frames.values())
+    def _held_bytes(self) -> int:
+        frames, passes = self._frames.values(), self.held.values()
+        return sum(frame.nbytes for frame in frames) + sum(each.nbytes for each in passes)
 
 
-def graphs_of(model: BaseModel, token_budget: int) -> Graphs | None:
+def graphs_of(model: BaseModel, token_budget: int, models: int = 1) -> Graphs | None:
     """Those of a model on a GPU that has what captured passes are made of; else None.
 
     Args:
         token_budget: most tokens of a pass; captured ones have at most a sixth, since what they
             take is theirs for good: a 16th of the memory, as are the adapters' rows.
+        models: that share the device, and those two 16ths.
     """
     width = max(max(shape.key_size, shape.value_size) for shape in model.layer_shapes)
     if not has_ragged_kernel(model.head.weight.device, model.dtype, width):
         return None
-    most_tokens = min(_MOST_TOKENS, token_budget // _BUDGET_SHARE)
-    return Graphs(model, CudaTape, most_tokens, int(_FRAME_SHARE * free_bytes(model.device)))
+    most_tokens = min(_MOST_TOKENS, token_budget // (_BUDGET_SHARE * models))
+    most_bytes = int(_FRAME_SHARE * free_bytes(model.device)) // models
+    tape = partial(CudaTape, model.device)
+    return Graphs(model, tape, most_tokens, most_bytes)
 
 
 def size_of(
@@ -197,7 +225,6 @@ def size_of(
         drops=len(numbers) > PLAIN_ROWS,
         trains=trains,
         exact=exact,
-        kernels=0 if exact else generation(),
     )
 
 
