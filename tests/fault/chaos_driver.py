@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from fault.chaos_workload import TIMEOUT_S, Trainer
 from harness.cluster import Cluster, Process
@@ -47,6 +48,7 @@ class Driver:
         self._worker_proxies = worker_proxies
         self._progress = progress
         self._revivals: list[threading.Thread] = []
+        self._log = cluster.home / "driver.log"
 
     def run(self, kills: int) -> None:
         """Disturbs until so many processes were killed, and each kind of thing was done, then lets
@@ -131,8 +133,15 @@ class Driver:
 
     def _count(self, what: str, state: str) -> None:
         self.hits[f"{what} ({state})"] += 1
+        with self._log.open("a") as log:
+            log.write(f"{_now()} {what} ({state})\n")
         self._kinds.add(what.split(maxsplit=1)[0])
 
     def report(self) -> str:
         """The histogram, most frequent first."""
         return "\n".join(f"  {count:3d} x {what}" for what, count in self.hits.most_common())
+
+
+def _now() -> str:
+    """As in the processes' logs."""
+    return datetime.now().strftime("%F %T,%f")[:-3]
