@@ -13,7 +13,7 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
-from tensafe_server.fleet.blame import Blame, Suspect
+from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.liveness import Liveness
@@ -111,9 +111,13 @@ class Reception:
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
-        for before in [one for one in self._dispatcher.links if one.instance == link.instance]:
+        streams = [one for one in self._dispatcher.links if one.instance == link.instance]
+        known = bool(streams) or self._blame.is_away(link.instance)
+        for before in streams:
             await self._supersede(before)
         self._blame.returned(link.instance)
+        if not known:
+            self._blame.replaced(link.name)
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
@@ -147,13 +151,13 @@ class Reception:
         checking = self._verifications.lost(link)
         held = [p for p in map(self._ledger.pending, link.outstanding) if p is not None]
         held = [p for p in held if p.worker_id == link.id and not p.finishing]
-        suspects: Sequence[Suspect] = []
         if link.departing:
             self._blame.returned(link.instance)
         else:
-            suspects = self._blame.lost(link, held, checking=checking)
+            gone = link.instance in self._hung
+            self._blame.lost(link, held, checking=checking, gone=gone)
         self._dispatcher.remove(link)
-        endings = self._blame.verdicts(suspects)
+        endings = self._blame.verdicts()
         for operation in held:
             operation.row.state = QUEUED
             if operation.withdrawn is not None and not operation.void:
