@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from harness.cluster import Cluster, Process
 from harness.proxy import TcpProxy
 
 _MOST_PROGRESS = 24
+_OPERATION = re.compile(r"op-\w+")
 _KINDS = frozenset({"kill", "cut", "delay", "drop"})
 _DISTURBANCES = ("cut client", "cut worker", "drop replies to client", "drop replies to worker")
 
@@ -88,6 +90,8 @@ class Driver:
         if process.being_revived or not any(trainer.in_flight for trainer in self._trainers):
             return
         state = "serving" if process.ready.is_set() else "starting"
+        if process in self._cluster.workers and state == "serving" and self._is_a_second_loss():
+            return
         others = [
             p for p in (self._cluster.coordinator, *self._cluster.workers) if p is not process
         ]
@@ -101,6 +105,15 @@ class Driver:
         )
         revival.start()
         self._revivals.append(revival)
+
+    def _is_a_second_loss(self) -> bool:
+        """Whether a worker was lost with an operation that is still open. Lost with another one, it
+        would fail, as a poison operation does: that is a promise, too (`test_poison.py`)."""
+        lost: set[str] = set()
+        for line in self._cluster.coordinator.log.splitlines():
+            if "was lost with" in line:
+                lost.update(_OPERATION.findall(line))
+        return any(lost & trainer.open_ids() for trainer in self._trainers)
 
     def _revive(self, process: Process, pause_s: float) -> None:
         time.sleep(pause_s)
