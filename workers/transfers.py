@@ -129,8 +129,10 @@ class GrpcTransfers:
         return response.snapshot_id
 
     def _upload_snapshot(self, directory: Path, **fields: Any) -> worker_pb2.UploadSnapshotResponse:
-        header = worker_pb2.SnapshotHeader(worker_id=self.worker_id, **fields)
         paths = sorted(directory.iterdir())
+        header = worker_pb2.SnapshotHeader(
+            worker_id=self.worker_id, file_count=len(paths), **fields
+        )
 
         async def attempt() -> worker_pb2.UploadSnapshotResponse:
             return await self._stub.UploadSnapshot(
@@ -238,7 +240,9 @@ def _digest(path: Path) -> str:
 async def _upload_requests(
     artifact_id: str, epoch: int, paths: Sequence[Path]
 ) -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id, epoch=epoch)
+    yield worker_pb2.UploadArtifactRequest(
+        artifact_id=artifact_id, epoch=epoch, file_count=len(paths)
+    )
     for path in paths:
         for chunk in file_chunks(path):
             yield worker_pb2.UploadArtifactRequest(chunk=chunk)

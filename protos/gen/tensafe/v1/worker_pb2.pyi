@@ -1024,11 +1024,16 @@ class UploadArtifactRequest(_message.Message):
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """The artifact's id, from PlannedOperation."""
     epoch: _builtins.int
     """With the id: the assignment of its run. An upload under a stale one is
     refused, so that a worker that was thought dead overwrites nothing.
+    """
+    file_count: _builtins.int
+    """With the id: how many files follow. A stream that breaks may look like one that has
+    ended: with fewer files, or a part of one, it is refused. 0: not said.
     """
     @_builtins.property
     def chunk(self) -> _types_pb2.FileChunk:
@@ -1040,10 +1045,11 @@ class UploadArtifactRequest(_message.Message):
         artifact_id: _builtins.str = ...,
         chunk: _types_pb2.FileChunk | None = ...,
         epoch: _builtins.int = ...,
+        file_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "file_count", b"file_count", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["artifact_id", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -1133,6 +1139,7 @@ class SnapshotHeader(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CHARGE_ID_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Welcome.worker_id of the stream under which the worker holds the run."""
     run_id: _builtins.str
@@ -1148,6 +1155,8 @@ class SnapshotHeader(_message.Message):
     when the answer comes, and is a snapshot once the OperationDone that names it is
     committed.
     """
+    file_count: _builtins.int
+    """How many files follow, as in UploadArtifactRequest."""
     def __init__(
         self,
         *,
@@ -1157,10 +1166,11 @@ class SnapshotHeader(_message.Message):
         seq: _builtins.int = ...,
         step: _builtins.int = ...,
         charge_id: _builtins.str = ...,
+        file_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "epoch", b"epoch", "file_count", b"file_count", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
