@@ -331,7 +331,8 @@ class Executor:
             self.activity.end()
 
     def _give_up(self, refused: worker_pb2.RefusedSnapshot) -> None:
-        """Leaves a run to its next assignment."""
+        """Leaves a run to its next assignment, and with it the samples that draw from it."""
+        self._samples.drop_run(refused.run_id)
         self._backend.close_run(refused.run_id)
         self._runs[refused.run_id].refused = True
         self._refused.append(refused)
