@@ -343,14 +343,15 @@ class Executor:
         that was begun and nothing of it is in a replay once it has failed: it might fail for
         ever."""
         spec, planned = ended.spec, ended.planned
-        began = not isinstance(lost, OrderLeftError)
-        if began and spec.WhichOneof("operation") in FAILS_ALONE:
+        begun = "" if isinstance(lost, OrderLeftError) else planned.operation_id
+        if begun and spec.WhichOneof("operation") in FAILS_ALONE:
             fail(ended.done, lost.fault, planned)
             self._telling.end([ended])
+            begun = ""
         else:
             self._progress.abandon(planned)
         # Behind the outcome, which would be stale after it.
-        self._give_up(given_up(spec.run_id, planned.epoch, lost.fault))
+        self._give_up(given_up(spec.run_id, planned.epoch, lost.fault, begun))
 
     def _extend(self, tokens: int) -> None:
         """The operation at hand turns out to have so many tokens."""

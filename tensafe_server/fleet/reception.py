@@ -342,7 +342,8 @@ class Reception:
             return
         detail = as_error(refused.error)
         log.error("%s did not come to where its log has it: %s", run.id, detail.message)
-        self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message))
+        at = self._ledger.pending(refused.operation_id)
+        self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message), at)
 
     def _ending(
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone

@@ -394,6 +394,7 @@ class RefusedSnapshot(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     epoch: _builtins.int
@@ -402,6 +403,10 @@ class RefusedSnapshot(_message.Message):
     """RunAssignment.snapshot_id, of a snapshot that is of no use. Empty: nothing is
     wrong with what the run was to be brought back from, but the worker did not
     come to where the log has it, and holds nothing of it now.
+    """
+    operation_id: _builtins.str
+    """The operation that it had begun, if nothing of it could be told: it is that which
+    fails in the end, and not all that waits.
     """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
@@ -414,10 +419,11 @@ class RefusedSnapshot(_message.Message):
         epoch: _builtins.int = ...,
         snapshot_id: _builtins.str = ...,
         error: _status_pb2.Status | None = ...,
+        operation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "run_id", b"run_id", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "run_id", b"run_id", "snapshot_id", b"snapshot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
