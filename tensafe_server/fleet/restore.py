@@ -7,6 +7,7 @@ relied upon; what is damaged is passed over, in the log and counted.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -185,8 +186,8 @@ class Restorer:
     async def settled(self, run: RunState) -> None:
         """Waits until outcomes that are on their way to the disk are there: their operations are
         not executed again, so that a replay must have them."""
-        for operation in [one for one in run.in_flight if one.finishing]:
-            await operation.wait_finished()
+        # Asked together: they may end together, and one that has ended answers nobody.
+        await asyncio.gather(*(one.wait_finished() for one in run.in_flight if one.finishing))
         await self.flushed()
 
     async def flushed(self) -> None:
