@@ -256,6 +256,7 @@ class Reception:
 
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
+        lost = await self._lost_saves(link, report.done)
         begun = []
         for started in report.started:
             operation = self._current(link, started.operation_id, started.epoch)
@@ -282,6 +283,7 @@ class Reception:
                 link.groups.ended(done.operation_id)
             if (
                 operation is None
+                or operation in lost
                 or self._goes_elsewhere(link, operation, done)
                 or not turns.take(operation, done.cancelled)
             ):
@@ -303,11 +305,39 @@ class Reception:
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
+        self._save_anew(link, lost)
         for refused in report.refused:
             await self._refused(link, refused)
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
+
+    async def _lost_saves(
+        self, link: WorkerLink, done: Sequence[pb.OperationDone]
+    ) -> list[PendingOperation]:
+        """Saves that a worker remembers from before a start of ours, and whose files are not here
+        any more: a backup was put in the place of the disk. They are to be made anew."""
+        lost = []
+        for one in done:
+            operation = self._current(link, one.operation_id, one.epoch)
+            if operation is None or not one.result.HasField("save_state"):
+                continue
+            artifact_id = operation.row.artifact_id or ""
+            files = one.result.save_state.artifact.files
+            if artifact_id in self._uploads or await self._restorer.has_artifact(
+                artifact_id, files
+            ):
+                continue
+            log.error("the files of %s are not there: it is saved anew", artifact_id)
+            lost.append(operation)
+        return lost
+
+    def _save_anew(self, link: WorkerLink, lost: Sequence[PendingOperation]) -> None:
+        """Brings their runs anew, behind what was told before them."""
+        for operation in lost:
+            run = self._ledger.runs[operation.row.run_id or ""]
+            if run.worker_id == link.id:
+                self._dispatcher.dispute(run)
 
     def _goes_elsewhere(
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
@@ -122,6 +123,13 @@ class Restorer:
             *(run.id, epoch, point, len(onward.logged)),
         )
         return onward
+
+    async def has_artifact(self, artifact_id: str, files: Sequence[ArtifactFile]) -> bool:
+        """Whether an artifact's files are there as a worker has stored them."""
+        try:
+            return await self._snapshots.are_intact(f"artifacts/{artifact_id}", files)
+        except BlobNotFoundError:
+            return False
 
     async def is_of_this_log(self, run: RunState, held: pb.HeldRun) -> bool:
         """Whether what a worker was sent of a run is what the log has of it. A disk that has lost
