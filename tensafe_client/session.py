@@ -38,8 +38,10 @@ from tensafe_client.submission import Submission, Submitter, check_size
 from tensafe_client.submit_stream import SubmitStream
 from tensafe_client.watching import Watcher
 
+_Ask = Callable[[Any], Coroutine[Any, Any, Any]]
+
 _WAIT_S = 60.0
-_READ_AT_ONCE = 64
+_ASKED_AT_ONCE = 64
 
 
 class Session:
@@ -64,6 +66,7 @@ class Session:
         self._early: dict[str, operations_pb2.Operation] = {}
         self._submitting = False
         self._awaiting_id: dict[OperationFuture[Any], list[asyncio.Event]] = {}
+        self._asking = asyncio.Semaphore(_ASKED_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
         self._makers: set[asyncio.Task[None]] = set()
 
@@ -386,49 +389,70 @@ class Session:
         self.finished(operation)
 
     async def reconcile(self) -> None:
-        """Reads every open operation anew, after the stream lost its place.
-
-        Raises:
-            TenSafeError: the server cannot say; nothing is lost by asking again.
-        """
+        """Reads every open operation anew, after the stream lost its place."""
         await self._read_all(self._acknowledged())
 
     async def find_lost(self) -> None:
-        """Ends what the server, started anew, had accepted and does not have any more.
+        """Ends what the server, started anew, had accepted and does not have any more. A run of
+        which it cannot say is asked for again, and holds up nothing else."""
+        run_ids = list(self._sequences)
+        others = [one for one in self._acknowledged() if not one.seq or one.run_id not in run_ids]
+        runs = (self._ask(self._find_lost_of, run_id) for run_id in run_ids)
+        await asyncio.gather(self._read_all(others), *runs)
 
-        Raises:
-            TenSafeError: as `reconcile`.
-        """
-        futures = self._acknowledged()
+    async def _read_all(self, futures: Sequence[OperationFuture[Any]]) -> None:
+        await asyncio.gather(*(self._ask(self._read_anew, future) for future in futures))
+
+    async def _ask(self, ask: _Ask, subject: Any) -> None:
+        """Asks once, and again and again beside whoever waits for this if the server cannot say:
+        nothing is lost by that."""
+        try:
+            await ask(subject)
+        except ClientClosedError:
+            raise
+        except TenSafeError:
+            self.spawn(self._insist(ask, subject))
+
+    async def _insist(self, ask: _Ask, subject: Any) -> None:
+        backoff = Backoff()
+        while True:
+            await asyncio.sleep(backoff.next_s())
+            try:
+                await ask(subject)
+                return
+            except ClientClosedError:
+                return
+            except TenSafeError:
+                continue
+            except Exception as error:  # nobody else would end what waits for this
+                self.fail_all(unexpected("asking what the server has", error))
+                return
+
+    async def _call_in_turn(self, method: Any, request: Any) -> Any:
+        async with self._asking:
+            return await self.call(method, request)
+
+    async def _find_lost_of(self, run_id: str) -> None:
+        futures = [one for one in self._acknowledged() if one.seq and one.run_id == run_id]
         # Noted before anything is asked: what is accepted meanwhile is there.
-        accepted = {run_id: one.accepted_seq for run_id, one in list(self._sequences.items())}
-        answers = await asyncio.gather(*map(self._next_seq, accepted))
-        next_seqs = dict(zip(accepted, answers, strict=True))
-        for run_id, next_seq in next_seqs.items():
-            if next_seq <= accepted[run_id]:
-                self.lost(run_id, _lost(f"what run {run_id} had from seq {max(1, next_seq)} on"))
-        there: dict[str, list[OperationFuture[Any]]] = {}
-        doubtful = []
-        for future in futures:
-            if future.seq and future.seq < next_seqs.get(future.run_id, 0):
-                there.setdefault(future.run_id, []).append(future)
-            else:
-                doubtful.append(future)
-        await self._read_all(doubtful)
-        for of_run in there.values():
-            # Another client may have used the seqs of lost ones again. If the newest is there, so
-            # are those that were accepted before it.
-            of_run.sort(key=lambda future: future.seq, reverse=True)
-            for future in of_run:
-                if await self._read_anew(future):
-                    break
+        accepted_seq = self._sequences[run_id].accepted_seq
+        next_seq = await self._next_seq(run_id)
+        if next_seq <= accepted_seq:
+            self.lost(run_id, _lost(f"what run {run_id} had from seq {max(1, next_seq)} on"))
+        await self._read_all([future for future in futures if future.seq >= next_seq])
+        # Another client may have used the seqs of lost ones again. If the newest is there, so are
+        # those that were accepted before it.
+        there = [future for future in futures if future.seq < next_seq]
+        for future in sorted(there, key=lambda future: future.seq, reverse=True):
+            if await self._read_anew(future):
+                return
 
     async def _next_seq(self, run_id: str) -> int:
         """What the server expects next of a run; 0 if it does not have the run."""
         stubs = await self.stubs()
         try:
             request = training_pb2.GetRunRequest(run_id=run_id)
-            response = await self.call(stubs.training.GetRun, request)
+            response = await self._call_in_turn(stubs.training.GetRun, request)
         except RunNotFoundError:
             return 0
         next_seq: int = response.run.next_seq
@@ -439,16 +463,12 @@ class Session:
         open_ones = [*self._by_place.values(), *self._by_id.values()]
         return [future for future in open_ones if future.operation_id is not None]
 
-    async def _read_all(self, futures: Sequence[OperationFuture[Any]]) -> None:
-        for begin in range(0, len(futures), _READ_AT_ONCE):
-            await asyncio.gather(*map(self._read_anew, futures[begin : begin + _READ_AT_ONCE]))
-
     async def _read_anew(self, future: OperationFuture[Any]) -> bool:
         """Takes over what became of an operation; False if it is lost."""
         stubs = await self.stubs()
         request = operations_pb2.GetOperationRequest(operation_id=future.operation_id or "")
         try:
-            response = await self.call(stubs.operations.GetOperation, request)
+            response = await self._call_in_turn(stubs.operations.GetOperation, request)
         except OperationNotFoundError:
             self._lose(future)
             return False

@@ -88,8 +88,6 @@ class Watcher:
                 if error.code() is grpc.StatusCode.OUT_OF_RANGE:
                     # The server no longer knows our cursor: begin anew, and ask for what we miss.
                     self._cursor, self._lost_place = None, True
-            except _UnansweredError:
-                pass  # to be asked again, over the next stream
             await asyncio.sleep(backoff.next_s())
 
     async def _stream(self, backoff: Backoff) -> None:
@@ -112,17 +110,8 @@ class Watcher:
 
     async def _make_sure(self, server: int) -> None:
         """Asks for what this stream may not tell of."""
-        try:
-            if self._lost_place:
-                await self._session.reconcile()
-            elif self._server:
-                await self._session.find_lost()
-        except ClientClosedError:
-            raise
-        except TenSafeError as error:
-            raise _UnansweredError from error
+        if self._lost_place:
+            await self._session.reconcile()
+        elif self._server:
+            await self._session.find_lost()
         self._lost_place, self._server = False, server
-
-
-class _UnansweredError(Exception):
-    """The server could not say what it still has."""

@@ -19,6 +19,7 @@ from workers.backend import Backend
 from workers.disk import own_disk
 from workers.failures import USELESS, RunLostError, applied, closed_over
 from workers.operations import ArtifactWeights, RunSettings, SampleRequest, StepOutcome
+from workers.outcome_size import check_size
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class Execution:
                 run_id, wire.loss_request(spec.forward, self._artifacts.directory)
             )
             done.result.CopyFrom(wire.forward_result(loss))
+            check_size(done)
         elif kind == "save_state":
             done.result.CopyFrom(self._save(spec, planned))
         elif kind == "load_state":
@@ -134,6 +136,7 @@ class Execution:
             with applied(run_id):
                 failpoints.hit("mid-step")
                 done.result.CopyFrom(wire.forward_backward_result(loss))
+                check_size(done)
             return
         if kind == "optim_step":
             step = backend.optim_step(run_id, wire.step_request(planned, spec.optim_step))

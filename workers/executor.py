@@ -331,7 +331,8 @@ class Executor:
             self.activity.end()
 
     def _give_up(self, refused: worker_pb2.RefusedSnapshot) -> None:
-        """Leaves a run to its next assignment."""
+        """Leaves a run to its next assignment, and with it the samples that draw from it."""
+        self._samples.drop_run(refused.run_id)
         self._backend.close_run(refused.run_id)
         self._runs[refused.run_id].refused = True
         self._refused.append(refused)
@@ -342,14 +343,15 @@ class Executor:
         that was begun and nothing of it is in a replay once it has failed: it might fail for
         ever."""
         spec, planned = ended.spec, ended.planned
-        began = not isinstance(lost, OrderLeftError)
-        if began and spec.WhichOneof("operation") in FAILS_ALONE:
+        begun = "" if isinstance(lost, OrderLeftError) else planned.operation_id
+        if begun and spec.WhichOneof("operation") in FAILS_ALONE:
             fail(ended.done, lost.fault, planned)
             self._telling.end([ended])
+            begun = ""
         else:
             self._progress.abandon(planned)
         # Behind the outcome, which would be stale after it.
-        self._give_up(given_up(spec.run_id, planned.epoch, lost.fault))
+        self._give_up(given_up(spec.run_id, planned.epoch, lost.fault, begun))
 
     def _extend(self, tokens: int) -> None:
         """The operation at hand turns out to have so many tokens."""

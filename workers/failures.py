@@ -134,6 +134,10 @@ def passes_by(fault: TenSafeFault) -> bool:
     return fault.detail.reason in _PASSES_BY
 
 
-def given_up(run_id: str, epoch: int, fault: TenSafeFault) -> worker_pb2.RefusedSnapshot:
-    """What the coordinator is told of a run that did not come to where the log has it."""
-    return worker_pb2.RefusedSnapshot(run_id=run_id, epoch=epoch, error=to_status(fault.detail))
+def given_up(
+    run_id: str, epoch: int, fault: TenSafeFault, begun: str = ""
+) -> worker_pb2.RefusedSnapshot:
+    """What the coordinator is told of a run that did not come to where the log has it; `begun`: by
+    which operation."""
+    error = to_status(fault.detail)
+    return worker_pb2.RefusedSnapshot(run_id=run_id, epoch=epoch, error=error, operation_id=begun)

@@ -15,6 +15,7 @@ from workers.execution import write_step
 from workers.failures import applied, close_over
 from workers.keeping import HeldRun
 from workers.operations import LossOutcome, LossRequest, StepOutcome, StepRequest
+from workers.outcome_size import check_size
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def write_outcome(backend: Backend, member: Member, done: worker_pb2.OperationDo
     with applied(run_id):
         if isinstance(outcome, LossOutcome):
             done.result.CopyFrom(wire.forward_backward_result(outcome))
+            check_size(done)
         elif outcome is not None:
             write_step(member.planned, outcome, done)
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _GIVE_UP_S = 120.0
+_LEAST_TRIES = 5
 _DISKS = frozenset({"STORAGE_FULL", "STORAGE_UNAVAILABLE"})
 _WAIT_S = 60.0
 
@@ -66,6 +67,7 @@ class PrivateStep:
         fault: why it never will be.
         failing_since_s: on the monotonic clock, of the first of the failures that waiting for the
             coordinator does not explain; None if that explains the last one.
+        failures: how many those are.
     """
 
     update: Ended
@@ -74,6 +76,7 @@ class PrivateStep:
     stored: threading.Event = field(default_factory=threading.Event)
     fault: TenSafeFault | None = None
     failing_since_s: float | None = None
+    failures: int = 0
     pause_s: float = 0.0
     due_s: float = 0.0
 
@@ -208,11 +211,14 @@ class PrivateSteps:
         log.warning("state of %s after seq %d is not stored: %r", step.run_id, seq, error)
         now_s = time.monotonic()
         if _is_the_coordinators(error):
-            step.failing_since_s = None
-        elif step.failing_since_s is None:
-            step.failing_since_s = now_s
-        if step.failing_since_s is not None and now_s - step.failing_since_s >= _GIVE_UP_S:
-            return False
+            step.failing_since_s, step.failures = None, 0
+        else:
+            if step.failing_since_s is None:
+                step.failing_since_s = now_s
+            step.failures += 1
+            # Both: one try may take minutes.
+            if now_s - step.failing_since_s >= _GIVE_UP_S and step.failures >= _LEAST_TRIES:
+                return False
         step.pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * step.pause_s))
         step.due_s = now_s + step.pause_s
         with self._changed:

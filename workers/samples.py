@@ -10,6 +10,7 @@ from workers import wire
 from workers.execution import Execution
 from workers.failures import fail
 from workers.operations import SampleChunk, SampleOutcome
+from workers.outcome_size import check_size
 from workers.progress import Progress, cancelled
 from workers.sampler import Sampler
 from workers.watchdog import Activity, OperationLimits
@@ -112,6 +113,7 @@ class Samples:
                 raise outcome
             done.compute_ms = outcome.compute_ms
             done.result.CopyFrom(wire.sample_result(outcome))
+            check_size(done)
         except Exception as error:
             fail(done, error, planned)
         self._progress.end([done])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _ATTEMPTS = 8
+_FIRST_PAUSE_S = 0.2
 _TIMEOUT_S = 600.0
 
 
@@ -128,8 +129,10 @@ class GrpcTransfers:
         return response.snapshot_id
 
     def _upload_snapshot(self, directory: Path, **fields: Any) -> worker_pb2.UploadSnapshotResponse:
-        header = worker_pb2.SnapshotHeader(worker_id=self.worker_id, **fields)
         paths = sorted(directory.iterdir())
+        header = worker_pb2.SnapshotHeader(
+            worker_id=self.worker_id, file_count=len(paths), **fields
+        )
 
         async def attempt() -> worker_pb2.UploadSnapshotResponse:
             return await self._stub.UploadSnapshot(
@@ -203,10 +206,18 @@ async def _with_retries(attempt: Callable[[], Awaitable[T]], attempts: int) -> T
         try:
             return await attempt()
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or number == attempts - 1:
+            if number == attempts - 1 or not _may_pass(error):
                 raise
-            await asyncio.sleep(min(10.0, 0.2 * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
+            await asyncio.sleep(min(10.0, _FIRST_PAUSE_S * 2**number) * random.uniform(0.5, 1.0))  # noqa: S311
     raise AssertionError("unreachable")
+
+
+def _may_pass(error: grpc.aio.AioRpcError) -> bool:
+    """Whether another try may succeed: the coordinator is away, or the connection broke. One that
+    breaks while a stream is written to ends as INTERNAL or UNKNOWN, without a reason of ours."""
+    if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        return not isinstance(_named(error), TenSafeFault)
+    return error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 def _named(error: grpc.aio.AioRpcError) -> Exception:
@@ -229,7 +240,9 @@ def _digest(path: Path) -> str:
 async def _upload_requests(
     artifact_id: str, epoch: int, paths: Sequence[Path]
 ) -> AsyncIterator[worker_pb2.UploadArtifactRequest]:
-    yield worker_pb2.UploadArtifactRequest(artifact_id=artifact_id, epoch=epoch)
+    yield worker_pb2.UploadArtifactRequest(
+        artifact_id=artifact_id, epoch=epoch, file_count=len(paths)
+    )
     for path in paths:
         for chunk in file_chunks(path):
             yield worker_pb2.UploadArtifactRequest(chunk=chunk)

@@ -130,8 +130,22 @@ class ArtifactUpload:
         )
         self._writer = None
 
-    def files(self) -> list[ArtifactFile]:
-        """The files received whole, in name order."""
+    def files(self, count: int = 0) -> list[ArtifactFile]:
+        """The files received, in name order.
+
+        Args:
+            count: how many there are; 0: that is not known.
+
+        Raises:
+            TenSafeFault: INVALID_ARGUMENT: the stream has ended before that. So does one that
+                breaks, for whoever reads it.
+        """
+        if self._writer is not None or (count and len(self._files) != count):
+            raise TenSafeFault(
+                "INVALID_ARGUMENT",
+                f"the stream ended after {len(self._files)} of {count or 'its'} files; send all",
+                field="file_count",
+            )
         return sorted(self._files, key=lambda file: file.name)
 
     def abort(self) -> None:

@@ -104,10 +104,10 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                 check_rules(request)
                 check_current()
                 await upload.take(request.chunk)
+            files = upload.files(first.file_count)
         finally:
             upload.abort()
         check_current()
-        files = upload.files()
         self._reception.stored(first.artifact_id, files)
         return pb.UploadArtifactResponse(files=files)
 
@@ -126,12 +126,13 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             async for request in requests:
                 check_rules(request)
                 await upload.take(request.chunk)
+            files = upload.files(first.header.file_count)
             failpoints.hit("mid-snapshot")
         except BaseException:
             upload.abort()
             await self._snapshots.remove_files(snapshot_id)
             raise
-        keeping = self._snapshots.keep(snapshot_id, first.header, upload.files())
+        keeping = self._snapshots.keep(snapshot_id, first.header, files)
         refusal = await uninterrupted(keeping)
         return pb.UploadSnapshotResponse(
             snapshot_id="" if refusal else snapshot_id, refusal=refusal or ""

@@ -7,7 +7,9 @@ So nothing is forgotten if the coordinator dies in between, or together with the
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from tensafe.wire.status import ErrorDetail, TenSafeFault
 from tensafe_server.fleet.link import WorkerLink
@@ -17,18 +19,32 @@ from tensafe_server.operations.outcomes import Ending
 from tensafe_server.planning.views import Arrivals
 from tensafe_server.store.base import AttemptRow, Store
 
+log = logging.getLogger(__name__)
+
 Suspect = PendingOperation | RunState
 
 RETURN_S = 15.0
 """How long a worker takes to come back at most: its own pauses and its channel's are 5 s each."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Away:
+    """A worker that was lost: its name, and the clock of its coming back."""
+
+    name: str
+    timer: asyncio.TimerHandle
+
+
 class Blame:
     """Counts lost workers against what they were at.
 
+    A worker that is lost may only have been cut off. Until it is known to be gone (another process
+    has come under its name, it was told to end, or its time to come back is over), what too many of
+    them have not told the end of is on trial, and nobody gets it.
+
     Args:
-        return_s: how long workers have to come back after a start of the coordinator. Until then,
-            what too many of them have not told the end of is on trial, and nobody gets it.
+        return_s: how long workers have to come back after they were lost, or after a start of the
+            coordinator.
 
     Attributes:
         on_verdict: called with the endings of what was on trial.
@@ -42,6 +58,7 @@ class Blame:
         self._suspects: dict[str, Suspect] = {}
         self._recorded: set[str] = set()
         self._through: list[str] = []
+        self._away: dict[str, _Away] = {}
         self.on_verdict: Callable[[Sequence[Ending]], None] = lambda endings: None
         self.on_acquitted: Callable[[], None] = lambda: None
 
@@ -54,11 +71,12 @@ class Blame:
                 self._store.remove_attempts(row.subject)
                 continue
             self._recorded.add(row.worker)
+            self._expect_back(row.worker, "")
             suspect.attempted = True
-            suspect.losses.add(row.worker, running=row.running)
-            suspect.on_trial = suspect.losses.too_many
-            self._suspects[row.subject] = suspect
-        asyncio.get_running_loop().call_later(self._return_s, self._judge)
+            self._count(row.worker, suspect, running=row.running)
+            log.info(
+                "worker process %s was lost with %s, if it stays away", row.worker, row.subject
+            )
 
     def began(self, link: WorkerLink, operations: Iterable[PendingOperation]) -> None:
         """A worker has begun these."""
@@ -96,15 +114,22 @@ class Blame:
         self._through.clear()
 
     def lost(
-        self, link: WorkerLink, held: Sequence[PendingOperation], *, checking: bool
-    ) -> list[Suspect]:
-        """Counts the loss of a worker; returns what it is counted against.
+        self,
+        link: WorkerLink,
+        held: Sequence[PendingOperation],
+        *,
+        checking: bool = False,
+        gone: bool = False,
+    ) -> None:
+        """Counts the loss of a worker, for good if it is known to be `gone`.
 
-        That is what it was running, and the samples that it generated beside that. A crash may be
-        faster than the report of what began: without one, it is held, less heavily, against what
-        was next and what was being brought to it; or against nothing, if it was `checking` a run's
-        log and may have been at that.
+        It is held against what it was running, and the samples that it generated beside that. A
+        crash may be faster than the report of what began: without one, it is held, less heavily,
+        against what was next and what was being brought to it; or against nothing, if it was
+        `checking` a run's log and may have been at that.
         """
+        if not gone:
+            self._expect_back(link.instance, link.name)
         running = [one for one in held if one.row.state == RUNNING]
         beside = [one for one in running if one.is_sample and link.sample_cost]
         running = [one for one in running if one not in beside]
@@ -117,38 +142,52 @@ class Blame:
             suspects += [run for run in runs if run.arriving]
         self._suspect(link, suspects, running=bool(running))
         self._suspect(link, beside, running=True)
-        return [*suspects, *beside]
 
     def _suspect(self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool) -> None:
         for suspect in suspects:
-            suspect.losses.add(link.instance, running=running)
-            self._suspects[_id(suspect)] = suspect
+            self._count(link.instance, suspect, running=running)
             if isinstance(suspect, PendingOperation):
                 suspect.work = None
         if suspects:
+            names = ", ".join(map(_id, suspects))
+            how = "running" if running else "perhaps at it"
+            log.warning("worker %s (%s) was lost with %s: %s", link.id, link.name, names, how)
             self._record(link, suspects, running=running)
 
-    def verdicts(self, suspects: Iterable[Suspect]) -> list[Ending]:
-        """The endings of what too many workers were lost with; they are void from here on.
+    def _count(self, worker: str, suspect: Suspect, *, running: bool) -> None:
+        suspect.losses.add(worker, running=running)
+        suspect.on_trial = suspect.losses.too_many
+        self._suspects[_id(suspect)] = suspect
+
+    def verdicts(self) -> list[Ending]:
+        """The endings of what is on trial, once none of its workers may come back any more; they
+        are void from here on.
 
         If an operation is among it, a run that came to the same workers may yet be innocent.
         """
-        guilty = [one for one in suspects if one.losses.too_many]
-        operations = [one for one in guilty if isinstance(one, PendingOperation) and _is_open(one)]
+        ripe = [
+            one
+            for one in self._suspects.values()
+            if one.on_trial and self._away.keys().isdisjoint(one.losses.workers)
+        ]
+        operations = [one for one in ripe if isinstance(one, PendingOperation) and _is_open(one)]
         endings = [Ending(one, error=_deadly(one)) for one in operations]
-        if not endings:
-            runs = [one for one in guilty if isinstance(one, RunState)]
-            for run in runs:
+        explained = {worker for one in operations for worker in one.losses.workers}
+        for run in ripe:
+            if isinstance(run, RunState) and explained.isdisjoint(run.losses.workers):
                 error = _deadly_run(run)
                 endings += [Ending(one, error=error) for one in run.queue if _is_open(one)]
         for ending in endings:
+            if ending.error is not None:
+                log.error("%s", ending.error.message)
             self._ledger.void(ending.operation)
-        for suspect in guilty:
+        for suspect in ripe:
             suspect.on_trial = False
         return endings
 
     def returned(self, worker: str) -> None:
         """A process that was cut off is back, or it has handed back what it had: not lost."""
+        self._end_wait(worker)
         if worker not in self._recorded:
             return
         self._recorded.discard(worker)
@@ -163,6 +202,40 @@ class Blame:
                 suspect.on_trial = False
                 self.on_acquitted()
 
+    def replaced(self, name: str) -> None:
+        """A process that was not known has come under this name: whoever had it is gone."""
+        for worker, away in list(self._away.items()):
+            if name and away.name == name:
+                self.gone(worker)
+
+    def gone(self, worker: str) -> None:
+        """A process that was lost does not come back."""
+        if not self._end_wait(worker):
+            return
+        if endings := self.verdicts():
+            self.on_verdict(endings)
+        for subject in [
+            one for one, suspect in self._suspects.items() if not self._is_known(suspect)
+        ]:
+            del self._suspects[subject]
+        self.on_acquitted()
+
+    def is_away(self, worker: str) -> bool:
+        """Whether a process was lost and may come back."""
+        return worker in self._away
+
+    def _expect_back(self, worker: str, name: str) -> None:
+        self._end_wait(worker)
+        loop = asyncio.get_running_loop()
+        self._away[worker] = _Away(name, loop.call_later(self._return_s, self.gone, worker))
+
+    def _end_wait(self, worker: str) -> bool:
+        """Whether it was waited for."""
+        away = self._away.pop(worker, None)
+        if away is not None:
+            away.timer.cancel()
+        return away is not None
+
     def _record(
         self, link: WorkerLink, suspects: Sequence[Suspect], *, running: bool
     ) -> asyncio.Future[None]:
@@ -171,13 +244,6 @@ class Blame:
         self._recorded.add(link.instance)
         rows = [AttemptRow(_id(one), link.instance, running) for one in suspects]
         return self._store.add_attempts(rows)
-
-    def _judge(self) -> None:
-        tried = [one for one in self._suspects.values() if one.on_trial]
-        operations = [one for one in tried if isinstance(one, PendingOperation)]
-        runs = [one for one in tried if isinstance(one, RunState)]
-        self.on_verdict([*self.verdicts(operations), *self.verdicts(runs)])
-        self.on_acquitted()
 
     def _is_known(self, suspect: Suspect) -> bool:
         return isinstance(suspect, RunState) or self._ledger.pending(suspect.row.id) is suspect

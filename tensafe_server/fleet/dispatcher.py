@@ -156,15 +156,21 @@ class Dispatcher:
         self.kick()
         return True
 
-    def rest(self, run: RunState, fault: TenSafeFault) -> None:
+    def rest(self, run: RunState, fault: TenSafeFault, at: PendingOperation | None = None) -> None:
         """Takes a run back that its worker did not bring to where the log has it: it is tried again
-        in a moment. After several times what waits of it fails; nothing of the run changes."""
+        in a moment. After several times what waits of it fails; nothing of the run changes. If it
+        came as far as the operation `at`, and no further, that alone fails."""
         link = self._find(run.worker_id)
         run.given_up.append(link.instance if link is not None else "")
         self.give_back(run)
         run.resting = True
         asyncio.get_running_loop().call_later(_RETRY_S, self._go_on, run)
-        if len(run.given_up) >= _MOST_GIVEN_UP:
+        if len(run.given_up) < _MOST_GIVEN_UP:
+            return
+        if at is not None and at in run.queue and not at.void:
+            self.on_unrestorable([at], _not_told(at, run, fault))
+            run.given_up.clear()
+        else:
             self.on_unrestorable(list(run.queue), _not_brought(run, fault))
 
     def _go_on(self, run: RunState) -> None:
@@ -461,6 +467,17 @@ def _not_brought(run: RunState, fault: TenSafeFault) -> TenSafeFault:
         f"the state of run {run.id} could not be rebuilt on a worker, {len(run.given_up)} times, "
         f"the last time since: {detail.message}. Nothing of it is lost: once the operator has "
         "found why, send what has failed again",
+        run_id=run.id,
+    )
+
+
+def _not_told(operation: PendingOperation, run: RunState, fault: TenSafeFault) -> TenSafeFault:
+    detail = fault.detail
+    return TenSafeFault(
+        detail.reason,
+        f"operation {operation.row.id} was executed {len(run.given_up)} times, and nothing of it "
+        f"could be told: {detail.message}. The run goes on from before it",
+        operation_id=operation.row.id,
         run_id=run.id,
     )
 

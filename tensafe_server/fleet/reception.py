@@ -13,7 +13,7 @@ from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
 from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
-from tensafe_server.fleet.blame import Blame, Suspect
+from tensafe_server.fleet.blame import Blame
 from tensafe_server.fleet.dispatcher import Dispatcher
 from tensafe_server.fleet.link import WorkerLink
 from tensafe_server.fleet.liveness import Liveness
@@ -111,9 +111,13 @@ class Reception:
         for name in register.models:
             self._models.find(name)
         link = WorkerLink(new_id("wkr"), register)
-        for before in [one for one in self._dispatcher.links if one.instance == link.instance]:
+        streams = [one for one in self._dispatcher.links if one.instance == link.instance]
+        known = bool(streams) or self._blame.is_away(link.instance)
+        for before in streams:
             await self._supersede(before)
         self._blame.returned(link.instance)
+        if not known:
+            self._blame.replaced(link.name)
         welcome = self._liveness.welcome(link)
         welcome.snapshots.CopyFrom(self._recovery.message())
         link.send(pb.ConnectResponse(welcome=welcome))
@@ -147,13 +151,13 @@ class Reception:
         checking = self._verifications.lost(link)
         held = [p for p in map(self._ledger.pending, link.outstanding) if p is not None]
         held = [p for p in held if p.worker_id == link.id and not p.finishing]
-        suspects: Sequence[Suspect] = []
         if link.departing:
             self._blame.returned(link.instance)
         else:
-            suspects = self._blame.lost(link, held, checking=checking)
+            gone = link.instance in self._hung
+            self._blame.lost(link, held, checking=checking, gone=gone)
         self._dispatcher.remove(link)
-        endings = self._blame.verdicts(suspects)
+        endings = self._blame.verdicts()
         for operation in held:
             operation.row.state = QUEUED
             if operation.withdrawn is not None and not operation.void:
@@ -252,6 +256,7 @@ class Reception:
 
     async def report(self, link: WorkerLink, report: pb.Report) -> None:
         """Takes a report in. Outcomes under a stale assignment are passed over."""
+        lost = await self._lost_saves(link, report.done)
         begun = []
         for started in report.started:
             operation = self._current(link, started.operation_id, started.epoch)
@@ -278,6 +283,7 @@ class Reception:
                 link.groups.ended(done.operation_id)
             if (
                 operation is None
+                or operation in lost
                 or self._goes_elsewhere(link, operation, done)
                 or not turns.take(operation, done.cancelled)
             ):
@@ -299,11 +305,39 @@ class Reception:
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
+        self._save_anew(link, lost)
         for refused in report.refused:
             await self._refused(link, refused)
         # Behind the outcomes, so that they wait for one commit and not for two.
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
+
+    async def _lost_saves(
+        self, link: WorkerLink, done: Sequence[pb.OperationDone]
+    ) -> list[PendingOperation]:
+        """Saves that a worker remembers from before a start of ours, and whose files are not here
+        any more: a backup was put in the place of the disk. They are to be made anew."""
+        lost = []
+        for one in done:
+            operation = self._current(link, one.operation_id, one.epoch)
+            if operation is None or not one.result.HasField("save_state"):
+                continue
+            artifact_id = operation.row.artifact_id or ""
+            files = one.result.save_state.artifact.files
+            if artifact_id in self._uploads or await self._restorer.has_artifact(
+                artifact_id, files
+            ):
+                continue
+            log.error("the files of %s are not there: it is saved anew", artifact_id)
+            lost.append(operation)
+        return lost
+
+    def _save_anew(self, link: WorkerLink, lost: Sequence[PendingOperation]) -> None:
+        """Brings their runs anew, behind what was told before them."""
+        for operation in lost:
+            run = self._ledger.runs[operation.row.run_id or ""]
+            if run.worker_id == link.id:
+                self._dispatcher.dispute(run)
 
     def _goes_elsewhere(
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone
@@ -338,7 +372,8 @@ class Reception:
             return
         detail = as_error(refused.error)
         log.error("%s did not come to where its log has it: %s", run.id, detail.message)
-        self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message))
+        at = self._ledger.pending(refused.operation_id)
+        self._dispatcher.rest(run, TenSafeFault(detail.reason, detail.message), at)
 
     def _ending(
         self, link: WorkerLink, operation: PendingOperation, done: pb.OperationDone

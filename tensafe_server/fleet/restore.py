@@ -7,6 +7,7 @@ relied upon; what is damaged is passed over, in the log and counted.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import worker_pb2 as pb
+from tensafe.v1.artifacts_pb2 import ArtifactFile
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
@@ -122,6 +124,13 @@ class Restorer:
         )
         return onward
 
+    async def has_artifact(self, artifact_id: str, files: Sequence[ArtifactFile]) -> bool:
+        """Whether an artifact's files are there as a worker has stored them."""
+        try:
+            return await self._snapshots.are_intact(f"artifacts/{artifact_id}", files)
+        except BlobNotFoundError:
+            return False
+
     async def is_of_this_log(self, run: RunState, held: pb.HeldRun) -> bool:
         """Whether what a worker was sent of a run is what the log has of it. A disk that has lost
         what was last written, or a backup that was put in its place, has given seqs again."""
@@ -185,8 +194,8 @@ class Restorer:
     async def settled(self, run: RunState) -> None:
         """Waits until outcomes that are on their way to the disk are there: their operations are
         not executed again, so that a replay must have them."""
-        for operation in [one for one in run.in_flight if one.finishing]:
-            await operation.wait_finished()
+        # Asked together: they may end together, and one that has ended answers nobody.
+        await asyncio.gather(*(one.wait_finished() for one in run.in_flight if one.finishing))
         await self.flushed()
 
     async def flushed(self) -> None:

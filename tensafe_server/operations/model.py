@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -48,6 +48,11 @@ class Losses:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    @property
+    def workers(self) -> Set[str]:
+        """The processes."""
+        return self._running.keys()
 
     def add(self, worker: str, *, running: bool) -> None:
         """Counts a process, once; `running`: it had said that it was at this."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from fault.chaos_workload import TIMEOUT_S, Trainer
 from harness.cluster import Cluster, Process
 from harness.proxy import TcpProxy
 
 _MOST_PROGRESS = 24
+_OPERATION = re.compile(r"op-\w+")
 _KINDS = frozenset({"kill", "cut", "delay", "drop"})
 _DISTURBANCES = ("cut client", "cut worker", "drop replies to client", "drop replies to worker")
 
@@ -47,6 +50,7 @@ class Driver:
         self._worker_proxies = worker_proxies
         self._progress = progress
         self._revivals: list[threading.Thread] = []
+        self._log = cluster.home / "driver.log"
 
     def run(self, kills: int) -> None:
         """Disturbs until so many processes were killed, and each kind of thing was done, then lets
@@ -86,6 +90,8 @@ class Driver:
         if process.being_revived or not any(trainer.in_flight for trainer in self._trainers):
             return
         state = "serving" if process.ready.is_set() else "starting"
+        if process in self._cluster.workers and state == "serving" and self._is_a_second_loss():
+            return
         others = [
             p for p in (self._cluster.coordinator, *self._cluster.workers) if p is not process
         ]
@@ -99,6 +105,15 @@ class Driver:
         )
         revival.start()
         self._revivals.append(revival)
+
+    def _is_a_second_loss(self) -> bool:
+        """Whether a worker was lost with an operation that is still open. Lost with another one, it
+        would fail, as a poison operation does: that is a promise, too (`test_poison.py`)."""
+        lost: set[str] = set()
+        for line in self._cluster.coordinator.log.splitlines():
+            if "was lost with" in line:
+                lost.update(_OPERATION.findall(line))
+        return any(lost & trainer.open_ids() for trainer in self._trainers)
 
     def _revive(self, process: Process, pause_s: float) -> None:
         time.sleep(pause_s)
@@ -131,8 +146,15 @@ class Driver:
 
     def _count(self, what: str, state: str) -> None:
         self.hits[f"{what} ({state})"] += 1
+        with self._log.open("a") as log:
+            log.write(f"{_now()} {what} ({state})\n")
         self._kinds.add(what.split(maxsplit=1)[0])
 
     def report(self) -> str:
         """The histogram, most frequent first."""
         return "\n".join(f"  {count:3d} x {what}" for what, count in self.hits.most_common())
+
+
+def _now() -> str:
+    """As in the processes' logs."""
+    return datetime.now().strftime("%F %T,%f")[:-3]

@@ -120,6 +120,10 @@ class Trainer:
     def resolved(self) -> int:
         return self._resolved
 
+    def open_ids(self) -> set[str | None]:
+        """Of the operations that have not resolved."""
+        return {future.operation_id for future in list(self._open) if not future.done()}
+
     def start(self, steps: int | None = None) -> None:
         """Trains so many steps; None: until `finish`."""
         self._thread = threading.Thread(target=self._work, args=(steps,), daemon=True)
@@ -192,8 +196,9 @@ class Trainer:
             self._progress.notify_all()
 
     def _take(self) -> None:
-        future = self._open.popleft()
+        future = self._open[0]
         result = future.result(TIMEOUT_S)
+        self._open.popleft()
         if future.kind in ("forward", "forward_backward"):
             told = np.concatenate(result.logprobs).tobytes()
             outcome: tuple[Any, ...] = (result.loss, hashlib.sha256(told).hexdigest())

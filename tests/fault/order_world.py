@@ -86,6 +86,7 @@ class World:
         next_seq: of each run, the first seq that nothing was sent with, nor behind.
         skipped: of each run, the seqs before it that nothing was sent with.
         backup: the last one that was made.
+        ended_workers: processes that are gone for good.
     """
 
     def __init__(self, runs: int, workers: int = 1) -> None:
@@ -96,6 +97,7 @@ class World:
         self.next_seq: dict[str, int] = {}
         self.skipped: dict[str, list[int]] = {}
         self.backup: Backup | None = None
+        self.ended_workers = 0
         self._lane = self._deletions = self._backups = 0
         self.do(self._begin(runs, workers))
 
@@ -321,6 +323,7 @@ class World:
         await self._replace(at)
 
     async def _replace(self, at: int) -> None:
+        self.ended_workers += 1
         self.hosts[at].close()
         self.hosts[at].start()
         await self.connect(at)
@@ -442,7 +445,9 @@ class World:
 
     async def judge(self) -> None:
         """Whoever has not come back by now is lost."""
-        self.coordinator.blame._judge()
+        blame = self.coordinator.blame
+        for worker in list(blame._away):
+            blame.gone(worker)
 
     def is_running(self, operation_id: str) -> bool:
         """Whether the coordinator knows that a worker is at it."""

@@ -462,9 +462,11 @@ class Machine(RuleBasedStateMachine):
             untold = row.kind == ops.OPERATION_KIND_FORWARD_BACKWARD and reason == "INTERNAL"
             assert untold or reason in MOCK_REASONS, row
         else:
-            # It was running when several workers were lost; or it, or one before it, never came;
-            # or no worker had the memory to bring its run to it.
+            # It was running when several workers were lost, not only cut off; or it, or one before
+            # it, never came; or no worker had the memory to bring its run to it.
             assert reason in ("INTERNAL", "SEQ_GAP", "OUT_OF_MEMORY"), reason
+            if "when its worker was lost" in Status.FromString(row.error).message:
+                assert self.world.ended_workers > 1, "nobody has died of it"
 
 
 TestOrder = Machine.TestCase

@@ -526,6 +526,27 @@ def test_a_run_may_be_given_up_again_once_it_has_gone_on(world: World, run: str)
     assert outcomes(world, run) == ["SUCCEEDED"] * 7
 
 
+def test_a_save_whose_files_a_backup_does_not_have_is_made_anew(world: World, run: str):
+    """Its worker remembers that it has made it."""
+    submit(world, run, GRADIENT, UPDATE, {"save_state": training.SaveState()}, GRADIENT)
+    world.do(world.back_up())
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    assert world.do(world.put_back())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 5
+    artifact = world.result(world.rows(run)[2]).save_state.artifact
+    folder = world.home / "blobs" / "artifacts" / artifact.id
+    assert sorted(path.name for path in folder.iterdir()) == [file.name for file in artifact.files]
+    assert world.result(world.rows(run)[-1]).optim_step.step == 2
+    submit(world, run, {"load_state": training.LoadState(artifact_id=artifact.id)})
+    world.finish()
+    assert outcomes(world, run)[5:] == ["SUCCEEDED"]
+    assert world.coordinator.replays.mismatches == 0
+
+
 @pytest.mark.usefixtures("no_rest")
 def test_to_begin_is_not_to_go_on(world: World, run: str):
     """What loses its run each time that it begins is not tried for ever."""

@@ -64,6 +64,28 @@ def test_a_recovery_has_what_is_on_its_way_to_the_disk(
     assert outcomes(world, run) == ["SUCCEEDED"] * 4
 
 
+def test_a_recovery_waits_for_several_that_reach_the_disk_together(world: World, run: str):
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(world.deliver())
+    while world.worker.execute():
+        pass
+    submit(world, run, GRADIENT)
+
+    async def tell_and_die() -> None:
+        with busy_disk(world):
+            await world.report()
+            await world.kill_worker()
+            for _ in range(20):
+                await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            await world._settle()
+
+    world.do(tell_and_die())
+    submit(world, run, UPDATE)
+    world.finish()
+    assert outcomes(world, run) == ["SUCCEEDED"] * 4
+
+
 def test_a_worker_that_is_back_before_what_it_told_is_on_disk_keeps_its_run(world: World, run: str):
     submit(world, run, GRADIENT)
     world.do(world.deliver())

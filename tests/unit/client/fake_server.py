@@ -87,6 +87,7 @@ class FakeCoordinator(
         watches: the cursor of each Watch call as it came; None if it was unset.
         starts: how often it was started.
         unanswered: so many GetRun calls fail INTERNAL.
+        broken_runs: and so do those for these runs.
         reads: the ids of the runs and operations of each GetRun and GetOperation call.
         scripts: what each StreamSample call sends first, in turn; None cuts the stream, a fault
             ends it.
@@ -111,6 +112,7 @@ class FakeCoordinator(
         self.watches: list[int | None] = []
         self.starts = 0
         self.unanswered = 0
+        self.broken_runs: set[str] = set()
         self.reads: list[str] = []
         self.downloads: list[tuple[str, int]] = []
         self.runs: dict[str, pb.Run] = {}
@@ -187,8 +189,8 @@ class FakeCoordinator(
 
     def GetRun(self, request: pb.GetRunRequest, context: grpc.ServicerContext) -> Any:
         self.reads.append(request.run_id)
-        if self.unanswered:
-            self.unanswered -= 1
+        if self.unanswered or request.run_id in self.broken_runs:
+            self.unanswered = max(0, self.unanswered - 1)
             self._abort(context, TenSafeFault("INTERNAL", "the server failed, error id 1"))
         return pb.GetRunResponse(run=self._run(request.run_id, context))
 

@@ -144,6 +144,32 @@ def test_a_server_that_cannot_say_is_asked_again(
     assert server.unanswered == 0
 
 
+def test_a_run_of_which_the_server_cannot_say_holds_up_nothing_else(
+    client: ServiceClient, tc: TrainingClient, server: FakeCoordinator
+) -> None:
+    other = client.create_training_client({"model_ref": "mock"})
+    server.hold = True
+    _, waiting, lost = accepted(tc, 3)
+    _, others_waiting, others_lost = accepted(other, 3)
+    server.stop()
+    with server.lock:
+        server.stored.pop(lost.operation_id or "")
+        server.runs[tc.run_id].next_seq = lost.seq
+    server.forget(1)
+    server.broken_runs.add(tc.run_id)
+    server.start()
+    with pytest.raises(OperationLostError):
+        others_lost.result(timeout=20)
+    server.release()
+    assert waiting.result(timeout=20)
+    assert others_waiting.result(timeout=20)
+    assert len(server.watches) == 2, "the stream stands"
+    assert not lost.done()
+    server.broken_runs.clear()
+    with pytest.raises(OperationLostError):
+        lost.result(timeout=20)
+
+
 def test_a_server_that_lives_on_is_not_asked(tc: TrainingClient, server: FakeCoordinator) -> None:
     server.hold = True
     _, waiting = accepted(tc, 2)

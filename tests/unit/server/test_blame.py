@@ -40,19 +40,21 @@ class Court:
         self.acquittals += 1
 
     def link(self, instance: str) -> WorkerLink:
-        link = WorkerLink(f"wkr-{instance}", pb.Register(instance=instance))
+        link = WorkerLink(f"wkr-{instance}", pb.Register(instance=instance, name=f"of {instance}"))
         link.runs.add(self.run.id)
         return link
 
-    def lose(self, instance: str, *, running: bool = False, checking: bool = False) -> list[Ending]:
+    def lose(
+        self, instance: str, *, running: bool = False, checking: bool = False, gone: bool = True
+    ) -> list[Ending]:
         """A worker is lost that had both, and had begun with the first one or not said so."""
         link = self.link(instance)
         if running:
             self.operations[0].row.state = RUNNING
             self.blame.began(link, self.operations[:1])
-        endings = self.blame.verdicts(self.blame.lost(link, self.operations, checking=checking))
+        self.blame.lost(link, self.operations, checking=checking, gone=gone)
         self.operations[0].row.state = 1
-        return endings
+        return self.blame.verdicts()
 
     async def bring(self, instance: str) -> None:
         """The run is on its way to a worker."""
@@ -144,8 +146,8 @@ def test_a_run_that_arrives_clears_itself_and_one_that_does_not_is_given_up(tmp_
         [ending] = court.lose("five")
         assert ending.operation is first, "what was next fails by itself first"
         await court.bring("six")
-        suspects = court.blame.lost(court.link("six"), [second], checking=False)
-        [ending] = court.blame.verdicts(suspects)
+        court.blame.lost(court.link("six"), [second], gone=True)
+        [ending] = court.blame.verdicts()
         assert ending.operation is second
         assert ending.error is not None
         assert "was being brought to a worker" in ending.error.message
@@ -211,5 +213,66 @@ def test_a_worker_that_is_back_ends_the_trial(tmp_path: Path):
         assert after.acquittals == 1
         # What is unknown (seq 9) was dropped, and so was what the living one is at.
         assert await after.on_disk() == {AttemptRow("op-run-1-1", "one", True)}
+
+    Small.run(tmp_path, body)
+
+
+def test_whoever_may_be_back_is_waited_for(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        for instance in ("one", "two"):
+            assert court.lose(instance, running=True, gone=False) == []
+        assert court.operations[0].on_trial
+        court.blame.returned("one")
+        assert not court.operations[0].on_trial
+        assert court.acquittals == 1
+        assert court.lose("three", running=True, gone=False) == []
+        court.blame.gone("two")
+        assert court.operations[0].on_trial, "the other one may still be back"
+        assert not court.verdict.done()
+        court.blame.gone("three")
+        assert [ending.operation for ending in await court.verdict] == court.operations[:1]
+        assert not court.operations[0].on_trial
+
+    Small.run(tmp_path, body)
+
+
+def test_whoever_is_not_back_in_time_was_lost(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small, return_s=NO_TIME)
+        for instance in ("one", "two"):
+            assert court.lose(instance, running=True, gone=False) == []
+        assert [ending.operation for ending in await court.verdict] == court.operations[:1]
+
+    Small.run(tmp_path, body)
+
+
+def test_another_process_under_its_name_says_that_a_worker_is_gone(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        for instance in ("one", "two"):
+            assert court.lose(instance, running=True, gone=False) == []
+            court.blame.replaced("")
+            court.blame.replaced("of three")
+        court.blame.replaced("of two")
+        assert not court.verdict.done()
+        court.blame.replaced("of one")
+        assert [ending.operation for ending in await court.verdict] == court.operations[:1]
+
+    Small.run(tmp_path, body)
+
+
+def test_a_run_is_not_convicted_for_what_an_operation_has_done(tmp_path: Path):
+    async def body(small: Small) -> None:
+        court = Court(small)
+        for instance in ("one", "two", "three"):
+            await court.bring(instance)
+            assert court.lose(instance, gone=False) == []
+        for instance in ("one", "two", "three"):
+            court.blame.gone(instance)
+        [ending] = await court.verdict
+        assert ending.operation is court.operations[0]
+        assert not court.run.on_trial
+        assert not court.operations[1].void
 
     Small.run(tmp_path, body)

@@ -74,6 +74,11 @@ def unreachable() -> Exception:
     return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, nothing, nothing)
 
 
+def give_up_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    monkeypatch.setattr(private_steps, "_LEAST_TRIES", 1)
+
+
 def private(run: str = "run-1", **config):
     return assignment(run, dp=DP, **config)
 
@@ -136,7 +141,7 @@ def test_a_state_that_cannot_be_stored_at_once_is_tried_again(driver, transfers)
 
 
 def test_a_state_that_is_never_wanted_gives_the_run_back(driver, transfers, monkeypatch):
-    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    give_up_at_once(monkeypatch)
     transfers.failures += [TenSafeFault("STALE_ASSIGNMENT", "run moved")]
     outcomes = driver.run(gradient(1), charged(2), gradient(3), runs=[private()])
     assert outcomes[0] is not None
@@ -150,7 +155,7 @@ def test_a_state_that_is_never_wanted_gives_the_run_back(driver, transfers, monk
 
 def test_a_full_disk_of_this_machine_gives_the_run_back(driver, transfers, monkeypatch):
     """Another worker can make the update, if this one gets no room."""
-    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    give_up_at_once(monkeypatch)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -166,7 +171,7 @@ def test_a_full_disk_of_this_machine_gives_the_run_back(driver, transfers, monke
 def test_a_coordinator_that_cannot_be_reached_or_write_is_waited_for(
     driver, transfers, monkeypatch
 ):
-    monkeypatch.setattr(private_steps, "_GIVE_UP_S", 0.0)
+    give_up_at_once(monkeypatch)
     away = unreachable()
     full = TenSafeFault("STORAGE_FULL", "the coordinator's disk is full")
     transfers.failures += [away, full, away]
@@ -174,23 +179,36 @@ def test_a_coordinator_that_cannot_be_reached_or_write_is_waited_for(
     assert done.snapshot_id == "snap-run-1-2"
 
 
-def test_two_minutes_of_own_failures_in_a_row_are_enough(transfers, monkeypatch):
-    """After the coordinator was away, however long, they are counted anew."""
+@pytest.fixture
+def goes_on(transfers, monkeypatch):
+    """Whether a step is tried again that fails at a time."""
     now = [0.0]
     monkeypatch.setattr(private_steps.time, "monotonic", lambda: now[0])
     steps = private_steps.PrivateSteps(transfers, lambda step: None)
     spec = training_pb2.OperationSpec(run_id="run-1", seq=2)
     ended = private_steps.Ended(spec, charged(2), worker_pb2.OperationDone())
     step = private_steps.PrivateStep(ended, MockCaptured(1, ""))
-    own, away = OSError(errno.ENOSPC, "full"), unreachable()
 
-    def goes_on(at_s: float, error: Exception) -> bool:
+    def fail(at_s: float, error: Exception) -> bool:
         now[0] = at_s
         return steps._again(step, error)
 
-    assert [goes_on(at_s, own) for at_s in (0, 119)] == [True, True]
-    assert [goes_on(at_s, away) for at_s in (200, 900)] == [True, True]
-    assert [goes_on(at_s, own) for at_s in (901, 1020, 1022)] == [True, True, False]
+    return fail
+
+
+OWN = OSError(errno.ENOSPC, "full")
+
+
+def test_two_minutes_of_own_failures_in_a_row_are_enough(goes_on):
+    """After the coordinator was away, however long, they are counted anew."""
+    assert all(goes_on(at_s, OWN) for at_s in (0, 1, 2, 3, 4, 119))
+    assert all(goes_on(at_s, unreachable()) for at_s in (200, 900))
+    assert all(goes_on(at_s, OWN) for at_s in (901, 902, 903, 904, 1020))
+    assert not goes_on(1022, OWN)
+
+
+def test_tries_that_take_long_are_at_least_a_handful(goes_on):
+    assert [goes_on(at_s, OWN) for at_s in (0, 60, 130, 200, 270)] == [True] * 4 + [False]
 
 
 def test_a_run_that_is_taken_away_takes_what_waits_with_it(driver, transfers):

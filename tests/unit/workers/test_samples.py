@@ -193,7 +193,7 @@ def test_a_new_stream_gets_all_pieces_again(driver, monkeypatch):
     assert driver.executor.collect_chunks() == []  # it has ended: the result says all
 
 
-@pytest.mark.parametrize("leaves", ["released", "assigned anew"])
+@pytest.mark.parametrize("leaves", ["released", "assigned anew", "given up"])
 def test_a_run_that_leaves_takes_its_samples_along_without_a_word(driver, leaves):
     begin_sample(driver)
     driver.executor.submit(
@@ -207,8 +207,10 @@ def test_a_run_that_leaves_takes_its_samples_along_without_a_word(driver, leaves
     driver.until(lambda: "op-run-2-1" in driver.started)
     if leaves == "released":
         driver.executor.release("run-1")
-    else:
+    elif leaves == "assigned anew":
         driver.executor.submit(plan(runs=[assignment(epoch=2)]))
+    else:  # what succeeded in the log fails in a replay
+        driver.executor.submit(plan(operation(4, **OPTIM, replay=True)))
     driver.sampler.gate.release(1000)
     driver.until(lambda: driver.executor.idle)
     # Others go on, and so does what belongs to no assignment.

@@ -394,6 +394,7 @@ class RefusedSnapshot(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run."""
     epoch: _builtins.int
@@ -402,6 +403,10 @@ class RefusedSnapshot(_message.Message):
     """RunAssignment.snapshot_id, of a snapshot that is of no use. Empty: nothing is
     wrong with what the run was to be brought back from, but the worker did not
     come to where the log has it, and holds nothing of it now.
+    """
+    operation_id: _builtins.str
+    """The operation that it had begun, if nothing of it could be told: it is that which
+    fails in the end, and not all that waits.
     """
     @_builtins.property
     def error(self) -> _status_pb2.Status:
@@ -414,10 +419,11 @@ class RefusedSnapshot(_message.Message):
         epoch: _builtins.int = ...,
         snapshot_id: _builtins.str = ...,
         error: _status_pb2.Status | None = ...,
+        operation_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "run_id", b"run_id", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "error", b"error", "operation_id", b"operation_id", "run_id", b"run_id", "snapshot_id", b"snapshot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1024,11 +1030,16 @@ class UploadArtifactRequest(_message.Message):
     ARTIFACT_ID_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
     artifact_id: _builtins.str
     """The artifact's id, from PlannedOperation."""
     epoch: _builtins.int
     """With the id: the assignment of its run. An upload under a stale one is
     refused, so that a worker that was thought dead overwrites nothing.
+    """
+    file_count: _builtins.int
+    """With the id: how many files follow. A stream that breaks may look like one that has
+    ended: with fewer files, or a part of one, it is refused. 0: not said.
     """
     @_builtins.property
     def chunk(self) -> _types_pb2.FileChunk:
@@ -1040,10 +1051,11 @@ class UploadArtifactRequest(_message.Message):
         artifact_id: _builtins.str = ...,
         chunk: _types_pb2.FileChunk | None = ...,
         epoch: _builtins.int = ...,
+        file_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_id", b"artifact_id", "chunk", b"chunk", "epoch", b"epoch", "file_count", b"file_count", "message", b"message"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["artifact_id", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
@@ -1133,6 +1145,7 @@ class SnapshotHeader(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     CHARGE_ID_FIELD_NUMBER: _builtins.int
+    FILE_COUNT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Welcome.worker_id of the stream under which the worker holds the run."""
     run_id: _builtins.str
@@ -1148,6 +1161,8 @@ class SnapshotHeader(_message.Message):
     when the answer comes, and is a snapshot once the OperationDone that names it is
     committed.
     """
+    file_count: _builtins.int
+    """How many files follow, as in UploadArtifactRequest."""
     def __init__(
         self,
         *,
@@ -1157,10 +1172,11 @@ class SnapshotHeader(_message.Message):
         seq: _builtins.int = ...,
         step: _builtins.int = ...,
         charge_id: _builtins.str = ...,
+        file_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "epoch", b"epoch", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_id", b"charge_id", "epoch", b"epoch", "file_count", b"file_count", "run_id", b"run_id", "seq", b"seq", "step", b"step", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
