@@ -181,21 +181,22 @@ def test_attention_in_company_has_the_bits_of_attention_alone(dtype):
 
 @pytest.mark.parametrize("lengths", [[3], [3, 60], [60] * 8])
 def test_types_and_padding_of_a_private_pass_do_not_depend_on_its_size(base, monkeypatch, lengths):
-    seen = []
+    seen = {}
     adapters, packed = computing.PassAdapters, computing.pack
 
     def spied(segments, dtype, *rest, **options):
-        seen.append(dtype)
+        seen["dtype"] = dtype
         return adapters(segments, dtype, *rest, **options)
 
     def packing(*args, apart):
-        seen.append(apart)
+        seen["apart"] = apart
         return packed(*args, apart=apart)
 
     monkeypatch.setattr(computing, "PassAdapters", spied)
     monkeypatch.setattr(computing, "pack", packing)
     sums(base, clean_rows(1, lengths), budget=10_000)
-    assert seen[-2:] == [True, base.dtype]  # what came before were measurements
+    # Of the last pass: what came before were measurements.
+    assert seen == {"apart": True, "dtype": base.dtype}
 
 
 def shape(outcome: LossOutcome) -> dict[str, object]:

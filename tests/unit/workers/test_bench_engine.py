@@ -19,6 +19,7 @@ def same_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_engine, "MANY", {"cuda": [(2, [6]), (4, [9])]})
     path = tmp_path / "record.json"
