@@ -106,6 +106,7 @@ class Executor:
         self._turns = Turns()
         self._refused: deque[worker_pb2.RefusedSnapshot] = deque()
         self._runs: dict[str, HeldRun] = {}
+        self._coming: dict[str, worker_pb2.RunAssignment] = {}
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._private = PrivateSteps(transfers, self._inbox.put)
         self._telling = Telling(backend, self._progress, self._private, self._give_up)
@@ -137,22 +138,30 @@ class Executor:
         return done and not (self._samples.busy or self._farewell_due)
 
     def held_runs(self) -> list[worker_pb2.HeldRun]:
-        """The runs held, how far each is, and what else was sent of it."""
+        """The runs held or about to be, how far each is, and what else was sent of it."""
         # Asked first: what ends meanwhile is in `last_seq`.
         known = self._progress.known()
-        held = []
+        # Left out, nobody would take back what has gone elsewhere before it is taken on.
+        told = {
+            coming.run_id: (coming.epoch, coming.seq)
+            for coming in list(self._coming.values())
+            if not coming.check
+        }
         for run_id, run in list(self._runs.items()):
             if run.is_held:
-                of_run = known.get((run_id, run.epoch), Known())
-                held.append(
-                    worker_pb2.HeldRun(
-                        run_id=run_id,
-                        epoch=run.epoch,
-                        last_seq=run.last_seq,
-                        planned_seq=max(run.last_seq, of_run.last_seq),
-                        operation_ids=sorted(of_run.operation_ids),
-                    )
+                told.setdefault(run_id, (run.epoch, run.last_seq))
+        held = []
+        for run_id, (epoch, last_seq) in told.items():
+            of_run = known.get((run_id, epoch), Known())
+            held.append(
+                worker_pb2.HeldRun(
+                    run_id=run_id,
+                    epoch=epoch,
+                    last_seq=last_seq,
+                    planned_seq=max(last_seq, of_run.last_seq),
+                    operation_ids=sorted(of_run.operation_ids),
                 )
+            )
         return held
 
     def new_stream(self) -> None:
@@ -163,6 +172,7 @@ class Executor:
     def submit(self, plan: worker_pb2.Plan) -> None:
         """Queues a plan."""
         self._progress.expect(plan.operations)
+        self._coming |= {assignment.run_id: assignment for assignment in plan.runs}
         self._submitted += len(plan.runs) + len(plan.operations)
         self._inbox.put((self._stream, plan))
         self._progress.repeat(plan.operations)
@@ -278,6 +288,8 @@ class Executor:
                 item.captured.set()
             elif isinstance(item, worker_pb2.RunAssignment):
                 self._take_on(item)
+                if self._coming.get(item.run_id) is item:
+                    del self._coming[item.run_id]
             elif (member := as_member(item, at_hand)) is not None:
                 members.append(member)
             else:

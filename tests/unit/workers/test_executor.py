@@ -397,6 +397,24 @@ def test_the_runs_held_are_told_with_what_was_sent_of_them(gated):
     assert [held.planned_seq for held in gated.executor.held_runs()] == [3, 0]
 
 
+def test_a_run_that_is_still_to_be_taken_on_is_told_as_it_will_be(gated):
+    """Whoever hears of a new stream would else not know that it has to be taken back."""
+    gated.executor.submit(plan(operation(1, **forward_backward()), runs=[assignment()]))
+    assert gated.backend.entered.acquire(timeout=10)
+    check = assignment("run-3")
+    check.check = True
+    anew = operation(1, epoch=2, **forward_backward())
+    gated.executor.submit(plan(anew, runs=[assignment(epoch=2), assignment("run-2"), check]))
+    told = {held.run_id: held for held in gated.executor.held_runs()}
+    assert told.keys() == {"run-1", "run-2"}
+    assert (told["run-1"].epoch, told["run-1"].last_seq, told["run-1"].planned_seq) == (2, 0, 1)
+    assert list(told["run-1"].operation_ids) == ["op-run-1-1"]
+    gated.executor.release("run-2")
+    gated.backend.gate.release(2)
+    gated.until(lambda: gated.executor.idle)
+    assert [held.run_id for held in gated.executor.held_runs()] == ["run-1"]
+
+
 def test_only_what_still_runs_is_reported_started(gated):
     gated.executor.submit(
         plan(
