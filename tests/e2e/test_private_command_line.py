@@ -114,12 +114,12 @@ def test_an_interrupted_training_goes_on(tiny_service: LocalService, text: Path)
     )
     assert process.stdout is not None
     start = json.loads(process.stdout.readline())
-    json.loads(process.stdout.readline())
+    first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
     assert f"--resume {start['run_id']}" in told
-    done = json.loads(rest.splitlines()[-2])["step"]
+    done = json.loads([first, *rest.splitlines()][-2])["step"]
     events = train(tiny_service, dataset, "--resume", start["run_id"])
     assert events[0]["step"] >= done
     assert [event["step"] for event in events[1:-1]] == list(range(events[0]["step"] + 1, 61))
