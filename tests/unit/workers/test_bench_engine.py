@@ -21,7 +21,7 @@ def same_threads():
 
 @pytest.mark.slow
 def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_engine, "MANY", {"cuda": [(2, [6]), (4, [9])]})
+    monkeypatch.setattr(bench_engine, "MANY", {"large": [(2, [6]), (4, [9])]})
     path = tmp_path / "record.json"
     options = ["--model", "random-tiny", "--rounds", "2", "--dtype", "float32", "--json", str(path)]
     bench_engine.main(options)

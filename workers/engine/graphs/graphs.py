@@ -32,7 +32,7 @@ _STEPS = 8
 _RANK_STEP = 8
 """`grouped_mm` wants strides of 16 bytes."""
 _MOST_TOKENS = 8192
-_BUDGET_SHARE = 6
+_BUDGET_SHARE = 5
 _FRAME_SHARE = 1 / 16
 
 
@@ -185,7 +185,7 @@ def graphs_of(model: BaseModel, token_budget: int, models: int = 1) -> Graphs | 
     """Those of a model on a GPU that has what captured passes are made of; else None.
 
     Args:
-        token_budget: most tokens of a pass; captured ones have at most a sixth, since what they
+        token_budget: most tokens of a pass; captured ones have at most a fifth, since what they
             take is theirs for good: a 16th of the memory, as are the adapters' rows.
         models: that share the device, and those two 16ths.
     """
