@@ -6,15 +6,17 @@ import pytest
 import torch
 from gpu.gpu_models import DEVICE, distance, middle
 
-from workers.engine.attention import _bucketed, _varlen, pack
 from workers.engine.batched_products import Grouped, PaddedBmm
+from workers.engine.bucket_attention import bucket_attention
 from workers.engine.choosing import choose_product
 from workers.engine.compiling import compile_kernels
 from workers.engine.graphs.adapters import _RowProduct, _Rows
 from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.tapes import CudaTape
 from workers.engine.kernels import KERNELS
+from workers.engine.packing import pack
 from workers.engine.products import Part, SegmentLoop
+from workers.engine.ragged_attention import ragged_attention
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])
@@ -27,10 +29,14 @@ def test_ragged_attention(window, heads, groups, width):
     leaves = [torch.randn(shape, generator=generator, device=DEVICE) for shape in shapes]
     slope = torch.randn(sum(lengths), heads, width, generator=generator, device=DEVICE)
     found = []
-    for way, dtype in ((_varlen, torch.bfloat16), (_bucketed, torch.float32)):
+    ways = (
+        (ragged_attention, (packing.borders, packing.longest), torch.bfloat16),
+        (bucket_attention, (packing.buckets,), torch.float32),
+    )
+    for way, layout, dtype in ways:
         own = [leaf.to(torch.bfloat16).to(dtype).transpose(0, 1) for leaf in leaves]
         own = [leaf.detach().requires_grad_() for leaf in own]
-        output = way(*own, packing, width**-0.5, window)
+        output = way(*own, *layout, width**-0.5, window)
         found.append([output, *torch.autograd.grad(output, own, slope.to(dtype))])
     for ours, theirs in zip(*found, strict=True):
         # A window of one token has no slope by queries and keys.

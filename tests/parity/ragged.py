@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from workers.engine import attention
+from workers.engine import packing
 
 
 def ragged(q, k, v, borders_q, borders_k, longest_q, longest_k, **options):
@@ -53,4 +53,4 @@ class Again:
 def ragged_kernel(monkeypatch):
     """As if this device had one for all types."""
     monkeypatch.setattr(varlen, "varlen_attn", ragged)
-    monkeypatch.setattr(attention, "has_ragged_kernel", lambda device, dtype, width: True)
+    monkeypatch.setattr(packing, "has_ragged_kernel", lambda device, dtype, width: True)

@@ -396,7 +396,7 @@ def test_models_of_one_device_share_what_captured_passes_may_take(monkeypatch):
     names = [("one",), ("one", "two")]
     for own in names:
         TorchBackend([freeze(name, tiny_llama()) for name in own], token_budget=12_000)
-    assert made == [(2000, 200), (1000, 100), (1000, 100)]
+    assert made == [(2400, 200), (1200, 100), (1200, 100)]
 
 
 def test_whoever_lacks_memory_gets_back_what_all_models_captured():

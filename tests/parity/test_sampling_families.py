@@ -12,9 +12,9 @@ from parity.sampled import forward_logprobs, request_for, sample, sample_togethe
 from parity.tiny_models import CONTEXT, FAMILIES, Family, Wide
 from parity.tiny_runs import perturb, settings
 
-from workers.engine import attention
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
+from workers.engine.packing import pack
 from workers.engine.sampling.cache import KeyValueCache
 from workers.engine.sampling.decoding import Decoding
 from workers.operations import Prompt
@@ -55,13 +55,12 @@ def test_hidden_states_of_ragged_rows_are_those_of_one_pass(family, name):
         rng = np.random.default_rng(0)
         rows = [torch.from_numpy(rng.integers(3, 96, length)) for length in lengths]
         expected = [
-            model.hidden(row, torch.arange(len(row)), attention.pack([len(row)], "cpu"))
-            for row in rows
+            model.hidden(row, torch.arange(len(row)), pack([len(row)], "cpu")) for row in rows
         ]
         cache: KeyValueCache[int] = KeyValueCache(model.layer_shapes, model.dtype, "cpu", 2**40)
         for index, (row, count, room) in enumerate(zip(rows, known, [40, 100, 9, 40], strict=True)):
             place = cache.take(room, index)
-            layout = attention.pack([count], "cpu")
+            layout = pack([count], "cpu")
             layout.keep = place.write
             model.hidden(row[:count], torch.arange(count), layout)
             place.length = count

@@ -15,11 +15,11 @@ from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, setting
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine import updates
-from workers.engine.attention import pack
 from workers.engine.base_model import freeze
 from workers.engine.budget import TokenBudget
 from workers.engine.engine import TorchBackend
 from workers.engine.lora import PassAdapters, Segment
+from workers.engine.packing import pack
 from workers.engine.products import SegmentLoop
 from workers.engine.run import Run
 from workers.operations import LossOutcome, Reduction, StepRequest
@@ -184,8 +184,10 @@ def test_activations_that_are_made_anew_are_not_held_meanwhile(length):
             held.append(memory.bytes)
         del output
     row = length * model.layers["model.layers.0.self_attn.q_proj"].in_features * 4
+    # One layer's scores, in memory that the next one uses again; there are none of long documents.
+    scores = 4 * 64**2 * 4 if length < 64 else 0
     # The embeddings, each layer's output, the last norm's output; rotations and a mask.
-    assert held[1] < 7 * row
+    assert held[1] < 7 * row + scores
     assert held[0] > 20 * row
 
 
@@ -231,17 +233,17 @@ def _state(run: Run) -> dict[str, bytes]:
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_row_that_does_not_fit_at_all_fails_alone(place):
     members = [long_row(5), long_row(4, dropout=0.0)]
-    members.insert(place, long_row(60))
+    members.insert(place, long_row(120))
     others = [index for index in range(3) if index != place]
-    backend, without = open_all(SINGLE, members, 60), open_all(SINGLE, members, 60)
+    backend, without = open_all(SINGLE, members, 120), open_all(SINGLE, members, 120)
     with capacity(SINGLE.body, 1.01 * kept_bytes(9)) as seen:
         outcomes = backend.forward_backward_group(entries(members))
         clean = without.forward_backward_group(entries(members, others))
     assert seen.faults
     assert isinstance(outcomes[place], TenSafeFault)
     assert outcomes[place].detail.reason == "OUT_OF_MEMORY"
-    assert "60 tokens" in str(outcomes[place])
-    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [60, 60]
+    assert "120 tokens" in str(outcomes[place])
+    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [120, 120]
     names = [str(index) for index in others]
     ours = [outcomes[index] for index in others]
     assert bits(backend, ours, names) == bits(without, clean, names)

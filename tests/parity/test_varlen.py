@@ -12,7 +12,9 @@ import torch
 from parity.ragged import ragged
 from torch.nn.attention import varlen
 
-from workers.engine.attention import _bucketed, _varlen, pack
+from workers.engine.bucket_attention import bucket_attention
+from workers.engine.packing import pack
+from workers.engine.ragged_attention import ragged_attention
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
@@ -23,7 +25,11 @@ def test_it_computes_what_the_cpu_does(monkeypatch, window, groups):
     packing = pack(lengths, "cpu")
     generator = torch.Generator().manual_seed(3)
     found = []
-    for way in (_varlen, _bucketed):
+    ways = {
+        ragged_attention: (packing.borders, packing.longest),
+        bucket_attention: (packing.buckets,),
+    }
+    for way, layout in ways.items():
         generator.manual_seed(3)
         # As `transformers` brings them: heads before tokens, and not contiguous.
         leaves = [
@@ -32,7 +38,7 @@ def test_it_computes_what_the_cpu_does(monkeypatch, window, groups):
             .requires_grad_()
             for heads in (2 * groups, 2, 2)
         ]
-        output = way(*leaves, packing, 0.3, window)
+        output = way(*leaves, *layout, 0.3, window)
         slope = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         found.append([output, *torch.autograd.grad(output, leaves, slope)])
     for ours, theirs in zip(*found, strict=True):

@@ -12,9 +12,9 @@ from parity.tiny_runs import VOCABULARY, rows_of, settings, tiny_llama
 from privacy.private_runs import open_private, private, private_request, unit_sum
 
 from workers.engine import computing
-from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
+from workers.engine.packing import pack
 from workers.engine.privacy.clipping import clip_factors, squared_norms
 from workers.operations import LossOutcome, PrivateMetrics, StepOutcome, StepRequest
 
@@ -145,7 +145,7 @@ def test_a_documents_padding_depends_on_nobody_else(lengths, out):
     bfloat16 that moved the others' gradients by 3% of C when a row was taken out."""
 
     def padded(own):
-        buckets = pack(own, "cpu", apart=True).buckets
+        buckets = pack(own, "cpu").buckets.members
         return [bucket.length for bucket in buckets for _ in range(bucket.count)]
 
     lengths.sort(reverse=True)
@@ -163,7 +163,7 @@ def test_attention_in_company_has_the_bits_of_attention_alone(dtype):
 
     def attended(own, tensors, grad):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        out = pack(own, "cpu", apart=True).attend(None, *leaves, 0.125, None)
+        out = pack(own, "cpu").attend(None, *leaves, 0.125, None)
         out.backward(grad)
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -180,23 +180,18 @@ def test_attention_in_company_has_the_bits_of_attention_alone(dtype):
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 60], [60] * 8])
-def test_types_and_padding_of_a_private_pass_do_not_depend_on_its_size(base, monkeypatch, lengths):
-    seen = {}
-    adapters, packed = computing.PassAdapters, computing.pack
+def test_the_type_of_a_private_pass_does_not_depend_on_its_size(base, monkeypatch, lengths):
+    seen = []
+    adapters = computing.PassAdapters
 
     def spied(segments, dtype, *rest, **options):
-        seen["dtype"] = dtype
+        seen.append(dtype)
         return adapters(segments, dtype, *rest, **options)
 
-    def packing(*args, apart):
-        seen["apart"] = apart
-        return packed(*args, apart=apart)
-
     monkeypatch.setattr(computing, "PassAdapters", spied)
-    monkeypatch.setattr(computing, "pack", packing)
     sums(base, clean_rows(1, lengths), budget=10_000)
     # Of the last pass: what came before were measurements.
-    assert seen == {"apart": True, "dtype": base.dtype}
+    assert seen[-1] == base.dtype
 
 
 def shape(outcome: LossOutcome) -> dict[str, object]:

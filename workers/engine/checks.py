@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workers.engine.attention import Packing, pack
 from workers.engine.memory import is_memory_error
+from workers.engine.packing import Packing, pack
 from workers.engine.sampling.cache import KeyValueCache, LayerShape
 from workers.engine.sampling.decoding import Decoding
 

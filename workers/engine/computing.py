@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel
 from workers.engine.dropout import last_dropped, operation_key, pass_dropout
 from workers.engine.graphs.captured import PLAIN_ROWS, Member
 from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
+from workers.engine.packing import pack
 from workers.engine.passes import Call, Pass, Share
 from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import SegmentLoop
@@ -78,7 +78,7 @@ def compute(
             if captured is not None:
                 hidden = captured.scored(places, members)
             else:
-                packing = pack(work.lengths, device, apart=apart)
+                packing = pack(work.lengths, device)
                 whole = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
                 hidden = whole.index_select(0, places)
             found = score(model.head, hidden, portions)

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.engine.attention import pack
 from workers.engine.batches import ScoredBatch, check_batch
+from workers.engine.packing import pack
 from workers.engine.passes import cut
 from workers.losses import Loss
 from workers.losses.cross_entropy import cross_entropy
@@ -93,16 +93,16 @@ def test_a_call_is_cut_alike_whatever_order_its_equal_rows_have():
 def test_buckets_cover_all_documents_in_order(lengths):
     packing = pack(lengths, "cpu")
     assert packing.borders.tolist() == np.cumsum([0, *lengths]).tolist()
-    assert sum(bucket.count for bucket in packing.buckets) == len(lengths)
+    assert sum(bucket.count for bucket in packing.buckets.members) == len(lengths)
     begin = 0
     documents = iter(lengths)
-    for bucket in packing.buckets:
+    for bucket in packing.buckets.members:
         own = [next(documents) for _ in range(bucket.count)]
         assert (bucket.begin, bucket.end) == (begin, begin + sum(own))
-        assert bucket.length == max(own)
+        assert all(length <= bucket.length < length + 16 for length in own)
         if bucket.places is not None:
             expected = [row * bucket.length + i for row, n in enumerate(own) for i in range(n)]
             assert bucket.places.tolist() == expected
         else:
-            assert set(own) == {bucket.length}
+            assert set(own) == {bucket.filled}
         begin = bucket.end

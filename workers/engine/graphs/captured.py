@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from workers.engine.adapters import Adapter
-from workers.engine.attention import Packing
 from workers.engine.base_model import BaseModel
+from workers.engine.buckets import Buckets
 from workers.engine.dropout import pass_dropout
 from workers.engine.graphs.adapters import FrameAdapters
 from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.tapes import Function, Tape
+from workers.engine.packing import Packing
 from workers.engine.uploads import staged
 from workers.operations import Int64
 
@@ -148,7 +149,7 @@ class CapturedPass:
         adapters = FrameAdapters(
             self.frame, model.dtype, self._ends, size.tokens, dropout, size.trains
         )
-        packing = Packing(self._borders, size.longest, [])
+        packing = Packing(self._borders, size.longest, Buckets([], model.device))
         with torch.set_grad_enabled(size.trains), model.carrying(adapters):
             live = model.hidden(self._numbers[0], self._numbers[1], packing, frugal=self._frugal)
         self._hidden_ND.copy_(live.detach())

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakValueDictionary
 
-from workers.engine.attention import has_ragged_kernel
 from workers.engine.base_model import BaseModel
 from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
 from workers.engine.graphs.frames import Frame
@@ -17,6 +16,7 @@ from workers.engine.graphs.tapes import CudaTape, Tape
 from workers.engine.kernels import are_settled
 from workers.engine.measuring import free_bytes
 from workers.engine.memory import can_spare, is_memory_error
+from workers.engine.ragged_attention import has_ragged_kernel
 from workers.operations import Int64
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engine.attention import pack
 from workers.engine.base_model import BaseModel
 from workers.engine.head import target_logprobs
 from workers.engine.lora import PassAdapters, Segment
+from workers.engine.packing import pack
 from workers.engine.products import SegmentLoop
 from workers.engine.sampling.cache import Place
 from workers.engine.sampling.decoding import Decoding
