@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from workers.engine.adapters import Adapter
 from workers.engine.privacy.clipping import squared_norms
+from workers.engine.privacy.row_products import row_products
 from workers.engine.products import Part
 
 
@@ -41,8 +41,7 @@ class UnitGradients:
         # its rows are in one pass depends on other units, and is to round nothing otherwise.
         owners = [index for index, count in enumerate(counts) for _ in range(count)]
         self._owners = torch.tensor(owners, device=adapter.weights.device)
-        # Neighbours of equal length take one product together.
-        self._stacks = [(length, len(list(own))) for length, own in groupby(lengths)]
+        self._lengths = list(lengths)
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def part(self, module: str, whole: Part) -> UnitPart:
@@ -67,21 +66,11 @@ class UnitGradients:
 
     def _products(self, left: Tensor, right: Tensor) -> Tensor:
         dtype = self._adapter.weights.dtype
-        shape = left.shape[0], right.shape[1]
-        out = torch.empty(len(self._owners), *shape, dtype=left.dtype, device=left.device)
-        token = row = 0
-        for length, count in self._stacks:
-            tokens = slice(token, token + length * count)
-            torch.bmm(
-                left[:, tokens].unflatten(1, (count, length)).transpose(0, 1),  # type: ignore[no-untyped-call]
-                right[tokens].view(count, length, -1),
-                out=out[row : row + count],
-            )
-            token, row = tokens.stop, row + count
-        if len(self.units) == len(out):
-            return out.to(dtype)
-        sums = torch.zeros(len(self.units), *shape, dtype=dtype, device=out.device)
-        return sums.index_add_(0, self._owners, out.to(dtype))
+        found = row_products(left, right, self._lengths)
+        if len(self.units) == len(found):
+            return found.to(dtype)
+        sums = torch.zeros(len(self.units), *found.shape[1:], dtype=dtype, device=found.device)
+        return sums.index_add_(0, self._owners, found.to(dtype))
 
     def norms(self) -> Tensor:
         """float64 [U]: L2 norm of each unit's gradient over the whole adapter; NaN or infinite if
