@@ -232,18 +232,21 @@ def _state(run: Run) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_row_that_does_not_fit_at_all_fails_alone(place):
+    model = freeze("tiny", tiny_llama(max_position_embeddings=256))
     members = [long_row(5), long_row(4, dropout=0.0)]
-    members.insert(place, long_row(60))
+    with capacity(model.body) as enough:
+        open_all(model, members, 200).forward_backward_group(entries(members))
+    members.insert(place, long_row(200))
     others = [index for index in range(3) if index != place]
-    backend, without = open_all(SINGLE, members, 60), open_all(SINGLE, members, 60)
-    with capacity(SINGLE.body, 1.1 * kept_bytes(5)) as seen:
+    backend, without = open_all(model, members, 200), open_all(model, members, 200)
+    with capacity(model.body, 1.01 * enough.most_bytes) as seen:
         outcomes = backend.forward_backward_group(entries(members))
         clean = without.forward_backward_group(entries(members, others))
     assert seen.faults
     assert isinstance(outcomes[place], TenSafeFault)
     assert outcomes[place].detail.reason == "OUT_OF_MEMORY"
-    assert "60 tokens" in str(outcomes[place])
-    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [60, 60]
+    assert "200 tokens" in str(outcomes[place])
+    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [200, 200]
     names = [str(index) for index in others]
     ours = [outcomes[index] for index in others]
     assert bits(backend, ours, names) == bits(without, clean, names)
