@@ -129,18 +129,17 @@ class MockBackend(Backend):
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         check_forward(run.settings.privacy)
-        return _loss(run, request, len(request.batch.input_tokens))[0]
+        return _loss(run, request, _reduction(request))[0]
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         window = run.window
-        tokens = len(request.batch.input_tokens)
         try:
             if run.settings.privacy is not None:
                 request = private_request(request)
             reduction = _reduction(request)
             window.admit(reduction)
-            outcome, loss_sum, scored = _loss(run, request, tokens)
+            outcome, loss_sum, scored = _loss(run, request, reduction)
         except BaseException:
             window.poison()
             raise
@@ -151,7 +150,7 @@ class MockBackend(Backend):
             reduction,
             loss_sum=loss_sum,
             denominator=scored,
-            tokens=tokens,
+            tokens=len(request.batch.input_tokens),
             compute_ms=0.0,
         )
         return released_call(run.settings.privacy, outcome)
@@ -238,8 +237,9 @@ def _reduction(request: LossRequest) -> Reduction:
     return card.resolve_reduction(request.reduction, "loss.reduction")
 
 
-def _loss(run: _Run, request: LossRequest, tokens: int) -> tuple[LossOutcome, float, float]:
-    reduction = _reduction(request)
+def _loss(
+    run: _Run, request: LossRequest, reduction: Reduction
+) -> tuple[LossOutcome, float, float]:
     card = _LOSSES.find(request.loss).card
     batch = request.batch
     tensors = batch.tensors()
@@ -260,7 +260,7 @@ def _loss(run: _Run, request: LossRequest, tokens: int) -> tuple[LossOutcome, fl
         metric.value = loss  # exactly: the page prints it
     metrics = [
         metric,
-        Metric("tokens", tokens, Combine.SUM),
+        Metric("tokens", count, Combine.SUM),
         Metric("scored_tokens", scored, Combine.SUM),
     ]
     outcome = LossOutcome(metrics, {"logprobs": Output(np.zeros(weights.shape, np.float32))})

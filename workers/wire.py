@@ -159,7 +159,7 @@ def loss_request(
         _batch(message.batch.inline),
         loss=_or(loss, "name", "cross_entropy"),
         reduction=reduction_of(loss.reduction),
-        options=option_values(loss.options),
+        options=option_values(loss),
         reference=reference,
         dropout=isinstance(message, training_pb2.Forward) and message.dropout,
     )

@@ -68,6 +68,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
+        self._guarded: dict[str, Any] = {}
 
     async def intercept_service(
         self,
@@ -81,10 +82,14 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None:
             return _unknown(method)
         try:
-            principal = self._authenticate(handler_call_details)
+            # What serves the call runs in this task, and so finds it.
+            _caller.set(self._authenticate(handler_call_details))
         except TenSafeFault as fault:
             return _refusing(handler, fault)
-        return _guarded(handler, principal, method)
+        guarded = self._guarded.get(method)
+        if guarded is None:
+            guarded = self._guarded[method] = _guarded(handler, method)
+        return guarded
 
     def _authenticate(self, details: grpc.HandlerCallDetails) -> Principal:
         header = next(
@@ -109,17 +114,16 @@ class Guard(grpc.aio.ServerInterceptor):
         return principal
 
 
-def _guarded(handler: Any, principal: Principal, method: str) -> Any:
+def _guarded(handler: Any, method: str) -> Any:
     serve = _streaming if handler.response_streaming else _unary
     inner = (
         handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
     )
-    return _handler(handler, serve(inner, principal, method), _tolerant(handler))
+    return _handler(handler, serve(inner, method), _tolerant(handler))
 
 
-def _unary(inner: Any, principal: Principal, method: str) -> Any:
+def _unary(inner: Any, method: str) -> Any:
     async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        _caller.set(principal)
         try:
             return await inner(_checked(request), context)
         except Exception as error:
@@ -128,9 +132,8 @@ def _unary(inner: Any, principal: Principal, method: str) -> Any:
     return serve
 
 
-def _streaming(inner: Any, principal: Principal, method: str) -> Any:
+def _streaming(inner: Any, method: str) -> Any:
     async def serve(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        _caller.set(principal)
         responses: Any = None
         try:
             responses = inner(_checked(request), context)

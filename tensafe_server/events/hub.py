@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tensafe.v1 import operations_pb2 as pb
 from tensafe.v1.metrics_pb2 import StepMetrics
@@ -36,8 +36,7 @@ _LEAST_BYTES = 32 * 2**10
 _LEAST_ROWS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One thing that happened, as watchers get it."""
 
     cursor: int

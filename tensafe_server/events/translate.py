@@ -36,22 +36,27 @@ async def operation_message(
 
 def bare_operation(row: OperationRow) -> pb.Operation:
     """An operation without its result."""
-    message = pb.Operation(
-        id=row.id,
-        run_id=row.run_id or "",
-        seq=row.seq or 0,
-        kind=row.kind,  # type: ignore[arg-type]
-        state=row.state,  # type: ignore[arg-type]
-        created_at=timestamp(row.created_ns),
-        queue_ms=row.queue_ms or 0.0,
-        compute_ms=row.compute_ms or 0.0,
-        result_pruned=bool(row.result_pruned) and row.state == pb.OPERATION_STATE_SUCCEEDED,
-    )
+    message = pb.Operation()
+    describe(row, message)
+    return message
+
+
+def describe(row: OperationRow, message: pb.Operation) -> None:
+    """Fills in all of an operation but its result. In place: what is built apart is copied when it
+    is put into another message."""
+    message.id = row.id
+    message.run_id = row.run_id or ""
+    message.seq = row.seq or 0
+    message.kind = row.kind  # type: ignore[assignment]
+    message.state = row.state  # type: ignore[assignment]
+    message.queue_ms = row.queue_ms or 0.0
+    message.compute_ms = row.compute_ms or 0.0
+    message.result_pruned = bool(row.result_pruned) and row.state == pb.OPERATION_STATE_SUCCEEDED
+    _set_time(message.created_at, row.created_ns)
     if row.error is not None:
         message.error.CopyFrom(Status.FromString(row.error))
     if row.finished_ns is not None:
-        message.finished_at.CopyFrom(timestamp(row.finished_ns))
-    return message
+        _set_time(message.finished_at, row.finished_ns)
 
 
 _LONGEST_TTL_NS = 3_153_600_000 * 10**9
@@ -60,6 +65,10 @@ _LONGEST_TTL_NS = 3_153_600_000 * 10**9
 def expires_at(now_ns: int, ttl: Duration) -> Timestamp:
     """When a time to live is over; one from before it had a bound is cut to it, 100 years."""
     return timestamp(now_ns + min(ttl.ToNanoseconds(), _LONGEST_TTL_NS))
+
+
+def _set_time(message: Timestamp, nanoseconds: int) -> None:
+    message.seconds, message.nanos = divmod(nanoseconds, 10**9)
 
 
 def timestamp(nanoseconds: int) -> Timestamp:

@@ -295,13 +295,11 @@ class Reception:
         if report.done and link.group_cost:
             # Its next plan goes out while these outcomes are written.
             self._dispatcher.kick()
-        ended = [ending.operation for ending in endings]
-        for operation in (*begun, *ended):
-            run = self._ledger.runs.get(operation.row.run_id or "")
-            if run is not None and run.worker_id == link.id:
-                self._blame.arrived(run)
-                if operation in ended:
-                    run.given_up.clear()
+        for run in self._runs_at(link, [ending.operation for ending in endings]):
+            self._blame.arrived(run)
+            run.given_up.clear()
+        for run in self._runs_at(link, begun):
+            self._blame.arrived(run)
         if endings:
             told = await self._outcomes.settle(endings)
             told.add_done_callback(lambda _: _free(link, endings))
@@ -312,6 +310,12 @@ class Reception:
         self._blame.began(link, [one for one in begun if one.worker_id == link.id])
         self._blame.forget_arrivals()
 
+    def _runs_at(self, link: WorkerLink, operations: Sequence[PendingOperation]) -> list[RunState]:
+        """The runs of these operations that the worker holds, each once."""
+        ids = dict.fromkeys(operation.row.run_id or "" for operation in operations)
+        runs = [run for run_id in ids if (run := self._ledger.runs.get(run_id)) is not None]
+        return [run for run in runs if run.worker_id == link.id]
+
     async def _lost_saves(
         self, link: WorkerLink, done: Sequence[pb.OperationDone]
     ) -> list[PendingOperation]:
@@ -319,8 +323,10 @@ class Reception:
         any more: a backup was put in the place of the disk. They are to be made anew."""
         lost = []
         for one in done:
+            if not one.result.HasField("save_state"):
+                continue
             operation = self._current(link, one.operation_id, one.epoch)
-            if operation is None or not one.result.HasField("save_state"):
+            if operation is None:
                 continue
             artifact_id = operation.row.artifact_id or ""
             files = one.result.save_state.artifact.files

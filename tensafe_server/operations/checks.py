@@ -225,7 +225,7 @@ def _offsets(tensor: Tensor, *, may_be_empty: bool) -> Array:
         raise TensorError("must be an int64 vector")
     if len(offsets) < 2 - may_be_empty:
         raise TensorError("the batch is empty; send at least one datum")
-    if offsets.item(0) != 0 or (offsets[1:] <= offsets[:-1]).any():
+    if offsets.item(0) != 0 or np.count_nonzero(offsets[1:] <= offsets[:-1]):
         raise TensorError("must begin at 0 and increase strictly: every datum has a token")
     return offsets
 

@@ -58,6 +58,7 @@ class _Candidate:
     spec: training.OperationSpec
     data: bytes
     digest: bytes
+    artifact_id: str = ""
     artifact: Artifact | None = None
     seen: bool = False
     conflicts: bool = False
@@ -135,10 +136,12 @@ class Intake:
         self, candidates: Sequence[_Candidate], accepted: Sequence[PendingOperation]
     ) -> None:
         """What was stored of specs that were not accepted, or not for the first time."""
-        used = {operation.row.spec_ref for operation in accepted}
-        stored = [candidate.payload[1] for candidate in candidates]
-        with suppress(OSError):  # the next start removes it
-            await self._payloads.delete([key for key in stored if key and key not in used])
+        stored = {key for candidate in candidates if (key := candidate.payload[1])}
+        if stored:
+            with suppress(OSError):  # the next start removes it
+                await self._payloads.delete(
+                    [*stored.difference(operation.row.spec_ref for operation in accepted)]
+                )
 
     async def _take_prepared(
         self,
@@ -194,9 +197,9 @@ class Intake:
             candidate.fault = fault
             await asyncio.sleep(0)  # a thousand faulty ones shall not keep all others waiting
             return candidate
-        artifact_id = _artifact_read(spec)
-        if artifact_id:
-            candidate.artifact = await self._store.artifact(tenant_id, artifact_id)
+        candidate.artifact_id = _artifact_read(spec)
+        if candidate.artifact_id:
+            candidate.artifact = await self._store.artifact(tenant_id, candidate.artifact_id)
         elif spec.sample.weights.HasField("version"):
             run = self._ledger.find_run(tenant_id, spec.run_id)
             if run is not None:
@@ -300,11 +303,11 @@ class Intake:
         spec = candidate.spec
         if candidate.fault is not None:
             raise candidate.fault
-        if _artifact_read(spec) and candidate.artifact is None:
+        if candidate.artifact_id and candidate.artifact is None:
             raise TenSafeFault(
                 "ARTIFACT_NOT_FOUND",
-                f"no artifact {_artifact_read(spec)!r}; `tensafe artifacts list` shows yours",
-                artifact_id=_artifact_read(spec),
+                f"no artifact {candidate.artifact_id!r}; `tensafe artifacts list` shows yours",
+                artifact_id=candidate.artifact_id,
             )
         if spec.sample.weights.HasField("version") and candidate.artifact is None:
             raise TenSafeFault(

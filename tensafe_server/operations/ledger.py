@@ -6,7 +6,7 @@ It holds state and keeps its rules; it neither reads nor writes the store.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ class Ledger:
         self._pending: dict[str, PendingOperation] = {}
         self._requests: dict[tuple[str, str], PendingOperation] = {}
         self._ready: set[str] = set()
-        self._usage: dict[str, Usage] = {}
+        self._usage: defaultdict[str, Usage] = defaultdict(Usage)
 
     # Runs.
 
@@ -137,7 +137,7 @@ class Ledger:
         return self._requests.get((tenant_id, request_id))
 
     def usage(self, tenant_id: str) -> Usage:
-        return self._usage.setdefault(tenant_id, Usage())
+        return self._usage[tenant_id]
 
     def reserve(self, operation: PendingOperation, run: RunState | None) -> None:
         """Takes the operation's place, so that a second one with the same seq finds it."""

@@ -49,7 +49,7 @@ def check_loss(
     card = losses.get(name)
     if card is None:
         raise no_such_loss(name, losses, f"{kind}.loss.name")
-    options = card.resolve_options(option_values(loss.options), f"{kind}.loss.options")
+    options = card.resolve_options(option_values(loss), f"{kind}.loss.options")
     reduction = card.resolve_reduction(reduction_of(loss.reduction), f"{kind}.loss.reduction")
     inputs = operation.batch.inline.loss_inputs
     batch = f"{kind}.batch.inline"

@@ -21,7 +21,7 @@ from tensafe.wire.status import REASON_CODES, ErrorDetail, TenSafeFault, from_st
 from tensafe_server.blobs.base import BlobNotFoundError
 from tensafe_server.blobs.payloads import DamagedPayloadError, Payloads
 from tensafe_server.events.hub import Event, EventHub
-from tensafe_server.events.translate import bare_operation, expires_at, timestamp
+from tensafe_server.events.translate import describe, expires_at, timestamp
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import (
     CANCELLED,
@@ -278,7 +278,8 @@ def withdrawn(operation: PendingOperation, why: ErrorDetail | None) -> Ending:
 def ended_event(operation: PendingOperation, result: ops.OperationResult | None = None) -> Event:
     """A finished operation as watchers get it."""
     row = operation.row
-    event = ops.WatchEvent(operation=bare_operation(row))
+    event = ops.WatchEvent()
+    describe(row, event.operation)
     if result is not None:
         event.operation.result.CopyFrom(result)
     return Event(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class Kind(Enum):
@@ -27,8 +28,7 @@ class Arrivals(Enum):
     SUSPECT = "a run that comes alone"
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """A waiting operation.
 
     Attributes:
@@ -130,8 +130,7 @@ class WorkerView:
     samples: SampleRoom | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The next operation of a queue goes to a worker, into a group of it (0: none)."""
 
     worker_id: str

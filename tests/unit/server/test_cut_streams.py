@@ -11,7 +11,6 @@ import grpc
 import pytest
 
 from tensafe_server.api import guard
-from tensafe_server.tenants.identity import Principal
 
 
 class GoneContext:
@@ -47,8 +46,7 @@ def test_a_caller_that_is_gone_is_nothing_to_log(caplog: pytest.LogCaptureFixtur
         request_deserializer=None,
         response_serializer=None,
     )
-    principal = Principal(1, "ten-1", "key-1")
-    serve = guard._guarded(handler, principal, "/tensafe.v1.OperationsService/Watch").unary_stream
+    serve = guard._guarded(handler, "/tensafe.v1.OperationsService/Watch").unary_stream
     context = GoneContext()
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(serve(SimpleNamespace(), context))

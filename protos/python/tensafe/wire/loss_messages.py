@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from google.protobuf.struct_pb2 import Struct
-
 from tensafe.v1 import losses_pb2 as pb
 from tensafe.v1 import types_pb2 as types
 from tensafe.wire.losses import (
@@ -36,10 +34,12 @@ _COMBINES = {
 _COMBINE_NAMES = {number: name for name, number in _COMBINES.items()}
 
 
-def option_values(options: Struct) -> dict[str, object]:
-    """A message's options as Python values; a list, an object or null stays a message."""
+def option_values(loss: pb.LossConfig) -> dict[str, object]:
+    """A call's options as Python values; a list, an object or null stays a message."""
     values: dict[str, object] = {}
-    for name, value in options.fields.items():
+    if not loss.HasField("options"):
+        return values
+    for name, value in loss.options.fields.items():
         kind = value.WhichOneof("kind")
         plain = kind in ("number_value", "string_value", "bool_value")
         values[name] = getattr(value, kind) if plain else value

@@ -14,6 +14,7 @@ from tensafe.wire.status import TenSafeFault
 
 Array = NDArray[Any]
 Where = Callable[[str], str]
+_DTYPES = {name: np.dtype(name) for name in ("int32", "float32")}
 
 
 def check_tensors(
@@ -36,7 +37,7 @@ def check_tensors(
     Raises:
         TenSafeFault: INVALID_BATCH or NOTHING_SCORED, naming the field.
     """
-    _check_shapes(card, tensors, int(offsets[-1]), where)
+    _check_shapes(card, tensors, offsets.item(-1), where)
     weights = tensors.get("weights")
     if weights is not None:
         total = _check_weights(weights, reduction, where("weights"))
@@ -70,7 +71,7 @@ def _check_shapes(card: LossCard, tensors: Mapping[str, Array], total: int, wher
         fits = shape == (total,)
         if item.wide and values.ndim == 2:
             fits = shape[0] == total and shape[1] > 0
-        if values.dtype != np.dtype(item.dtype) or not fits:
+        if values.dtype != _DTYPES[item.dtype] or not fits:
             raise TenSafeFault(
                 "INVALID_BATCH",
                 f"{name} must be {item.dtype} [{total}]{f' or [{total}, K]' * item.wide}, one row "
@@ -99,7 +100,7 @@ def _check_weights(weights: Array, reduction: Reduction, field: str) -> float:
     total: float = np.add.reduce(weights, axis=None, dtype=np.float64).item()
     if not math.isfinite(total):
         raise TenSafeFault("INVALID_BATCH", "weights must be finite", field=field)
-    if reduction is not Reduction.SUM and np.minimum.reduce(weights, axis=None, initial=0) < 0:
+    if reduction is not Reduction.SUM and np.count_nonzero(weights < 0):
         raise TenSafeFault(
             "INVALID_BATCH",
             f"a weight is negative, which has no {reduction}; use the reduction `sum`",

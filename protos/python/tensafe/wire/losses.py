@@ -164,6 +164,10 @@ class LossCard:
         """The input of this name."""
         return self._inputs.get(name)
 
+    @property
+    def _takes(self) -> str:
+        return f"it takes {', '.join(self._inputs)}"
+
     def resolve_options(self, given: Mapping[str, object], field: str) -> dict[str, Value]:
         """Every option's value.
 
@@ -211,12 +215,11 @@ class LossCard:
         Raises:
             TenSafeFault: INVALID_BATCH for one that is unknown, missing or given twice.
         """
-        takes = f"it takes {', '.join(self._inputs)}"
         for index, name in enumerate(given):
             if name not in self._inputs:
                 raise TenSafeFault(
                     "INVALID_BATCH",
-                    f"loss input {name!r} is unknown to {self.name}; {takes}",
+                    f"loss input {name!r} is unknown to {self.name}; {self._takes}",
                     field=f"{field}[{index}]",
                     loss=self.name,
                 )
@@ -231,7 +234,7 @@ class LossCard:
         if missing:
             raise TenSafeFault(
                 "INVALID_BATCH",
-                f"{self.name} needs the loss input {missing[0]!r}; {takes}",
+                f"{self.name} needs the loss input {missing[0]!r}; {self._takes}",
                 violations=[(field, f"{name} is missing") for name in missing],
                 loss=self.name,
             )

@@ -52,15 +52,16 @@ def decode(tensor: types.Tensor) -> Array:
     Raises:
         TensorError: if the bytes are not itemsize × product(shape) long, or the type is unknown.
     """
-    shape = tuple(tensor.shape)
+    shape, data = tuple(tensor.shape), tensor.data  # each reading of which makes a copy
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is not None:
-        _check_length(tensor, shape, dtype.itemsize)
-        array = np.frombuffer(tensor.data, dtype)
-        return array if len(shape) == 1 else _reshaped(array, shape)
+        if len(shape) == 1 and shape[0] * dtype.itemsize == len(data):
+            return np.frombuffer(data, dtype)  # what nearly every tensor is
+        _check_length(data, shape, dtype.itemsize)
+        return _reshaped(np.frombuffer(data, dtype), shape)
     if tensor.dtype == types.DATA_TYPE_BFLOAT16:
-        _check_length(tensor, shape, 2)
-        upper = np.frombuffer(tensor.data, dtype="<u2").astype("<u4") << 16
+        _check_length(data, shape, 2)
+        upper = np.frombuffer(data, dtype="<u2").astype("<u4") << 16
         return _reshaped(upper.view("<f4"), shape)
     given = f"{tensor.dtype} is unknown" if tensor.dtype else "is not set"
     raise TensorError(f"dtype {given}; use one of the DataType values")
@@ -73,13 +74,11 @@ def _reshaped(array: Array, shape: tuple[int, ...]) -> Array:
         raise TensorError(f"shape {list(shape)} has an extent that is too large") from error
 
 
-def _check_length(tensor: types.Tensor, shape: tuple[int, ...], itemsize: int) -> None:
+def _check_length(data: bytes, shape: tuple[int, ...], itemsize: int) -> None:
     if len(shape) > 4:
         raise TensorError(f"shape {list(shape)} has more than 4 dimensions")
     if shape and min(shape) < 0:
         raise TensorError(f"shape {list(shape)} has a negative extent")
     expected = itemsize * prod(shape)
-    if len(tensor.data) != expected:
-        raise TensorError(
-            f"shape {list(shape)} needs {expected} bytes of data, got {len(tensor.data)}"
-        )
+    if len(data) != expected:
+        raise TensorError(f"shape {list(shape)} needs {expected} bytes of data, got {len(data)}")
