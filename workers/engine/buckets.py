@@ -50,19 +50,19 @@ class Buckets:
 
     members: list[Bucket]
     device: str
-    _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     _scratch: Tensor | None = None
 
     def bias(self, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """[T, T] of 0 where a query (row) sees a key (column), −∞ elsewhere."""
-        key = (length, window, dtype)
-        if key not in self._biases:
+        found = self._biases.get((window, dtype))
+        if found is None or len(found) < length:
             seen = torch.ones(length, length, dtype=torch.bool, device=self.device).tril_()
             if window is not None:
                 seen.triu_(1 - window)
             bias = torch.zeros(length, length, dtype=dtype, device=self.device)
-            self._biases[key] = bias.masked_fill_(~seen, -torch.inf)
-        return self._biases[key]
+            found = self._biases[window, dtype] = bias.masked_fill_(~seen, -torch.inf)
+        return found[:length, :length]  # shorter documents see the same
 
     def scratch(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """What nobody needs any more when it is asked for again: fresh memory costs more than what
