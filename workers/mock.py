@@ -129,17 +129,19 @@ class MockBackend(Backend):
     def forward(self, run_id: str, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         check_forward(run.settings.privacy)
-        return _loss(run, request, _reduction(request))[0]
+        tokens = len(request.batch.input_tokens)
+        return _loss(run, request, _reduction(request), tokens)[0]
 
     def forward_backward(self, run_id: str, seq: int, request: LossRequest) -> LossOutcome:
         run = self._runs[run_id]
         window = run.window
+        tokens = len(request.batch.input_tokens)
         try:
             if run.settings.privacy is not None:
                 request = private_request(request)
             reduction = _reduction(request)
             window.admit(reduction)
-            outcome, loss_sum, scored = _loss(run, request, reduction)
+            outcome, loss_sum, scored = _loss(run, request, reduction, tokens)
         except BaseException:
             window.poison()
             raise
@@ -150,7 +152,7 @@ class MockBackend(Backend):
             reduction,
             loss_sum=loss_sum,
             denominator=scored,
-            tokens=len(request.batch.input_tokens),
+            tokens=tokens,
             compute_ms=0.0,
         )
         return released_call(run.settings.privacy, outcome)
@@ -238,7 +240,7 @@ def _reduction(request: LossRequest) -> Reduction:
 
 
 def _loss(
-    run: _Run, request: LossRequest, reduction: Reduction
+    run: _Run, request: LossRequest, reduction: Reduction, tokens: int
 ) -> tuple[LossOutcome, float, float]:
     card = _LOSSES.find(request.loss).card
     batch = request.batch
@@ -260,7 +262,7 @@ def _loss(
         metric.value = loss  # exactly: the page prints it
     metrics = [
         metric,
-        Metric("tokens", count, Combine.SUM),
+        Metric("tokens", tokens, Combine.SUM),
         Metric("scored_tokens", scored, Combine.SUM),
     ]
     outcome = LossOutcome(metrics, {"logprobs": Output(np.zeros(weights.shape, np.float32))})
