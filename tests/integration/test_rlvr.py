@@ -71,10 +71,12 @@ def test_grpo_learns_from_at_most_03_to_at_least_09(client: ServiceClient):
         Task(SUMS),
         {
             **SHORT,
-            "iterations": 100,
+            # At 5e-3 some seeds are still at 0.6 after 100 iterations; so all of four were there.
+            "learning_rate": 3e-3,
+            "iterations": 160,
             "prompts": 12,
             "group_size": 12,
-            "eval_every": 100,
+            "eval_every": 160,
             "eval_problems": 25 * len(SUMS),
             "eval_temperature": 1.0,
         },
