@@ -4,6 +4,7 @@ scripts/bench_dp.py                     time and memory, SmolLM2-135M
 scripts/bench_dp.py --part time         a private step against the same step without privacy, plain
                                         transformers + peft, and Opacus 1.6 with ghost clipping if
                                         it is installed (pip install --no-deps opacus opt-einsum)
+scripts/bench_dp.py --part time --cell mixed --rounds 21    one kind of rows alone, for longer
 scripts/bench_dp.py --part memory       peak memory of the process, each side in one of its own
 scripts/bench_dp.py --part curve        held-out loss of a training through the service, with
                                         privacy and without, on the standard library's docstrings
@@ -42,6 +43,9 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=["time", "memory", "curve", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds; default 7")
+    parser.add_argument(
+        "--cell", choices=[*private.CELLS, "all"], default="all", help="of the time"
+    )
     parser.add_argument("--dropout", type=float, default=0.0, help="of LoRA; default 0")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
@@ -105,7 +109,8 @@ def _times(arguments: argparse.Namespace) -> dict[str, list[float]]:
         print("opacus is not installed: nothing is compared with it")
     ghost = plain() if find_spec("opacus") else None
     print(f"{backend.device}, {torch.get_num_threads()} threads, {backend.models()[0].dtype}")
-    return private.measure(setting, ghost)
+    names = private.CELLS if arguments.cell == "all" else [arguments.cell]
+    return private.measure(setting, ghost, names)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ what else the machine does meets both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -21,6 +21,7 @@ from tensafe.wire.losses import Reduction
 from workers.operations import PrivacySettings, StepRequest
 
 BOUND, SIGMA = 0.1, 1.0
+CELLS = ("8x128", "mixed", "32x32")
 Step = Callable[[], None]
 
 
@@ -33,10 +34,13 @@ def cells(vocabulary: int) -> dict[str, Rows]:
     }
 
 
-def measure(setting: Setting, ghost: nn.Module | None) -> dict[str, list[float]]:
+def measure(
+    setting: Setting, ghost: nn.Module | None, names: Sequence[str] = CELLS
+) -> dict[str, list[float]]:
     """Seconds by `CELL/SIDE`, one for each round.
 
     Args:
+        names: of the cells that are measured.
         ghost: a base model of its own for Opacus; None to leave it out.
     """
     backend = setting.backend
@@ -47,7 +51,9 @@ def measure(setting: Setting, ghost: nn.Module | None) -> dict[str, list[float]]
     peft_step = plain_loop(setting.plain(), setting.dropout, 1)
     opacus_step = None if ghost is None else ghost_loop(ghost, setting.dropout)
     found: dict[str, list[float]] = {}
-    for name, rows in cells(setting.vocabulary).items():
+    made = cells(setting.vocabulary)
+    for name in names:
+        rows = made[name]
         rows.ours.reduction = Reduction.SEQUENCE_MEAN
         steps: dict[str, Step] = {
             "private": lambda rows=rows: engine_step(setting, "private", rows),
