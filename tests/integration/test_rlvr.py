@@ -64,6 +64,7 @@ def train(run: TrainingClient, **changes: Any) -> list[IterationReport]:
     return RLVRTrainer(run, Task(SUMS), {**SHORT, **changes}).run().reports
 
 
+@pytest.mark.slow
 def test_grpo_learns_from_at_most_03_to_at_least_09(client: ServiceClient):
     """The pass rate of answers sampled at temperature 1."""
     result = RLVRTrainer(
