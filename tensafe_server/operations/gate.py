@@ -1,10 +1,9 @@
 """The gate between accepted and queued: operations pass it when they are on disk.
 
 Under load, calls that arrive close together pass it together. Every step behind it then handles a
-group: one commit, one plan, one report, one push. Alone, an operation passes at once. Otherwise the
-gate stays open while the group before is being stored, which it would only queue behind, and for a
-time that grows with the number of unfinished operations and is short against the time that they
-take (the coalescing of network interrupts is the same idea).
+group: one commit, one plan, one report, one push. Alone, an operation passes at once; otherwise the
+gate stays open for a time that grows with the number of unfinished operations and is short against
+the time that they take (the coalescing of network interrupts is the same idea).
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ class Gate:
         self._ledger = ledger
         self._hub = hub
         self._group: _Group | None = None
-        self._storing = 0
 
     async def stored(self, operations: Sequence[PendingOperation]) -> None:
         """Returns when the operations are on disk and queued. A caller that goes away meanwhile
@@ -70,13 +68,12 @@ class Gate:
             unfinished = self._ledger.unfinished - len(operations)
             if unfinished >= _FEW_UNFINISHED:
                 linger_s = min(_LONGEST_LINGER_S, unfinished * _LINGER_S_EACH)
-                self._group.timer = asyncio.get_running_loop().call_later(
-                    linger_s, self._end_linger
-                )
+                self._group.timer = asyncio.get_running_loop().call_later(linger_s, self._close)
         group = self._group
         group.operations += operations
         waiter = group.wait()
-        self._close_if_due()
+        if group.timer is None or len(group.operations) >= _FULL_GROUP:
+            self._close()
         await waiter
 
     async def passed(self) -> None:
@@ -85,24 +82,12 @@ class Gate:
             with suppress(Exception):  # whoever stands there is told
                 await self._group.wait()
 
-    def _end_linger(self) -> None:
-        if self._group is not None:
-            self._group.timer = None
-            self._close_if_due()
-
-    def _close_if_due(self) -> None:
-        group = self._group
+    def _close(self) -> None:
+        group, self._group = self._group, None
         if group is None:
             return
-        is_full = len(group.operations) >= _FULL_GROUP
-        if is_full or not (self._storing or group.timer is not None):
-            self._group = None
-            self._store_group(group)
-
-    def _store_group(self, group: _Group) -> None:
         if group.timer is not None:
             group.timer.cancel()
-        self._storing += 1
         for operation in group.operations:
             if operation.void:  # refused: it ends here, and events are numbered as they are stored
                 operation.row.cursor = self._hub.next_cursor()
@@ -116,9 +101,7 @@ class Gate:
         self._hub.publish(ended_event(operation) for operation in operations if operation.void)
 
     def _tell(self, group: _Group, done: asyncio.Future[None]) -> None:
-        self._storing -= 1
         error = done.exception()
         if error is not None:
             self._ledger.withdraw(group.operations)
         group.tell(error)
-        self._close_if_due()

@@ -17,35 +17,24 @@ from tensafe_server.store.base import OperationRow, RunRow
 
 
 class FakeStore:
-    """Commits at once or, while it is `slow`, when told to."""
+    """Commits when told to."""
 
     def __init__(self) -> None:
         self.groups: list[list[OperationRow]] = []
         self.error: Exception | None = None
-        self.slow = False
-        self._waiting: list[Callable[[], None]] = []
 
     def add_operations(
         self, rows: Sequence[OperationRow], then: Callable[[], None] | None = None
     ) -> asyncio.Future[None]:
         self.groups.append(list(rows))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def commit() -> None:
-            if self.error is not None:
-                future.set_exception(self.error)
-            else:
-                assert then is not None
-                then()
-                future.set_result(None)
-
-        self._waiting.append(commit)
-        if not self.slow:
-            self.commit()
+        if self.error is not None:
+            future.set_exception(self.error)
+        else:
+            assert then is not None
+            then()
+            future.set_result(None)
         return future
-
-    def commit(self) -> None:
-        self._waiting.pop(0)()
 
 
 class FakeHub:
@@ -113,47 +102,6 @@ def test_under_load_calls_share_a_commit():
         await asyncio.gather(*(house.gate.stored([operation]) for operation in operations))
         assert [len(group) for group in house.store.groups] == [40]
         assert house.ledger.runs["run-1"].next_seq == 41
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("error", [None, OSError("disk full")])
-def test_what_comes_while_a_group_is_stored_is_stored_after_it_together(error: OSError | None):
-    async def main() -> None:
-        house = House()
-        house.store.slow = True
-        house.store.error = error
-        waiting = []
-        for seq in range(1, 5):
-            passing = house.gate.stored([house.operation(seq)])
-            waiting.append(asyncio.ensure_future(passing))
-            await asyncio.sleep(0)
-        assert [len(group) for group in house.store.groups] == [1]
-        house.store.commit()
-        [first] = await asyncio.gather(waiting[0], return_exceptions=True)
-        assert first is error
-        assert [len(group) for group in house.store.groups] == [1, 3]
-        house.store.error = None
-        house.store.commit()
-        await asyncio.gather(*waiting[1:])
-
-    asyncio.run(main())
-
-
-def test_a_full_group_waits_for_nothing():
-    async def main() -> None:
-        house = House()
-        house.store.slow = True
-        first = asyncio.ensure_future(house.gate.stored([house.operation(1)]))
-        await asyncio.sleep(0)
-        many = [house.operation(seq) for seq in range(2, 102)]
-        second = asyncio.ensure_future(house.gate.stored(many))
-        await asyncio.sleep(0)
-        assert [len(group) for group in house.store.groups] == [1, 100]
-        house.store.commit()
-        house.store.commit()
-        await asyncio.gather(first, second)
-        assert house.ledger.runs["run-1"].next_seq == 102
 
     asyncio.run(main())
 
