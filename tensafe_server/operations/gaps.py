@@ -52,7 +52,12 @@ class GapWatch:
         """Ends the waiting for what is missing; no effect without a gap."""
         if not run.early:
             return
-        missing = [seq for seq in range(run.next_seq, max(run.early)) if seq not in run.early]
+        # What is being stored is not missing.
+        came = run.early.keys() | run.by_seq.keys()
+        missing = [seq for seq in range(run.next_seq, max(run.early)) if seq not in came]
+        if not missing:
+            self.update(run)
+            return
         waiting = [operation for operation in run.early.values() if not operation.void]
         endings = [Ending(operation, error=_fault(run, missing[0]).detail) for operation in waiting]
         placeholders = [self._placeholder(run, seq) for seq in missing]

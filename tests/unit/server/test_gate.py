@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training
 from tensafe_server.events.hub import Event
+from tensafe_server.operations.gaps import GapWatch
 from tensafe_server.operations.gate import Gate
 from tensafe_server.operations.ledger import Ledger
 from tensafe_server.operations.model import FAILED, QUEUED, PendingOperation, run_state
@@ -170,5 +172,27 @@ def test_what_could_not_be_stored_was_never_accepted():
         assert house.ledger.unfinished == 0
         assert house.ledger.usage("ten-1").operations == 0
         assert not house.ledger.runs["run-1"].by_seq
+
+    asyncio.run(main())
+
+
+def test_an_operation_at_the_gate_is_not_missing():
+    """A gap that is closed meanwhile would store another in its place, and fail its whole group."""
+
+    async def main() -> None:
+        house = House()
+        run = house.ledger.runs["run-1"]
+        await house.gate.stored([house.operation(1)])
+        await house.gate.stored([house.operation(3)])
+        accepted = house.operation(2)
+        outcomes: Any = None  # nothing ends
+        watch = GapWatch(house.store, house.ledger, house.hub, outcomes, 60.0)  # type: ignore[arg-type]
+        await watch.close(run)
+        assert [row.seq for group in house.store.groups for row in group] == [1, 3]
+        # Should it not be stored after all, the gap is closed later.
+        assert run.gap_timer is not None
+        run.gap_timer.cancel()
+        await house.gate.stored([accepted])
+        assert [operation.row.seq for operation in run.queue] == [1, 2, 3]
 
     asyncio.run(main())
