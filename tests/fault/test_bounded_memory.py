@@ -84,7 +84,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 @pytest.mark.parametrize(
     ("operations", "watchers", "queued_mib", "watched_mib"),
     [
-        (1_200, 100, 40, 150),
+        (1_200, 100, 40, 200),
         pytest.param(10_000, 1_000, 150, 400, marks=pytest.mark.slow),
     ],
     ids=["short", "long"],
