@@ -1,8 +1,8 @@
 """SFT on SmolLM2: through the service, by the same engine in a local loop, and by plain `peft`.
 
 The three take turns, on the same number of threads and the same element type, with every token of
-every row scored; only one of them computes at a time. A round's figure is tokens per second of
-`steps` pipelined steps.
+every row scored; only one of them computes at a time, in another order each round. A round's figure
+is tokens per second of `steps` pipelined steps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from workers.threads import pick_threads
@@ -48,8 +49,8 @@ def measure(rounds: int, steps: int) -> dict[str, list[float]]:
             ids = np.random.default_rng(0).integers(0, 49_000, (rows, length))
             for loop in loops.values():
                 loop(ids, 1)
-            for _ in range(rounds):
-                for name, loop in loops.items():
+            for turn in range(rounds):
+                for name, loop in list(loops.items())[:: 1 if turn % 2 == 0 else -1]:
                     begin = time.perf_counter()
                     loop(ids, steps)
                     rate = ids.size * steps / (time.perf_counter() - begin)
@@ -59,17 +60,13 @@ def measure(rounds: int, steps: int) -> dict[str, list[float]]:
 
 
 def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
-    """Ratios of the best rounds: the least disturbed ones, on a machine that others use too."""
+    """Medians of the rounds' quotients."""
     found = {}
     for shape in SHAPES:
-        best = {name: max(cells[f"{shape}/{name}"]) for name in _names(cells)}
-        found[f"{shape} service/engine_loop"] = best["service"] / best["engine_loop"]
-        found[f"{shape} service/plain_loop"] = best["service"] / best["plain_loop"]
+        for other in ("engine_loop", "plain_loop"):
+            pairs = zip(cells[f"{shape}/service"], cells[f"{shape}/{other}"], strict=True)
+            found[f"{shape} service/{other}"] = median(ours / theirs for ours, theirs in pairs)
     return found
-
-
-def _names(cells: dict[str, list[float]]) -> set[str]:
-    return {name.partition("/")[2] for name in cells}
 
 
 def _service_loop(client: ServiceClient) -> Steps:

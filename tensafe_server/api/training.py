@@ -82,6 +82,7 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         was_deleted = run.deleted
         await self._runs.delete(run, request)
         if not was_deleted:
+            await self._intake.settled()  # what was accepted before is cancelled too
             await self._cancellation.cancel_run(run)
             if not run.by_seq:  # else the worker is told when what it is at has ended
                 self._dispatcher.release(run)

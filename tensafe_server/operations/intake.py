@@ -113,6 +113,11 @@ class Intake:
             outcomes += await self._take(tenant_id, turn, session_id, full, overtaken)
         return outcomes
 
+    async def settled(self) -> None:
+        """Returns when all that is accepted by now is queued, or could not be stored."""
+        await self._gate.passed()
+        await self._store.flushed()
+
     async def _take(
         self,
         tenant_id: str,
@@ -372,8 +377,7 @@ class Intake:
     async def _answer_repeated(
         self, tenant_id: str, candidate: _Candidate, outcome: Outcome
     ) -> None:
-        await self._gate.passed()
-        await self._store.flushed()
+        await self.settled()
         spec = candidate.spec
         if candidate.by_request:
             row = await self._store.operation_by_request(tenant_id, spec.request_id)

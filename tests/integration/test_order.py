@@ -17,6 +17,7 @@ from tensafe_client import (
     BatchError,
     Datum,
     InvalidArgumentError,
+    OperationCancelledError,
     SequenceConflictError,
     ServiceClient,
     WindowPoisonedError,
@@ -321,6 +322,27 @@ def test_a_request_id_deletes_one_run_only(raw: RawClient):
             pb.DeleteRunRequest(run_id=other, request_id=request_id), metadata=raw.metadata
         )
     assert raised.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+
+
+def test_a_delete_cancels_what_was_accepted_just_before_it(raw: RawClient, client: ServiceClient):
+    """Of 130 unfinished ones the gate makes a group of what comes within 5 ms."""
+    behind_a_gap = new_run(raw)
+    submit(raw, *(stepping(behind_a_gap, seq) for seq in range(2, 132)))
+    accepted = 0
+    for _ in range(20):
+        run_id = new_run(raw)
+        submitting = raw.stub.SubmitBatch.future(
+            pb.SubmitBatchRequest(operations=[stepping(run_id, 2)]), metadata=raw.metadata
+        )
+        raw.stub.DeleteRun(
+            pb.DeleteRunRequest(run_id=run_id, request_id=uuid.uuid4().hex), metadata=raw.metadata
+        )
+        [outcome] = submitting.result().outcomes
+        if not outcome.HasField("error"):
+            accepted += 1
+            with pytest.raises(OperationCancelledError):
+                client.future(outcome.operation_id).result(30)
+    assert accepted
 
 
 def test_a_request_id_cancels_one_operation_only(raw: RawClient, service: LocalService):
