@@ -63,9 +63,7 @@ def main() -> None:
         raw |= _times(arguments)
         ratios |= private.ratios(raw)
     if arguments.part in ("memory", "all"):
-        peaks = private_memory.measure(
-            MODEL, arguments.dtype, arguments.dropout, min(3, arguments.rounds)
-        )
+        peaks = private_memory.measure(MODEL, arguments.dtype, arguments.dropout, arguments.rounds)
         raw |= peaks
         ratios |= private_memory.ratios(peaks)
     for name, value in ratios.items():

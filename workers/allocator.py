@@ -8,7 +8,12 @@ import sys
 from collections.abc import Mapping
 
 _VARIABLE = "GLIBC_TUNABLES"
-_SETTINGS = {"glibc.malloc.tcache_count": "0", "glibc.malloc.arena_max": "1"}
+_SETTINGS = {
+    "glibc.malloc.tcache_count": "0",
+    "glibc.malloc.arena_max": "1",
+    "glibc.malloc.mmap_threshold": str(32 << 20),  # the most; without it the next one lowers it
+    "glibc.malloc.trim_threshold": str(1 << 30),
+}
 _STARTED_ANEW = "TENSAFE_STARTED_ANEW"
 
 
@@ -21,7 +26,8 @@ def suited(environment: Mapping[str, str]) -> dict[str, str]:
 
     A thread that is not the first has a heap of its own, of small pieces that glibc gives back to
     the system as they get free: the thread that computes would have them zeroed and mapped anew
-    with each step, 0.8 GB of it for 8 x 256 tokens of SmolLM2-135M. So all have one heap.
+    with each step, 0.8 GB of it for 8 x 256 tokens of SmolLM2-135M. So all have one heap, and of
+    that a step's memory is kept for the next.
 
     Values that somebody has set stay.
     """
