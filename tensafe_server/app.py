@@ -218,6 +218,7 @@ class Coordinator:
         privacy.steps.on_ready = self.dispatcher.kick
         privacy.steps.on_refused = cancellation.refuse
         reception.on_begun = cancellation.end_deadlines
+        self._cancellation = cancellation
         self._connect(outcomes, gaps, cancellation, specs)
 
         self.address = self.local_address = ""
@@ -342,6 +343,7 @@ class Coordinator:
         )
         await self._blame.load()
         await self._privacy.load()
+        await self._cancellation.cancel_deleted()
         self._artifacts.start()
         self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)

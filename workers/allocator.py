@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 _VARIABLE = "GLIBC_TUNABLES"
 _SETTINGS = {
@@ -13,6 +15,11 @@ _SETTINGS = {
     "glibc.malloc.arena_max": "1",
     "glibc.malloc.mmap_threshold": str(32 << 20),  # the most; without it the next one lowers it
     "glibc.malloc.trim_threshold": str(1 << 30),
+}
+_OLDER_NAMES = {
+    "glibc.malloc.arena_max": "MALLOC_ARENA_MAX",
+    "glibc.malloc.mmap_threshold": "MALLOC_MMAP_THRESHOLD_",
+    "glibc.malloc.trim_threshold": "MALLOC_TRIM_THRESHOLD_",
 }
 _STARTED_ANEW = "TENSAFE_STARTED_ANEW"
 
@@ -33,7 +40,11 @@ def suited(environment: Mapping[str, str]) -> dict[str, str]:
     """
     found = dict(environment)
     set_before = found.get(_VARIABLE, "")
-    own = [f"{name}={value}" for name, value in _SETTINGS.items() if name not in set_before]
+    own = [
+        f"{name}={value}"
+        for name, value in _SETTINGS.items()
+        if name not in set_before and _OLDER_NAMES.get(name, "") not in environment
+    ]
     if own:
         found[_VARIABLE] = ":".join(filter(None, [set_before, *own]))
     return found
@@ -43,13 +54,18 @@ def restart_suited() -> None:
     """Starts this process's program anew, under the same pid, unless its environment is suited.
 
     glibc reads its settings once, before the program begins. It takes them out of the environment
-    of an interpreter with capabilities of its own, which goes on without them.
+    of an interpreter with capabilities of its own, which goes on without them. So does a process
+    that cannot be started anew: a child of `multiprocessing`, whose program is its parent's, or one
+    of an interpreter that does not know where it lies.
     """
     pid = str(os.getpid())
     if platform.libc_ver()[0] != "glibc" or os.environ.get(_STARTED_ANEW) == pid:
+        return
+    if multiprocessing.parent_process() is not None or not sys.executable:
         return
     environment = suited(os.environ)
     if environment != dict(os.environ):
         own = [sys.executable, *sys.orig_argv[1:]]
         environment[_STARTED_ANEW] = pid
-        os.execve(sys.executable, own, environment)  # noqa: S606 - what already runs
+        with suppress(OSError):
+            os.execve(sys.executable, own, environment)  # noqa: S606 - what already runs

@@ -90,6 +90,7 @@ def cancel(ctx: click.Context, operation_id: str, as_json: bool) -> None:
     if as_json:
         print_json({"cancelled": cancelled, "operation": operation})
     elif cancelled:
-        click.echo(f"Cancelled {operation.id} before it ran.")
+        how = "" if operation.kind == "sample" else " before it ran"
+        click.echo(f"Cancelled {operation.id}{how}.")
     else:
         click.echo(f"Not cancelled: {operation.id} is {operation.state} already.")

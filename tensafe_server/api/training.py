@@ -79,15 +79,14 @@ class TrainingServicer(rpc.TrainingServiceServicer):
         return pb.DeleteRunResponse(run=run_message(run))
 
     async def _delete(self, run: RunState, request: pb.DeleteRunRequest) -> None:
-        was_deleted = run.deleted
         await self._runs.delete(run, request)
-        if not was_deleted:
-            await self._intake.settled()  # what was accepted before is cancelled too
-            await self._cancellation.cancel_run(run)
-            if not run.by_seq:  # else the worker is told when what it is at has ended
-                self._dispatcher.release(run)
-            self._hub.close_run(run.id)
-            self._pruner.look_at(run)
+        # All of it again with each request: the one before may have failed half way.
+        await self._intake.settled()  # what was accepted before is cancelled too
+        await self._cancellation.cancel_run(run)
+        if not run.by_seq:  # else the worker is told when what it is at has ended
+            self._dispatcher.release(run)
+        self._hub.close_run(run.id)
+        self._pruner.look_at(run)
 
     async def AttachRun(self, request: pb.AttachRunRequest, context: Any) -> pb.AttachRunResponse:
         run = self._ledger.run(caller().tenant_id, request.run_id)

@@ -50,7 +50,14 @@ class Cancellation:
         for operation in run.in_flight:
             if operation.is_sample or not _has_begun(operation):
                 self._ask_worker(operation, cancellation)
-        await self._end_waiting([*run.queue, *run.early.values()], cancellation)
+        waiting = [one for one in (*run.queue, *run.early.values()) if not _has_begun(one)]
+        await self._end_waiting(waiting, cancellation)
+
+    async def cancel_deleted(self) -> None:
+        """After a start: what a kill left waiting in runs that were being deleted."""
+        for run in [*self._ledger.runs.values()]:
+            if run.deleted and run.by_seq:
+                await self.cancel_run(run)
 
     def fail_waiting(self, operations: Sequence[PendingOperation], fault: TenSafeFault) -> None:
         """Fails operations that no worker has, since the state that they need is lost."""

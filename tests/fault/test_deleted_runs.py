@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import AsyncMock
+
+import pytest
 from fault.order_world import World, sample
 from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
+from tensafe.v1.training_pb2 import RUN_STATUS_DELETED
 from tensafe.v1.worker_pb2 import OperationStarted, Report
 
 
@@ -72,4 +76,30 @@ def test_one_that_a_lost_worker_was_at_leaves_the_next_one_too(world: World, run
     world.do(world.kill_worker())
     world.finish()
     assert outcomes(world, run) == ["SUCCEEDED"]
+    assert held(world) == []
+
+
+@pytest.mark.parametrize("failing", ["remember", "flushed"])
+def test_a_delete_that_failed_half_way_is_made_whole_by_the_next(
+    world: World, run: str, monkeypatch: pytest.MonkeyPatch, failing: str
+):
+    submit(world, run, GRADIENT, UPDATE)
+    with monkeypatch.context() as broken:
+        broken.setattr(world.store, failing, AsyncMock(side_effect=OSError("disk full")))
+        # Not through `world.do`, which itself waits for the store.
+        with pytest.raises(OSError, match="disk full"):
+            world.loop.run_until_complete(world.delete_run(run))
+    assert world.coordinator.ledger.runs[run].deleted
+    world.do(world.delete_run(run))
+    world.finish()
+    assert outcomes(world, run) == ["OPERATION_CANCELLED", "OPERATION_CANCELLED"]
+    assert held(world) == []
+
+
+def test_one_whose_coordinator_is_killed_before_it_has_cancelled(world: World, run: str):
+    submit(world, run, GRADIENT, UPDATE)
+    world.do(world.store.set_run_status(run, RUN_STATUS_DELETED))
+    world.do(world.restart())
+    world.finish()
+    assert outcomes(world, run) == ["OPERATION_CANCELLED", "OPERATION_CANCELLED"]
     assert held(world) == []

@@ -35,6 +35,19 @@ thread = threading.Thread(target=faults)
 thread.start()
 thread.join()
 """
+_CHILDREN = """
+import multiprocessing
+from workers.allocator import restart_suited
+
+if __name__ == "__main__":
+    codes = []
+    for kind in multiprocessing.get_all_start_methods():
+        child = multiprocessing.get_context(kind).Process(target=restart_suited)
+        child.start()
+        child.join(30)
+        codes.append(child.exitcode)
+    print(*codes)
+"""
 _PRINT = """
 import os
 from workers.allocator import restart_suited
@@ -54,6 +67,10 @@ def test_it_adds_its_settings_and_leaves_the_rest():
         "glibc.malloc.arena_max=1:", ""
     )
     assert suited(suited(own)) == suited(own)
+    older = {"MALLOC_ARENA_MAX": "8", "MALLOC_TRIM_THRESHOLD_": "1"}
+    assert "arena" not in suited(older)["GLIBC_TUNABLES"]
+    assert "trim" not in suited(older)["GLIBC_TUNABLES"]
+    assert "mmap" in suited(older)["GLIBC_TUNABLES"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
@@ -101,6 +118,31 @@ def test_one_that_is_not_left_its_setting_goes_on_without_it(tmp_path):
         timeout=20,
     )
     assert done.stdout.splitlines()[2:] == ["None on"]
+
+
+@pytest.mark.parametrize("executable", ["", "/nowhere/python"])
+def test_one_that_cannot_be_started_anew_goes_on_without_it(tmp_path: Path, executable: str):
+    script = tmp_path / "prints.py"
+    script.write_text(f"import sys\nsys.executable = {executable!r}\n" + _PRINT)
+    assert _lines(script)[1:] == ["None"]
+
+
+def test_a_child_of_multiprocessing_goes_on_without_it(tmp_path: Path):
+    script = tmp_path / "prints.py"
+    script.write_text(_CHILDREN)
+    assert _lines(script) == ["0 0 0"]
+
+
+def _lines(script: Path) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**_bare(), "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout.splitlines()
 
 
 def _bare() -> dict[str, str]:
