@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from e2e.test_recovered_adapter import worker_ids
 from harness.tiny_model import save_tiny_model
 from local_service import LocalService, local_service
+from safetensors.torch import load_file
 
 from tensafe import failpoints
 from tensafe_client import (
@@ -65,6 +67,26 @@ def test_a_private_run_outlives_its_worker(running: LocalService, client: Servic
     assert report.steps == 4
     artifact = client.artifact(tc.save_state().artifact_id)
     assert "accumulator.safetensors" not in {file.name for file in artifact.files}
+
+
+def test_the_noise_is_that_which_the_ledger_charges(client: ServiceClient, tmp_path: Path):
+    """σ, C and the batch size on all their way: each of them wrong, the norm is too."""
+    sigma, bound, expected = 40.0, 0.25, 5
+    dp = {
+        "dataset_id": "noise",
+        "noise_multiplier": sigma,
+        "max_grad_norm": bound,
+        "expected_batch_size": expected,
+    }
+    tc = client.create_training_client({"model_ref": "tiny", "dp_config": dp})
+    tc.forward_backward(BATCH)
+    step = tc.optim_step().result(timeout=120)
+    client.download_artifact(tc.save_state().artifact_id, tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    numbers = sum(weight.numel() for weight in weights.values())
+    # Clipped gradients add 3·C at most to noise of some 40·C·√P.
+    scale = math.sqrt(numbers) * sigma * bound / expected
+    assert step.grad_norm == pytest.approx(scale, rel=6 / math.sqrt(2 * numbers) + 0.01)
 
 
 def test_the_server_draws_for_a_real_worker(client: ServiceClient):

@@ -229,6 +229,7 @@ def test_a_lost_step_is_spent_and_drawn_anew(
     worker.join()
     second = PrivateWorker(cluster.target, cluster.worker_key)
     assert step.result(60).step == 2
+    assert worker.drawn[step.operation_id] != second.drawn[step.operation_id]
     assert events(cluster, dataset.id) == [
         *("reserve", "commit", "reserve", "lose", "reserve", "commit")
     ]

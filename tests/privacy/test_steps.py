@@ -436,3 +436,21 @@ def test_a_private_run_cannot_be_verified_by_replay(
     one_step(tc).result(60)
     with pytest.raises(UnsupportedOptionError, match="noise was drawn once"):
         client.verify_run(tc.run_id)
+
+
+def test_a_unit_of_an_open_window_is_known_after_a_restart(cluster: Cluster) -> None:
+    """It has added to the window already, and may not add again."""
+    worker = PrivateWorker(cluster.target, cluster.worker_key, comes_back=True)
+    with ServiceClient(cluster.target, api_key=cluster.new_tenant("restarted")) as client:
+        tc = private_run(client, max_participation=1)
+        own = [Datum([1, 2], [2, 3])]
+        tc.forward_backward(own).result(30)
+        cluster.coordinator.kill()
+        cluster.coordinator.start()
+        cluster.coordinator.wait_ready()
+        for _ in range(2):
+            tc.forward_backward(own).result(60)
+            tc.optim_step().result(60)
+        windows = [[units for _, units in window] for _, window in worker.runs[tc.run_id].applied]
+        assert windows == [[[0], [-1]], [[-1]]]
+    worker.close()

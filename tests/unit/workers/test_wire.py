@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,48 @@ import pytest
 from unit.workers.planned import batch
 
 from tensafe.v1 import losses_pb2, training_pb2, types_pb2
+from tensafe.v1.privacy_pb2 import DP_METRICS_MODE_RAW_TO_OWNER, DpConfig
 from tensafe.wire.losses import Reduction
 from tensafe.wire.status import TenSafeFault
 from tensafe.wire.tensors import encode
 from workers import wire
 from workers.losses import LossRegistry
-from workers.operations import LossRequest, ModelCard, OptimizerSettings, RunSettings
+from workers.operations import (
+    LossRequest,
+    ModelCard,
+    OptimizerSettings,
+    PrivacySettings,
+    PrivateMetrics,
+    RunSettings,
+)
 
 
 def test_an_empty_configuration_is_the_pages_defaults():
     settings = wire.run_settings(training_pb2.RunConfig(model_ref="m"))
     assert settings == RunSettings("m")
     assert settings.lora.target_modules == ("q_proj", "v_proj", "k_proj", "o_proj")
+
+
+def test_privacy_is_what_the_ledger_charges_for():
+    own = {
+        "noise_multiplier": 1.5,
+        "max_grad_norm": 0.25,
+        "expected_batch_size": 12.5,
+        "loss_noise_multiplier": 3.0,
+        "max_loss": 7.0,
+        "test_seed": 11,
+    }
+    raw = DP_METRICS_MODE_RAW_TO_OWNER
+    config = training_pb2.RunConfig(model_ref="m", dp=DpConfig(enabled=True, metrics=raw, **own))
+    expected = PrivacySettings(metrics=PrivateMetrics.RAW_TO_OWNER, **own)
+    assert wire.run_settings(config).privacy == expected
+    config.dp.ClearField("metrics")
+    config.dp.ClearField("test_seed")
+    found = wire.run_settings(config).privacy
+    assert found == replace(expected, metrics=PrivateMetrics.PRIVATE, test_seed=None)
+    config.dp.ClearField("noise_multiplier")
+    with pytest.raises(RuntimeError, match="noise_multiplier"):
+        wire.run_settings(config)
 
 
 BOUNDS = {
