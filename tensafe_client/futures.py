@@ -37,8 +37,9 @@ class OperationFuture(concurrent.futures.Future[T], Generic[T]):
         result = future.result(timeout=60)     # or: result = await future
 
     It works with `concurrent.futures.wait` and `as_completed`. A wait that times out, and an
-    `await` that is cancelled, leave the operation running; only `cancel()` cancels it. Callbacks
-    run on the SDK's I/O thread: they may submit operations, but must not block.
+    `await` that is cancelled, leave the operation running; only `cancel()` cancels it. (So await
+    it as it is: `asyncio.wrap_future` calls `cancel()` when what waits for it is cancelled.)
+    Callbacks run on the SDK's I/O thread: they may submit operations, but must not block.
 
     Attributes:
         kind: "forward", "forward_backward", "optim_step", "private_step", "sample", "save_state",
