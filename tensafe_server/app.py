@@ -343,7 +343,7 @@ class Coordinator:
         )
         await self._blame.load()
         await self._privacy.load()
-        await self._cancellation.cancel_deleted()
+        self._cancellation.cancel_deleted()
         self._artifacts.start()
         self._uploads.start()
         log.info("%d runs, %d unfinished operations", len(self._ledger.runs), pending)

@@ -53,11 +53,12 @@ class Cancellation:
         waiting = [one for one in (*run.queue, *run.early.values()) if not _has_begun(one)]
         await self._end_waiting(waiting, cancellation)
 
-    async def cancel_deleted(self) -> None:
-        """After a start: what a kill left waiting in runs that were being deleted."""
-        for run in [*self._ledger.runs.values()]:
+    def cancel_deleted(self) -> None:
+        """Begins to cancel what a kill left waiting in runs that were being deleted: a full disk is
+        not to keep the service from its start."""
+        for run in self._ledger.runs.values():
             if run.deleted and run.by_seq:
-                await self.cancel_run(run)
+                self._spawn(self.cancel_run(run))
 
     def fail_waiting(self, operations: Sequence[PendingOperation], fault: TenSafeFault) -> None:
         """Fails operations that no worker has, since the state that they need is lost."""

@@ -305,5 +305,5 @@ class Coordinator:
         await recover(self.store, self.payloads, self.models, self.ledger, self.specs.on_missing)
         await self.blame.load()
         await self.privacy.load()
-        await self.cancellation.cancel_deleted()
+        self.cancellation.cancel_deleted()
         self.dispatcher.kick()
