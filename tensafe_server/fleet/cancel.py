@@ -50,8 +50,7 @@ class Cancellation:
         for operation in run.in_flight:
             if operation.is_sample or not _has_begun(operation):
                 self._ask_worker(operation, cancellation)
-        waiting = [one for one in (*run.queue, *run.early.values()) if not _has_begun(one)]
-        await self._end_waiting(waiting, cancellation)
+        await self._end_waiting([*run.queue, *run.early.values()], cancellation)
 
     def cancel_deleted(self) -> None:
         """Begins to cancel what a kill left waiting in runs that were being deleted: a full disk is
