@@ -84,7 +84,8 @@ class TrainingClient(RunOperations):
         Args:
             prompts: one prompt or a list; a prompt is text, a list of token ids, or a list of chat
                 messages (`{"role": …, "content": …}`).
-            max_tokens: longest completion, tokens, the one that ends it included. Default 128.
+            max_tokens: longest completion, tokens, the one that ends it included, or less where the
+                model's context ends. Default 128.
             temperature: divides the logits; 0 takes the likeliest token. Default 1.
             top_p: the smallest set of tokens with this probability. Default 1.
             top_k: only the k likeliest; 0 for all. Default 0.

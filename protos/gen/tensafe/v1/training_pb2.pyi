@@ -735,7 +735,9 @@ class SamplingParams(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Longest completion, tokens, the one that ends it included. Unset: 128."""
+    """Longest completion, tokens, the one that ends it included; where the model's
+    context leaves less room behind the prompt, it ends there. Unset: 128.
+    """
     temperature: _builtins.float
     """Divides the logits; 0 takes the likeliest token. Unset: 1."""
     top_p: _builtins.float

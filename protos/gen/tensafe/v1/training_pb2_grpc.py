@@ -114,9 +114,10 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRun(self, request, context):
-        """Deletes a run: queued operations are cancelled, later ones are refused with
-        RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-        NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
+        """Deletes a run: queued operations are cancelled, but for what its worker
+        begins before it hears of it; later ones are refused with RUN_DELETED; its
+        artifacts stay. Deleting twice is no error. Errors: NOT_FOUND RUN_NOT_FOUND,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,9 +48,10 @@ class TrainingServiceStub:
     INVALID_PAGE_TOKEN.
     """
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteRunRequest, _training_pb2.DeleteRunResponse]
-    """Deletes a run: queued operations are cancelled, later ones are refused with
-    RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-    NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    """Deletes a run: queued operations are cancelled, but for what its worker
+    begins before it hears of it; later ones are refused with RUN_DELETED; its
+    artifacts stay. Deleting twice is no error. Errors: NOT_FOUND RUN_NOT_FOUND,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     AttachRun: _grpc.UnaryUnaryMultiCallable[_training_pb2.AttachRunRequest, _training_pb2.AttachRunResponse]
     """Tells the next seq, so that another process can go on with the run. Seqs that
@@ -107,9 +108,10 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     INVALID_PAGE_TOKEN.
     """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteRunRequest, _training_pb2.DeleteRunResponse]  # type: ignore[assignment]
-    """Deletes a run: queued operations are cancelled, later ones are refused with
-    RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-    NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
+    """Deletes a run: queued operations are cancelled, but for what its worker
+    begins before it hears of it; later ones are refused with RUN_DELETED; its
+    artifacts stay. Deleting twice is no error. Errors: NOT_FOUND RUN_NOT_FOUND,
+    ALREADY_EXISTS REQUEST_ID_CONFLICT.
     """
     AttachRun: _aio.UnaryUnaryMultiCallable[_training_pb2.AttachRunRequest, _training_pb2.AttachRunResponse]  # type: ignore[assignment]
     """Tells the next seq, so that another process can go on with the run. Seqs that
@@ -187,9 +189,10 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.DeleteRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.DeleteRunResponse, _abc.Awaitable[_training_pb2.DeleteRunResponse]]:
-        """Deletes a run: queued operations are cancelled, later ones are refused with
-        RUN_DELETED; its artifacts stay. Deleting twice is no error. Errors:
-        NOT_FOUND RUN_NOT_FOUND, ALREADY_EXISTS REQUEST_ID_CONFLICT.
+        """Deletes a run: queued operations are cancelled, but for what its worker
+        begins before it hears of it; later ones are refused with RUN_DELETED; its
+        artifacts stay. Deleting twice is no error. Errors: NOT_FOUND RUN_NOT_FOUND,
+        ALREADY_EXISTS REQUEST_ID_CONFLICT.
         """
 
     @_abc_1.abstractmethod
