@@ -73,7 +73,7 @@ def compute(
         ]
         adapters = None
         if captured is None:
-            adapters = _adapters(model, calls, work, numbers, units, trains)
+            adapters = _adapters(model, calls, work, numbers, units, trains, frugal)
         with model.carrying(adapters):
             if captured is not None:
                 hidden = captured.scored(places, members)
@@ -111,8 +111,12 @@ def _adapters(
     numbers: Tensor,
     units: Sequence[UnitGradients | None],
     trains: bool,
+    frugal: bool,
 ) -> PassAdapters:
     apart = any(own is not None for own in units)
+    dropout = None
+    if len(numbers) > PLAIN_ROWS:
+        dropout = pass_dropout(numbers[1:], twice=trains and not frugal)
     return PassAdapters(
         [
             Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
@@ -121,7 +125,7 @@ def _adapters(
         # A unit's gradient is of one type whatever lies beside it, and however much.
         model.dtype if apart else _adapter_dtype(model, calls, work, trains),
         SegmentLoop() if apart or len(work.shares) == 1 else model.product,
-        pass_dropout(numbers[1:]) if len(numbers) > PLAIN_ROWS else None,
+        dropout,
         trains=trains,
     )
 

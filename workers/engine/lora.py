@@ -168,7 +168,7 @@ def _cast(inputs: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _bits(layer: LoraLinear, adapters: PassAdapters) -> Tensor | None:
-    """int16 [N, K]. Made anew in the backward pass: it is cheaper to draw than to keep."""
+    """int16 [N, K]. In a backward pass of many tokens drawn anew, which is cheaper than to keep."""
     if adapters.dropout is None:
         return None
     return adapters.dropout.mask(layer.key, layer.in_features)

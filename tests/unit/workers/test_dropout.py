@@ -45,6 +45,23 @@ def test_every_coordinate_counts(change):
     assert same == pytest.approx(0.58, abs=0.06)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "twice", "keeps"), [(9, True, 1), (9, False, 0), (999, True, 0)]
+)
+def test_a_mask_that_is_kept_is_the_one_that_is_drawn(tokens, twice, keeps):
+    numbers = torch.arange(4 * tokens).view(4, tokens)
+    numbers[3] = last_dropped(0.5)
+    dropout = pass_dropout(numbers, twice=twice)
+    key = module_key("a")
+    first = dropout.mask(key, 32)
+    assert len(dropout._kept) == keeps
+    again, once_more = dropout.mask(key, 32), dropout.mask(key, 32)
+    assert (again is first) == bool(keeps)
+    assert torch.equal(again, first)
+    assert torch.equal(once_more, first)
+    assert not torch.equal(dropout.mask(module_key("b"), 32), first)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_share_scale_and_independence(p):
     outputs = drop([0, 1, 2, 3], 256, features=256, p=p)
