@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--part", choices=["one", "many", "memory", "all"], default="all")
     parser.add_argument("--model", choices=["auto", SMOLLM2, *random_models.NAMES], default="auto")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; default 5")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="interleaved rounds; default 5; of memory at most 3"
+    )
     parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA; default 0.05")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rate = engine_products.gigaflops(setting.backend.base_model(model))
     ratios = engine.ratios(raw) | engine.utilisation(raw, work, rate)
     if arguments.part in ("memory", "all"):
-        peaks = engine_memory.measure(model, arguments.dtype, arguments.dropout)
+        peaks = engine_memory.measure(model, arguments.dtype, arguments.dropout, arguments.rounds)
         raw |= peaks
         ratios |= engine_memory.ratios(peaks)
     raw["GFLOP/s of products"] = [rate]

@@ -76,6 +76,7 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
             f"{cell}/in_turn": lambda rows=rows: _in_turn(setting.backend, names, rows),
             f"{cell}/swapping": lambda rows=rows: peft_step(rows),
             f"{cell}/products": lambda rows=rows: _products(setting, rows),
+            f"{cell}/products of one": lambda rows=rows: _products(setting, rows[:1]),
         }
         _take_turns(steps, setting, cells)
     for name in names:
@@ -97,6 +98,12 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
             # As if the engine did nothing but these.
             slower = middle.get(f"{cell}/plain") or middle[f"{cell}/in_turn"]
             found[f"{cell} bound by frozen products alone"] = slower / seconds
+        elif who == "products of one":
+            # As if all else of the pass took no longer for all runs than for one.
+            in_turn = middle[f"{cell}/in_turn"]
+            else_of_one = in_turn / int(cell.partition("x")[0]) - seconds
+            together = middle[f"{cell}/products"] + else_of_one
+            found[f"{cell} bound if a run more costs its products alone"] = in_turn / together
     return found
 
 

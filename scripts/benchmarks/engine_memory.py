@@ -1,4 +1,4 @@
-"""Peak memory of one training step, each side in a process of its own, and of a run more."""
+"""Peak memory of training steps, each side and cell in a process of its own, and of a run more."""
 
 from __future__ import annotations
 
@@ -6,49 +6,52 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from workers.allocator import suited
 
 _HERE = Path(__file__).resolve().parent
+_CELLS = ("mixed", "equal")
+_MOST_ROUNDS = 3
+_STEPS = 3
+"""Of a process at least: the first step makes the optimizer's state, and a heap grows for some."""
 _MORE_RUNS = 8
 
 
-def measure(model: str, dtype: str, dropout: float) -> dict[str, list[float]]:
-    """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU.
+def measure(model: str, dtype: str, dropout: float, rounds: int) -> dict[str, list[float]]:
+    """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU. At most
+    three rounds, since they differ little.
 
     The engine has its worker's allocator setting; the plain loop runs without and with it.
     """
     found: dict[str, list[float]] = {}
     ours = suited(os.environ)
-    for name, side, environment in (
+    sides = (
         ("engine", "engine", ours),
         ("plain", "plain", dict(os.environ)),
         ("suited plain", "plain", ours),
+    )
+    for _, cell, (name, side, environment) in product(
+        range(min(rounds, _MOST_ROUNDS)), _CELLS, sides
     ):
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.engine_memory",
-            side,
-            model,
-            dtype,
-            str(dropout),
-        ]
+        arguments = [side, cell, model, dtype, str(dropout)]
+        command = [sys.executable, "-m", "benchmarks.engine_memory", *arguments]
         done = subprocess.run(
             command, cwd=_HERE.parent, env=environment, stdout=subprocess.PIPE, check=True
         )
         for what, value in json.loads(done.stdout.splitlines()[-1]).items():
-            found[f"memory/{what}/{name}"] = [value]
+            found.setdefault(f"memory/{what}/{name}", []).append(value)
     return found
 
 
 def ratios(peaks: dict[str, list[float]]) -> dict[str, float]:
-    """Of peaks, and of what a run more takes to its adapter and optimizer state."""
-    value = {name: values[0] for name, values in peaks.items()}
+    """Of medians of peaks, and of what a run more takes to its adapter and optimizer state."""
+    value = {name: median(values) for name, values in peaks.items()}
     found = {}
-    for cell in ("mixed", "equal"):
+    for cell in _CELLS:
         ours, theirs, suited_theirs = (
             value[f"memory/{cell} peak/{side}"] for side in ("engine", "plain", "suited plain")
         )
@@ -87,7 +90,7 @@ def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dic
     before = _resident()
     for index in range(_MORE_RUNS):
         backend.open_run(f"more-{index}", settings, None)
-        step(f"more-{index}", rows["mixed"])
+        step(f"more-{index}", next(iter(rows.values())))
     weights = backend._runs["one"].adapter.weights.nbytes
     found["run more"] = (_resident() - before) / _MORE_RUNS
     # AdamW: the weights and two moments.
@@ -116,14 +119,14 @@ def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict
 
 
 def peaks(steps: dict[str, Any]) -> dict[str, float]:
-    """Bytes of each step at its most: `CELL peak`, and above what was there: `CELL above model`."""
+    """Bytes of some steps at most, `CELL peak`, and above what was there, `CELL above model`."""
     from benchmarks.engine import warm_ups
 
     found = {}
     for cell, step in steps.items():
         loaded = _held()
         _forget_peak()
-        for _ in range(warm_ups()):
+        for _ in range(max(_STEPS, warm_ups())):
             step()
         found[f"{cell} peak"] = _peak()
         found[f"{cell} above model"] = _peak() - loaded
@@ -187,11 +190,11 @@ def _main() -> None:
     from benchmarks import random_models
     from benchmarks.engine_rows import MIXED, make_rows
 
-    side, model, dtype, dropout = sys.argv[1:]
+    side, cell, model, dtype, dropout = sys.argv[1:]
     known = random_models.vocabulary(model) if model in random_models.NAMES else 49_000
     rows = {"mixed": make_rows(MIXED, 0.6, known), "equal": make_rows([128] * 8, 0.0, known)}
     measure_side = _engine if side == "engine" else _plain
-    print(json.dumps(measure_side(model, dtype, float(dropout), rows)))
+    print(json.dumps(measure_side(model, dtype, float(dropout), {cell: rows[cell]})))
 
 
 if __name__ == "__main__":

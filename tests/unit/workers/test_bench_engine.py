@@ -7,7 +7,7 @@ import json
 import bench_engine
 import pytest
 import torch
-from benchmarks import engine, engine_products, random_models
+from benchmarks import engine, engine_memory, engine_products, random_models
 
 from workers.operations import LossOutcome, StepOutcome
 
@@ -22,6 +22,7 @@ def same_threads():
 @pytest.mark.slow
 def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_engine, "MANY", {"large": [(2, [6]), (4, [9])]})
+    monkeypatch.setattr(engine_memory, "_MOST_ROUNDS", 1)
     path = tmp_path / "record.json"
     options = ["--model", "random-tiny", "--rounds", "2", "--dtype", "float32", "--json", str(path)]
     bench_engine.main(options)
@@ -33,6 +34,8 @@ def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
     engine_s, plain_s = (sum(raw[f"one/mixed/{side}"]) for side in ("engine", "plain"))
     assert ratios["one/mixed engine/plain"] == pytest.approx(plain_s / engine_s)
     assert {"one/mixed peak engine/plain", "one/equal share of frozen products"} <= ratios.keys()
+    assert "4x9 bound if a run more costs its products alone" in ratios
+    assert len(raw["memory/equal peak/suited plain"]) == 1
     assert "random-tiny on cpu" in capsys.readouterr().out
 
 
@@ -69,6 +72,18 @@ def test_every_side_is_warmed_and_timed_in_turn():
     assert calls[:2] == ["ours", "theirs"]
     assert calls[2:] == ["clock", "ours", "clock", "clock", "theirs", "clock"] * 3
     assert cells == {"ours": [1.0] * 3, "theirs": [1.0] * 3}
+
+
+def test_bounds_are_what_products_leave_of_the_time_in_turn():
+    cells = {"4x9/together": [2.0], "4x9/in_turn": [8.0], "4x9/swapping": [6.0]}
+    cells |= {"4x9/products": [1.0], "4x9/products of one": [0.5]}
+    assert engine.ratios(cells) == {
+        "4x9 together/in_turn": 4.0,
+        "4x9 together/swapping": 3.0,
+        "4x9 bound by frozen products alone": 8.0,
+        # Alone a run takes 2 s, of which 1.5 are not products.
+        "4x9 bound if a run more costs its products alone": 8.0 / (1.0 + 1.5),
+    }
 
 
 def test_both_sides_train_on_the_same_rows_in_the_same_type():
