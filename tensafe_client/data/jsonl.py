@@ -180,8 +180,12 @@ def _messages(field: str, value: Any, *, learned: bool) -> tuple[Message, ...]:
         if extra:
             raise BatchError(f"`{field}[{index}]` has {sorted(extra)}, which is not supported")
         messages.append({"role": item["role"], "content": item["content"]})
-    if learned and all(message["role"] != "assistant" for message in messages):
-        raise BatchError(f"`{field}` has no message of the assistant, so nothing to learn")
+    roles = {message["role"] for message in messages}
+    if learned and "assistant" not in roles:
+        raise BatchError(
+            f"`{field}` has no message of the role 'assistant', only of {sorted(roles)}, so there "
+            "is nothing to learn"
+        )
     return tuple(messages)
 
 

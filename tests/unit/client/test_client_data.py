@@ -58,7 +58,7 @@ def test_jsonl_forms(tmp_path: Path) -> None:
         ("{", "JSON"),
         ([1], "object"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "q"}]}, "assistant"),
+        ({"messages": [{"role": "asistant", "content": "q"}]}, "'assistant', only of ['asistant']"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"prompt": "p"}, "completion"),
