@@ -1,8 +1,9 @@
 """What the service costs, as ratios to named baselines measured in the same run.
 
-scripts/bench_service.py                      both parts
+scripts/bench_service.py                      all parts
 scripts/bench_service.py --part latency       an operation on the mock backend against a bare echo
 scripts/bench_service.py --part training      SFT on SmolLM2 through the service against local loops
+scripts/bench_service.py --part company       eight clients that train at once against one
 scripts/bench_service.py --json FILE          also write ratios, raw figures, versions and machine
 """
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["latency", "training", "all"], default="all")
+    parser.add_argument("--part", choices=["latency", "training", "company", "all"], default="all")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds; default 5")
     parser.add_argument("--operations", type=int, default=2000, help="operations in a round")
     parser.add_argument("--steps", type=int, default=3, help="training steps in a round")
@@ -45,6 +46,12 @@ def main() -> None:
 
         cells = training.measure(arguments.rounds, arguments.steps)
         ratios |= training.ratios(cells)
+        raw |= cells
+    if arguments.part in ("company", "all"):
+        from benchmarks import company
+
+        cells = company.measure(arguments.rounds, arguments.steps)
+        ratios |= company.ratios(cells)
         raw |= cells
     for name, value in ratios.items():
         goal = next((goal for key, goal in GOALS.items() if name.endswith(key)), "")
