@@ -20,7 +20,16 @@ from unit.workers.numpy_losses import answer
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
-from workers.losses import LossInput, LossRegistry, LossTerms, Scored, loss
+from workers.losses import (
+    Choice,
+    LossInput,
+    LossMetric,
+    LossOutput,
+    LossRegistry,
+    LossTerms,
+    Scored,
+    loss,
+)
 from workers.losses.registry import BUILT_IN
 from workers.operations import (
     ArtifactWeights,
@@ -37,12 +46,43 @@ with Wide():
     MODEL = freeze("tiny", FAMILY.build())
 
 
-@loss(inputs=[LossInput("wanted", "the log-probability to reach")])
-def broken(scored: Scored) -> LossTerms:
-    """A plug-in that fails on some batches."""
-    if scored.inputs["wanted"].min() < 0:
+class BrokenSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, too_long):
+        ctx.too_long = too_long
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.too_long:
+            return torch.cat([grad, grad]), None
         raise ZeroDivisionError("a plug-in's own error")
-    return LossTerms((scored.logprobs - scored.inputs["wanted"]) ** 2)
+
+
+BREAKS = {
+    "itself": lambda values: 1 / 0,
+    "its slope": lambda values: {"terms": BrokenSlope.apply(values, False)},
+    "the shape of its slope": lambda values: {"terms": BrokenSlope.apply(values, True)},
+    "no slope": lambda values: {"terms": values.detach()},
+    "complex terms": lambda values: {"terms": values.to(torch.complex128)},
+    "too few terms": lambda values: {"terms": values[1:]},
+    "a metric": lambda values: {"metrics": {"distance": 3.0}},
+    "an output": lambda values: {"outputs": {"kept": values.detach().numpy()}},
+    "an output's shape": lambda values: {"outputs": {"kept": values.detach()[1:]}},
+}
+
+
+@loss(
+    inputs=[LossInput("wanted", "the log-probability to reach")],
+    options=[Choice("broken", "what fails on batches below 0", "itself", tuple(BREAKS))],
+    metrics=[LossMetric("distance", "mean", "from it")],
+    outputs=[LossOutput("kept", "what it likes")],
+)
+def broken(scored: Scored, broken: str) -> LossTerms:
+    """A plug-in that fails on some batches."""
+    terms = (scored.logprobs - scored.inputs["wanted"]) ** 2
+    fails = scored.inputs["wanted"].min() < 0
+    return LossTerms(**{"terms": terms} | (BREAKS[broken](terms) if fails else {}))
 
 
 def backend_of(
@@ -255,10 +295,11 @@ def test_a_state_keeps_the_open_windows_metrics(tmp_path):
     assert [m for m in ours if m.name not in timed] == [m for m in theirs if m.name not in timed]
 
 
-def test_a_plug_in_that_fails_fails_its_own_call_alone():
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_plug_in_that_fails_fails_its_own_call_alone(what):
     backend, without = backend_of("a", "bad", "c"), backend_of("a", "bad", "c")
     bad = loss_request("linear")
-    bad = replace(bad, loss="broken", reduction=None, options={})
+    bad = replace(bad, loss="broken", reduction=None, options={"broken": what})
     bad.batch.inputs = {"wanted": -np.ones(len(bad.batch.input_tokens), np.float32)}
     calls = [("a", 1, loss_request("ppo")), ("bad", 1, bad), ("c", 1, loss_request("dpo"))]
     outcomes = backend.forward_backward_group(calls)
@@ -290,6 +331,19 @@ def test_an_infinite_ratio_is_that_calls_own_fault():
     clean = without.forward_backward("a", 1, loss_request("gspo"))
     same(outcomes[0], clean)
     assert torch.equal(*(each._runs["a"].accumulator for each in (backend, without)))
+
+
+def test_a_reference_whose_files_are_damaged_is_its_own_calls_fault(other_adapter, tmp_path):
+    for file in other_adapter.directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+    backend, without = backend_of("a", "b"), backend_of("a", "b")
+    bad = loss_request("kl", reference=Reference("artifact_id", ArtifactWeights("art-x", tmp_path)))
+    outcomes = backend.forward_backward_group([("a", 1, loss_request("gspo")), ("b", 1, bad)])
+    assert isinstance(outcomes[1], TenSafeFault)
+    assert outcomes[1].detail.reason == "CHECKSUM_MISMATCH"
+    assert "art-x cannot be read" in str(outcomes[1])
+    same(outcomes[0], without.forward_backward("a", 1, loss_request("gspo")))
 
 
 def test_a_reference_of_another_model_is_refused(other_adapter):

@@ -230,15 +230,16 @@ def _state(run: Run) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("budget", [200, 1000], ids=["by_itself", "beside_others"])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_row_that_does_not_fit_at_all_fails_alone(place):
+def test_a_row_that_does_not_fit_at_all_fails_alone(place, budget):
     model = freeze("tiny", tiny_llama(max_position_embeddings=256))
     members = [long_row(5), long_row(4, dropout=0.0)]
     with capacity(model.body) as enough:
-        open_all(model, members, 200).forward_backward_group(entries(members))
+        open_all(model, members, budget).forward_backward_group(entries(members))
     members.insert(place, long_row(200))
     others = [index for index in range(3) if index != place]
-    backend, without = open_all(model, members, 200), open_all(model, members, 200)
+    backend, without = open_all(model, members, budget), open_all(model, members, budget)
     with capacity(model.body, 1.01 * enough.most_bytes) as seen:
         outcomes = backend.forward_backward_group(entries(members))
         clean = without.forward_backward_group(entries(members, others))
@@ -246,7 +247,7 @@ def test_a_row_that_does_not_fit_at_all_fails_alone(place):
     assert isinstance(outcomes[place], TenSafeFault)
     assert outcomes[place].detail.reason == "OUT_OF_MEMORY"
     assert "200 tokens" in str(outcomes[place])
-    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [200, 200]
+    assert [backend._budgets["tiny"].tokens, without._budgets["tiny"].tokens] == [budget, budget]
     names = [str(index) for index in others]
     ours = [outcomes[index] for index in others]
     assert bits(backend, ours, names) == bits(without, clean, names)

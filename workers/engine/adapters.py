@@ -131,6 +131,8 @@ class Adapter:
                 raise _mismatch(
                     f"{slot.key} has shape {list(tensor.shape)} and the run's is {list(slot.shape)}"
                 )
+            if not tensor.is_floating_point():
+                raise _mismatch(f"{slot.key} holds {str(tensor.dtype).removeprefix('torch.')}")
             slot.view(vector).copy_(tensor)
         return vector
 

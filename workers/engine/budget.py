@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from copy import copy
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,14 @@ class TokenBudget:
         self._failed: float = math.inf  # the size that failed last
         self._patience = _PATIENCE  # before that size is tried again
         self._fitted = 0
+
+    def trial(self) -> TokenBudget:
+        """A copy, to be halved while it is not known whether any size would do."""
+        return copy(self)
+
+    def adopt(self, trial: TokenBudget) -> None:
+        """Takes over what was learnt with a copy."""
+        vars(self).update(vars(trial))
 
     def halve(self, used: int) -> None:
         """After a pass of at most `used` tokens did not fit."""

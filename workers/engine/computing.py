@@ -19,7 +19,7 @@ from workers.engine.packing import pack
 from workers.engine.passes import Call, Pass, Share
 from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import SegmentLoop
-from workers.engine.scoring import Portion, PortionLoss, score
+from workers.engine.scoring import Portion, PortionLoss, backward, score
 from workers.engine.uploads import upload
 from workers.operations import Int64
 
@@ -83,7 +83,7 @@ def compute(
                 hidden = whole.index_select(0, places)
             found = score(model.head, hidden, portions)
             if trains:
-                torch.stack([each.loss for each in found]).sum().backward()  # type: ignore[no-untyped-call]
+                backward(found)
     return [
         _clipped(calls[share.call], own, each.detached())
         for share, own, each in zip(work.shares, units, found, strict=True)

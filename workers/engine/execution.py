@@ -135,11 +135,16 @@ def _loss_failed(calls: Sequence[Call], error: LossFunctionError) -> _Failed:
 def _fitting(
     model: BaseModel, calls: Sequence[Call], budget: TokenBudget, mode: _Mode
 ) -> list[Computed] | _Failed:
-    """Tries with ever less memory: fewer tokens at once, then activations made anew."""
+    """Tries with ever less memory: fewer tokens at once, then activations made anew.
+
+    The budget learns of it only if all calls fit in the end: one that never does would take
+    others' with it, and those beside it are owed the passes that they have without it.
+    """
     batches = [call.batch for call in calls]
+    trial = budget.trial()
     frugal_tokens = math.inf
     while True:
-        passes = cut(batches, budget.fixed if mode.deterministic else budget.tokens)
+        passes = cut(batches, trial.fixed if mode.deterministic else trial.tokens)
         try:
             with memory_faults("pass"):
                 found = _attempt(model, calls, passes, mode, frugal_tokens)
@@ -148,13 +153,14 @@ def _fitting(
         if not isinstance(found, Pass):
             if mode.trains and not mode.deterministic:
                 sizes = (len(work.ids) for work in passes)
-                budget.fitted(size for size in sizes if size < frugal_tokens)
+                trial.fitted(size for size in sizes if size < frugal_tokens)
+            budget.adopt(trial)
             return found
         # Nothing was counted yet: the next attempt begins with gradients of zero.
         give_back()
         tokens = len(found.ids)
         if not found.is_one_unit and not mode.deterministic:
-            budget.halve(tokens)
+            trial.halve(tokens)
         elif mode.trains and tokens < frugal_tokens:
             frugal_tokens = tokens
         else:

@@ -54,20 +54,22 @@ class PortionLoss:
     """What came of a portion.
 
     Attributes:
-        loss: scalar; the sum of its weighted terms, each times its datum's share.
+        loss: scalar, without graph; the sum of its weighted terms, each times its datum's share.
         metrics: name → the values' sum, smallest or largest, as declared, and how many they were.
         outputs: name → [s], [s, K] or, per datum, [rows].
-        row_losses: [rows], without graph, whose sum is the loss; None if not asked for.
+        row_losses: [rows], whose sum is the loss; None if not asked for.
+        slopes: statistics that the loss was computed from, with graph, and its gradient by each.
     """
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, int]]
     outputs: dict[str, Tensor]
     row_losses: Tensor | None = None
+    slopes: Sequence[tuple[Tensor, Tensor]] = ()
 
     def detached(self) -> PortionLoss:
         """The same without graph."""
-        return replace(self, loss=self.loss.detach())
+        return replace(self, slopes=())
 
 
 class LossFunctionError(Exception):
@@ -85,7 +87,7 @@ class LossFunctionError(Exception):
 def score(
     head: torch.nn.Linear, hidden_SD: Tensor, portions: Sequence[Portion]
 ) -> list[PortionLoss]:
-    """Each portion's loss, differentiable by the hidden states.
+    """Each portion's loss, and what `backward` wants of it.
 
     Raises:
         LossFunctionError: a loss function failed.
@@ -98,6 +100,12 @@ def score(
         for index, measured in zip(members, statistics, strict=True):
             found[index] = _evaluate(portions[index], tensors[index], measured)
     return [found[index] for index in range(len(portions))]
+
+
+def backward(found: Sequence[PortionLoss]) -> None:
+    """One backward pass of all of them: d Σ losses, from their statistics on."""
+    slopes = [slope for each in found for slope in each.slopes]
+    torch.autograd.backward([values for values, _ in slopes], [slope for _, slope in slopes])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,34 +197,53 @@ def _measure(
 
 
 def _evaluate(portion: Portion, tensors: _Tensors, statistics: Statistics) -> PortionLoss:
+    """Whatever the loss function does wrong, in its backward pass or in what it returns too, is
+    found here and its own call's: behind this all calls go on together."""
+    try:
+        return _evaluated(portion, tensors, statistics)
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise LossFunctionError(portion.call, portion.objective.loss.name) from error
+
+
+def _evaluated(portion: Portion, tensors: _Tensors, statistics: Statistics) -> PortionLoss:
     objective = portion.objective
+    measured = statistics.named()
+    leaves = {
+        name: values.detach().requires_grad_()
+        for name, values in measured.items()
+        if values.requires_grad
+    }
     scored = Scored(
         weights=tensors.weights,
         lengths=portion.counts,
         inputs=tensors.inputs,
-        **statistics.named(),
+        **(measured | leaves),
     )
-    try:
-        found = objective.loss(scored, **objective.options)
-    except Exception as error:
-        if is_memory_error(error):
-            raise
-        raise LossFunctionError(portion.call, objective.loss.name) from error
+    found = objective.loss(scored, **objective.options)
     terms = found.terms
     if objective.loss.per == "token":
         terms = tensors.weights * terms
     if tensors.shares is not None:
         terms = terms * tensors.shares
+    loss = terms.sum()
+    slopes = torch.autograd.grad(loss, [*leaves.values()], allow_unused=True) if leaves else ()
     logprobs = statistics.logprobs.detach()
     if logprobs.ndim > 1:
         logprobs = logprobs.where(tensors.weights != 0, 0)
     outputs = {"logprobs": logprobs}
     outputs |= {name: values.detach().to(logprobs) for name, values in found.outputs.items()}
     return PortionLoss(
-        terms.sum(),
+        loss.detach(),
         _metrics(objective, found, logprobs.dtype),
         outputs,
         scored.datum_sums(terms.detach()) if portion.apart else None,
+        [
+            (measured[name], slope)
+            for name, slope in zip(leaves, slopes, strict=True)
+            if slope is not None
+        ],
     )
 
 

@@ -95,6 +95,8 @@ class Loss:
         card = self.card
         if not isinstance(found, LossTerms):
             raise ValueError(f"{card.name} gave a {type(found).__name__}, not LossTerms")
+        for what, values in {"terms": found.terms, **found.metrics, **found.outputs}.items():
+            _check_real(f"{card.name} gave {what}", values)
         positions = tuple(scored.logprobs.shape)
         datums = (len(scored.lengths),)
         units = (len(scored.lengths) // card.datums_together,)
@@ -172,6 +174,15 @@ def loss(
         return Loss(card, function, per, needs)
 
     return make
+
+
+def _check_real(what: str, values: object) -> None:
+    from torch import Tensor
+
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{what} as a {type(values).__name__}, not a tensor")
+    if values.is_complex():
+        raise ValueError(f"{what} as complex numbers")
 
 
 def _check_card(card: LossCard, allowed: Sequence[Reduction]) -> None:

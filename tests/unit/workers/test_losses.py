@@ -18,7 +18,7 @@ from tensafe.wire.status import TenSafeFault
 from workers.engine import head
 from workers.engine.batches import check_batch
 from workers.engine.objectives import Objective, resolve
-from workers.engine.scoring import Portion, PortionLoss, score
+from workers.engine.scoring import Portion, PortionLoss, backward, score
 from workers.losses import LossRegistry
 from workers.operations import Batch, LossRequest, Reference
 
@@ -129,7 +129,7 @@ def computed(
         reference_SD=torch.from_numpy(case.reference) if objective.compares else None,
     )
     (found,) = score(identity, logits, [portion])
-    found.loss.backward()
+    backward([found])
     return objective, found, batch.denominator, logits.grad
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine import checkpoints
@@ -143,11 +144,29 @@ class ArtifactShelf:
             model_ref: the model of an adapter that came from elsewhere.
 
         Raises:
-            TenSafeFault: ARTIFACT_MISMATCH, MODEL_NOT_FOUND, NON_FINITE_LOSS.
+            TenSafeFault: ARTIFACT_MISMATCH, MODEL_NOT_FOUND, NON_FINITE_LOSS; CHECKSUM_MISMATCH if
+                its files cannot be read.
         """
         if artifact.artifact_id in self._kept:
             self._kept.move_to_end(artifact.artifact_id)
             return self._kept[artifact.artifact_id]
+        try:
+            pinned = self._read(artifact, model_ref)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise TenSafeFault(
+                "CHECKSUM_MISMATCH",
+                f"the files of artifact {artifact.artifact_id} cannot be read at the worker: "
+                f"{type(error).__name__}; save the artifact again, or have the operator look at "
+                "the worker's disk",
+                artifact_id=artifact.artifact_id,
+            ) from error
+        pinned.check_finite()
+        self._kept[artifact.artifact_id] = pinned
+        if len(self._kept) > _KEPT_ARTIFACTS:
+            self._kept.popitem(last=False)
+        return pinned
+
+    def _read(self, artifact: ArtifactWeights, model_ref: str) -> PinnedWeights:
         state = checkpoints.read_state(artifact.directory, model_ref)
         model = self._find_model(state["model"])
         settings = checkpoints.lora_settings(state)
@@ -155,7 +174,7 @@ class ArtifactShelf:
         adapter = model.new_adapter(settings)
         with torch.no_grad():
             adapter.weights.copy_(checkpoints.read_weights(adapter, artifact.directory))
-        pinned = PinnedWeights(
+        return PinnedWeights(
             model,
             adapter,
             int(state["step"]),
@@ -163,8 +182,3 @@ class ArtifactShelf:
             bool(state.get("deterministic", False)),
             owns_adapter=True,
         )
-        pinned.check_finite()
-        self._kept[artifact.artifact_id] = pinned
-        if len(self._kept) > _KEPT_ARTIFACTS:
-            self._kept.popitem(last=False)
-        return pinned
