@@ -18,6 +18,7 @@ from workers.engine.adapters import Adapter, new_adapter
 from workers.engine.blocks import Blocks
 from workers.engine.checks import (
     UnsupportedModelError,
+    check_attention,
     check_decoding,
     check_head,
     check_packing,
@@ -31,6 +32,7 @@ from workers.engine.norms import lean_norms
 from workers.engine.peft_names import read_otherwise
 from workers.engine.products import Product, SegmentLoop
 from workers.engine.sampling.cache import LayerShape
+from workers.engine.widening import widened
 from workers.operations import LoraSettings
 
 if TYPE_CHECKING:
@@ -181,6 +183,7 @@ def freeze(
     if not isinstance(head, nn.Linear) or body is module:
         raise UnsupportedModelError(f"{name}: it has no plain linear output head")
     with refusing(name):
+        check_attention(name, module.config.get_text_config())
         check_head(name, module, body, head)
         module.set_attn_implementation(attention.NAME)
     _turn_linear(module)
@@ -204,11 +207,18 @@ def freeze(
         tokenizer_files=tokenizer_files or {},
     )
     with refusing(name):
-        check_packing(model)
-        model.layer_shapes, seen = see_layers(model)
-        model.context_length = min(model.context_length, seen)
-        check_decoding(model)
+        _check(model)
+        if model.dtype.itemsize < torch.float32.itemsize:
+            with widened(module):
+                _check(model)
     return model
+
+
+def _check(model: BaseModel) -> None:
+    model.layer_shapes, seen = see_layers(model)
+    model.context_length = min(model.context_length, seen)
+    check_packing(model)
+    check_decoding(model)
 
 
 def _carry_adapters(module: nn.Module, head: nn.Module, scope: LoraScope) -> dict[str, nn.Linear]:
@@ -238,12 +248,14 @@ def _turn_linear(module: nn.Module) -> None:
 
 
 def _linear_modules(module: nn.Module, head: nn.Linear) -> dict[str, int]:
-    """Of those that adapters may go on: what is saved must mean the same to plain `peft`."""
-    counts = Counter(
+    """Of those that adapters may go on: what is saved must mean the same to plain `peft`, which a
+    bare number, as in a list of layers, does not."""
+    names = (
         name.rsplit(".", 1)[-1]
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear) and part is not head
     )
+    counts = Counter(name for name in names if not name.isdigit())
     others = read_otherwise(module, counts)
     return {name: count for name, count in counts.items() if name not in others}
 
