@@ -1,7 +1,7 @@
 """The engine against the loops that a user, or a peer, would write, on one model and one machine.
 
 All take turns in one process on the same threads and element type; a figure is seconds of one
-training step, forward to update, and the ratios are of medians.
+training step, forward to update.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Setting:
     rounds: int
     clock: Callable[[], float]
 
-    def run_settings(self) -> RunSettings:
+    def run_settings(self, *, deterministic: bool = False) -> RunSettings:
         """A run like the plain loop's."""
         lora = LoraSettings(RANK, ALPHA, self.dropout, TARGETS)
-        return RunSettings(self.model, lora=lora, seed=1)
+        return RunSettings(self.model, lora=lora, seed=1, deterministic=deterministic)
 
 
 def one_run(setting: Setting) -> dict[str, list[float]]:
@@ -50,14 +50,19 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
     cells: dict[str, list[float]] = {}
     peft_step = plain_loop(setting.plain(), setting.dropout, 1)
     setting.backend.open_run("one", setting.run_settings(), None)
+    setting.backend.open_run("exact", setting.run_settings(deterministic=True), None)
     for name, rows in _one_rows(setting).items():
         steps = {
             f"one/{name}/engine": lambda rows=rows: _in_turn(setting.backend, ["one"], [rows]),
+            f"one/{name}/deterministic": lambda rows=rows: _in_turn(
+                setting.backend, ["exact"], [rows]
+            ),
             f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
             f"one/{name}/products": lambda rows=rows: _products(setting, [rows]),
         }
         _take_turns(steps, setting, cells)
-    setting.backend.close_run("one")
+    for run in ("one", "exact"):
+        setting.backend.close_run(run)
     return cells
 
 
@@ -85,26 +90,39 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
 
 
 def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
-    """How many times faster the engine is, by medians."""
-    middle = {name: median(values) for name, values in cells.items()}
+    """How many times faster the engine is: medians of the rounds' quotients."""
     found = {}
-    for name, seconds in middle.items():
+    for name, seconds in cells.items():
         cell, _, who = name.rpartition("/")
         if who == "plain":
-            found[f"{cell} engine/plain"] = seconds / middle[f"{cell}/engine"]
+            found[f"{cell} engine/plain"] = _quotient(seconds, cells[f"{cell}/engine"])
+        elif who == "deterministic":
+            found[f"{cell} time of a deterministic step"] = _quotient(
+                seconds, cells[f"{cell}/engine"]
+            )
         elif who in ("in_turn", "swapping"):
-            found[f"{cell} together/{who}"] = seconds / middle[f"{cell}/together"]
+            found[f"{cell} together/{who}"] = _quotient(seconds, cells[f"{cell}/together"])
         elif who == "products":
             # As if the engine did nothing but these.
-            slower = middle.get(f"{cell}/plain") or middle[f"{cell}/in_turn"]
-            found[f"{cell} bound by frozen products alone"] = slower / seconds
+            slower = cells.get(f"{cell}/plain") or cells[f"{cell}/in_turn"]
+            found[f"{cell} bound by frozen products alone"] = _quotient(slower, seconds)
         elif who == "products of one":
             # As if all else of the pass took no longer for all runs than for one.
-            in_turn = middle[f"{cell}/in_turn"]
-            else_of_one = in_turn / int(cell.partition("x")[0]) - seconds
-            together = middle[f"{cell}/products"] + else_of_one
-            found[f"{cell} bound if a run more costs its products alone"] = in_turn / together
+            in_turn, tenants = cells[f"{cell}/in_turn"], int(cell.partition("x")[0])
+            together = [
+                products + whole / tenants - own
+                for products, whole, own in zip(
+                    cells[f"{cell}/products"], in_turn, seconds, strict=True
+                )
+            ]
+            found[f"{cell} bound if a run more costs its products alone"] = _quotient(
+                in_turn, together
+            )
     return found
+
+
+def _quotient(slower: list[float], faster: list[float]) -> float:
+    return median(one / other for one, other in zip(slower, faster, strict=True))
 
 
 def utilisation(
@@ -167,8 +185,8 @@ def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[
     for step in steps.values():
         for _ in range(warm_ups()):
             step()
-    for _ in range(setting.rounds):
-        for name, step in steps.items():
+    for turn in range(setting.rounds):
+        for name, step in list(steps.items())[:: 1 if turn % 2 == 0 else -1]:
             begin = setting.clock()
             step()
             cells.setdefault(name, []).append(setting.clock() - begin)
