@@ -5,6 +5,7 @@ scripts/bench_engine.py --model random-1b   1.24 B parameters at random, as Llam
 scripts/bench_engine.py --model random-135m as SmolLM2-135M, on machines that do not have it
 scripts/bench_engine.py --part one          one run against plain transformers + peft
 scripts/bench_engine.py --part many         runs in one pass, against in turn and swapping
+scripts/bench_engine.py --part segments     ways to compute the adapters of several runs
 scripts/bench_engine.py --part memory       peak memory of one run, and what a run more costs
 scripts/bench_engine.py --clock cpu         CPU seconds, for machines that others use too
 scripts/bench_engine.py --compile first     with compiled kernels, as on a GPU by itself
@@ -24,7 +25,14 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from benchmarks import engine, engine_memory, engine_products, random_models, record
+from benchmarks import (
+    engine,
+    engine_memory,
+    engine_products,
+    engine_segments,
+    random_models,
+    record,
+)
 from transformers import AutoModelForCausalLM
 
 from workers.engine.compiling import Compiling
@@ -56,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--part", choices=["one", "many", "memory", "all"], default="all")
+    parser.add_argument(
+        "--part", choices=["one", "many", "segments", "memory", "all"], default="all"
+    )
     parser.add_argument("--model", choices=["auto", SMOLLM2, *random_models.NAMES], default="auto")
     parser.add_argument(
         "--rounds", type=int, default=5, help="interleaved rounds; default 5; of memory at most 3"
@@ -98,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             work |= engine.many_work(setting, tenants, lengths)
     rate = engine_products.gigaflops(setting.backend.base_model(model))
     ratios = engine.ratios(raw) | engine.utilisation(raw, work, rate)
+    if arguments.part in ("segments", "all"):
+        segments = engine_segments.measure(setting.backend.base_model(model))
+        raw |= segments
+        ratios |= engine_segments.ratios(segments)
     if arguments.part in ("memory", "all"):
         peaks = engine_memory.measure(model, arguments.dtype, arguments.dropout, arguments.rounds)
         raw |= peaks

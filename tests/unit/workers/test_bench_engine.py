@@ -36,6 +36,7 @@ def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert ratios["one/mixed engine/plain"] == pytest.approx(sum(quotients) / 2)
     assert ratios["one/equal time of a deterministic step"] > 0
     assert {"one/mixed peak engine/plain", "one/equal share of frozen products"} <= ratios.keys()
+    assert {"segments/8x16 mixed bmm/loop", "segments/32x64 equal grouped_mm/loop"} <= ratios.keys()
     assert "4x9 bound if a run more costs its products alone" in ratios
     assert len(raw["memory/equal peak/suited plain"]) == 1
     assert "random-tiny on cpu" in capsys.readouterr().out
