@@ -209,7 +209,7 @@ def freeze(
     with refusing(name):
         _check(model)
         if model.dtype.itemsize < torch.float32.itemsize:
-            with widened(module):
+            with widened(body):
                 _check(model)
     return model
 

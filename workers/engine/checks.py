@@ -205,7 +205,9 @@ def check_decoding(model: BaseModel) -> None:
     ids = torch.arange(count, device=model.device) % model.vocabulary_size
     positions = torch.arange(count, device=model.device)
     expected = model.hidden(ids, positions, pack([count], model.device))
-    cache: KeyValueCache[None] = KeyValueCache(model.layer_shapes, model.dtype, model.device, 2**62)
+    cache: KeyValueCache[None] = KeyValueCache(
+        model.layer_shapes, expected.dtype, model.device, 2**62
+    )
     place = cache.take(count, None)
     assert place is not None
     layout = pack([known], model.device)
