@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all, runs
+from parity.group_members import MEMBERS, SGD, Member, bits, entries, groups, open_all, runs
 from parity.loss_calls import LOSSES
 from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
@@ -136,11 +136,41 @@ def test_optimizers_that_step_together_give_the_bits_of_each_alone(as_one, membe
         check_steps_against_alone(members)
 
 
+ADAMW = {"name": "adamw", "weight_decay": 0.1}
+ONE_OPTION = {
+    "name": (ADAMW, {"name": "adam"}),
+    "learning_rate": (ADAMW, {"learning_rate": 1e-3}),
+    "weight_decay": (ADAMW, {"weight_decay": 0.3}),
+    "beta1": (ADAMW, {"beta1": 0.5}),
+    "beta2": (ADAMW, {"beta2": 0.9}),
+    "eps": (ADAMW, {"eps": 1e-3}),
+    "momentum": (SGD, {"momentum": 0.5}),
+    "momentum-or-none": (SGD, {"momentum": 0.0}),
+    "first-momentum": (SGD, {}),
+    "clip": (ADAMW, {"grad_clip_norm": 0.01}),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), ONE_OPTION.values(), ids=ONE_OPTION.keys())
+def test_runs_of_one_shape_that_differ_in_one_option_step_together_as_alone(
+    monkeypatch, options, change
+):
+    """Their gradients differ, and nothing but the option else."""
+    monkeypatch.setattr(updates, "_stepping_together", lambda closing: [closing])
+    lora = {"rank": 3, "target_modules": GATED}
+    check_steps_against_alone(
+        [
+            Member(seed, lora, options | own, Reduction.TOKEN_MEAN, (9, 14), 1.0)
+            for seed, own in enumerate([{}, change, {}, change])
+        ]
+    )
+
+
 def check_steps_against_alone(members: list[Member]) -> None:
     together, alone = (open_all(BASE, members) for _ in range(2))
     for call in range(3):
         # Not all at first, so that some step for the first time beside others that have momentum.
-        turn = range(0 if call else 4, 8)
+        turn = range(0 if call else len(members) // 2, len(members))
         together.forward_backward_group(entries(members, turn, call=call))
         ours = {run: own for run, own in runs(together, members).items() if int(run) in turn}
         theirs = runs(alone, members)
