@@ -1,4 +1,4 @@
-"""Runs of every kind, and a call of each, as hypothesis makes them."""
+"""Runs of every kind, and a call of each, from seeds that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from parity.loss_calls import loss_request
 from parity.tiny_models import GATED
 from parity.tiny_runs import VOCABULARY, metric, perturb, settings
 
@@ -34,6 +35,8 @@ class Member:
     Attributes:
         seed: of the run, its perturbed adapter, its tokens and their weights.
         scored: share of the positions that are scored, about.
+        loss: one of `loss_calls.LOSSES`, which has its own weights and reduction; None for
+            cross-entropy with these.
     """
 
     seed: int
@@ -42,9 +45,12 @@ class Member:
     reduction: Reduction
     lengths: tuple[int, ...]
     scored: float
+    loss: str | None = None
 
     def request(self, call: int = 0) -> LossRequest:
         """Its `call`-th batch: other tokens and weights each time."""
+        if self.loss is not None:
+            return loss_request(self.loss, self.seed + call, lengths=self.lengths)
         rng = np.random.default_rng([self.seed, call])
         count = sum(self.lengths)
         weights = rng.choice([0.25, 1.0, 1.5], count) * (rng.random(count) < self.scored)
@@ -57,29 +63,42 @@ class Member:
         return LossRequest(batch, reduction=self.reduction)
 
 
-MEMBERS = st.builds(
-    Member,
-    seed=st.integers(0, 2**31),
-    lora=st.fixed_dictionaries(
-        {
-            "rank": st.integers(1, 64),
-            "alpha": st.sampled_from([1.0, 8.0, 16.0, 50.0]),
-            "dropout": st.sampled_from([0.0, 0.0, 0.1, 0.5]),
-            "target_modules": st.sets(st.sampled_from(GATED), min_size=1).map(
-                lambda names: tuple(sorted(names))
-            ),
-        }
-    ),
-    optimizer=st.sampled_from(OPTIMIZERS),
-    reduction=st.sampled_from(Reduction),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
-    scored=st.floats(0.05, 1.0),
-)
+def drawn(rng: np.random.Generator, loss: str | None = None) -> Member:
+    """A member of any kind, with that loss."""
+    names = rng.choice(GATED, rng.integers(1, len(GATED) + 1), replace=False)
+    rows = int(rng.integers(1, 4))
+    if loss is not None and loss.startswith("dpo"):
+        rows = 2 * int(rng.integers(1, 3))  # pairs
+    return Member(
+        seed=int(rng.integers(2**31)),
+        lora={
+            "rank": int(rng.integers(1, 65)),
+            "alpha": float(rng.choice([1.0, 8.0, 16.0, 50.0])),
+            "dropout": float(rng.choice([0.0, 0.0, 0.1, 0.5])),
+            "target_modules": tuple(sorted(names.tolist())),
+        },
+        optimizer=OPTIMIZERS[rng.integers(len(OPTIMIZERS))],
+        reduction=list(Reduction)[rng.integers(len(Reduction))],
+        lengths=tuple(rng.integers(1, 41, rows).tolist()),
+        scored=float(rng.uniform(0.05, 1.0)),
+        loss=loss,
+    )
 
 
-def groups(count: int) -> st.SearchStrategy[list[Member]]:
-    """So many members."""
-    return st.lists(MEMBERS, min_size=count, max_size=count)
+# From seeds: what hypothesis draws part by part is often one member many times over.
+_SEEDS = st.integers(0, 2**32 - 1)
+MEMBERS = _SEEDS.map(lambda seed: drawn(np.random.default_rng(seed)))
+
+
+def groups(count: int, losses: Sequence[str] = ()) -> st.SearchStrategy[list[Member]]:
+    """So many members, of which every other one has one of the losses, if there are any."""
+
+    def group(seed: int) -> list[Member]:
+        rng = np.random.default_rng(seed)
+        own = [str(rng.choice(losses)) if losses and place % 2 else None for place in range(count)]
+        return [drawn(rng, loss) for loss in rng.permutation(np.array(own, object))]
+
+    return _SEEDS.map(group)
 
 
 def open_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,19 @@ LOSSES: dict[str, tuple[str, dict[str, Any], str]] = {
 COMPARING = [name for name, (loss, opts, _) in LOSSES.items() if loss == "kl" or "kl_coef" in opts]
 
 
-def loss_request(key: str, seed: int = 3, reference: Reference | None = None) -> LossRequest:
+def loss_request(
+    key: str,
+    seed: int = 3,
+    reference: Reference | None = None,
+    lengths: Sequence[int] = LENGTHS,
+) -> LossRequest:
     """A batch with unscored prompts, other weights than 1, and the loss's inputs."""
     name, options, reduction = LOSSES[key]
     rng = np.random.default_rng([seed, len(key)])
-    rows = rows_of(seed, LENGTHS)
-    count = sum(LENGTHS)
+    rows = rows_of(seed, list(lengths))
+    count = sum(lengths)
     targets = np.concatenate([row[1:] for row in rows])
-    offsets = np.cumsum([0, *LENGTHS], dtype=np.int64)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
     weights = rng.choice([0.0, 0.5, 1.0, 1.0], count)
     weights[offsets[1:] - 1] = 1.0
     inputs: dict[str, Array] = {}

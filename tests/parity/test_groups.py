@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-from parity.group_members import MEMBERS, Member, bits, entries, groups, open_all, runs
+from parity.group_members import MEMBERS, SGD, Member, bits, entries, groups, open_all, runs
+from parity.loss_calls import LOSSES
 from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
@@ -22,6 +23,7 @@ from workers.operations import LossOutcome, LossRequest, Reduction, StepOutcome,
 
 BASE = freeze("tiny", tiny_llama())
 EXACT = freeze("tiny", tiny_llama().double())
+EVERY_LOSS = tuple(LOSSES)
 PRODUCTS = {"loop": SegmentLoop(), "bmm": PaddedBmm(), "grouped": Grouped()}
 
 
@@ -67,33 +69,41 @@ def check_against_alone(members: list[Member], token_budget: int) -> None:
             together._runs[run].adapter.named(ours).values(),
             strict=True,
         ):
-            # A tensor that its neighbours dwarf has only their rounding.
+            # Slopes are differences of probabilities, each of them rounded: where the gradient
+            # is nearly zero, as a divergence's of a model that is next to its reference, that is
+            # all there is.
             note(f"{name}: {part.norm()} of {theirs.norm()}")
-            assert (part - reference).norm() <= 1e-4 * (part.norm() + 1e-2 * theirs.norm())
+            assert (part - reference).norm() <= 1e-4 * part.norm() + 2**-24
         assert metric(outcome, "tokens") == sum(members[int(run)].lengths)
-        assert metric(outcome, "scored_tokens") == np.count_nonzero(request.batch.weights)
+        scored = request.batch.weights.reshape(len(request.batch.input_tokens), -1).any(1)
+        assert metric(outcome, "scored_tokens") == scored.sum()
 
 
 @pytest.mark.parametrize("token_budget", [60, 100_000])
 @examples(12)
-@given(members=groups(2))
+@given(members=groups(2, EVERY_LOSS))
 def test_two_runs_together_are_each_alone(members, token_budget):
     check_against_alone(members, token_budget)
 
 
+@pytest.mark.parametrize("count", [2, 8, 32])
 @pytest.mark.parametrize("product", ["loop", "bmm"])  # grouped_mm has no float64
-@examples(4)
-@given(
-    members=st.sampled_from([2, 8, 32]).flatmap(groups), token_budget=st.sampled_from([90, 10**6])
-)
-def test_in_float64_runs_together_are_each_alone_to_nine_digits(product, members, token_budget):
+@examples(2)
+@given(data=st.data(), token_budget=st.sampled_from([90, 10**6]))
+def test_in_float64_runs_together_are_each_alone_to_nine_digits(product, count, data, token_budget):
     EXACT.product = PRODUCTS[product]
+    members = data.draw(groups(count, EVERY_LOSS))
     together, alone = (open_all(EXACT, members, token_budget) for _ in range(2))
     outcomes = together.forward_backward_group(entries(members))
     for (run, seq, request), outcome in zip(entries(members), outcomes, strict=True):
         own = alone.forward_backward(run, seq, request)
-        np.testing.assert_allclose(outcome.logprobs, own.logprobs, rtol=0, atol=1e-9)
-        assert metric(outcome, "loss") == pytest.approx(metric(own, "loss"), rel=1e-9, abs=1e-9)
+        assert outcome.outputs.keys() == own.outputs.keys()
+        for name, output in own.outputs.items():
+            found = outcome.outputs[name].values
+            np.testing.assert_allclose(found, output.values, rtol=1e-9, atol=1e-9)
+        for found, expected in zip(outcome.metrics, own.metrics, strict=True):
+            assert found.name == expected.name
+            assert found.value == pytest.approx(expected.value, rel=1e-9, abs=1e-9), found.name
         ours, theirs = (b._runs[run] for b in (together, alone))
         reference = theirs.adapter.named(theirs.accumulator)
         for name, part in ours.adapter.named(ours.accumulator).items():
@@ -102,7 +112,7 @@ def test_in_float64_runs_together_are_each_alone_to_nine_digits(product, members
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @examples(5)
-@given(members=groups(8), token_budget=st.sampled_from([150, 100_000]))
+@given(members=groups(8, EVERY_LOSS), token_budget=st.sampled_from([150, 100_000]))
 def test_eight_runs_together_are_each_alone(product, members, token_budget):
     BASE.product = PRODUCTS[product]
     check_against_alone(members, token_budget)
@@ -110,7 +120,7 @@ def test_eight_runs_together_are_each_alone(product, members, token_budget):
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @examples(2)
-@given(members=groups(32), token_budget=st.sampled_from([500, 100_000]))
+@given(members=groups(32, EVERY_LOSS), token_budget=st.sampled_from([500, 100_000]))
 def test_thirty_two_runs_together_are_each_alone(product, members, token_budget):
     BASE.product = PRODUCTS[product]
     check_against_alone(members, token_budget)
@@ -126,11 +136,41 @@ def test_optimizers_that_step_together_give_the_bits_of_each_alone(as_one, membe
         check_steps_against_alone(members)
 
 
+ADAMW = {"name": "adamw", "weight_decay": 0.1}
+ONE_OPTION = {
+    "name": (ADAMW, {"name": "adam"}),
+    "learning_rate": (ADAMW, {"learning_rate": 1e-3}),
+    "weight_decay": (ADAMW, {"weight_decay": 0.3}),
+    "beta1": (ADAMW, {"beta1": 0.5}),
+    "beta2": (ADAMW, {"beta2": 0.9}),
+    "eps": (ADAMW, {"eps": 1e-3}),
+    "momentum": (SGD, {"momentum": 0.5}),
+    "momentum-or-none": (SGD, {"momentum": 0.0}),
+    "first-momentum": (SGD, {}),
+    "clip": (ADAMW, {"grad_clip_norm": 0.01}),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), ONE_OPTION.values(), ids=ONE_OPTION.keys())
+def test_runs_of_one_shape_that_differ_in_one_option_step_together_as_alone(
+    monkeypatch, options, change
+):
+    """Their gradients differ, and nothing but the option else."""
+    monkeypatch.setattr(updates, "_stepping_together", lambda closing: [closing])
+    lora = {"rank": 3, "target_modules": GATED}
+    check_steps_against_alone(
+        [
+            Member(seed, lora, options | own, Reduction.TOKEN_MEAN, (9, 14), 1.0)
+            for seed, own in enumerate([{}, change, {}, change])
+        ]
+    )
+
+
 def check_steps_against_alone(members: list[Member]) -> None:
     together, alone = (open_all(BASE, members) for _ in range(2))
     for call in range(3):
         # Not all at first, so that some step for the first time beside others that have momentum.
-        turn = range(0 if call else 4, 8)
+        turn = range(0 if call else len(members) // 2, len(members))
         together.forward_backward_group(entries(members, turn, call=call))
         ours = {run: own for run, own in runs(together, members).items() if int(run) in turn}
         theirs = runs(alone, members)
@@ -245,6 +285,21 @@ def test_one_that_fails_leaves_the_others_their_bits(
     again = backend.forward_backward_group(entries(everyone, [place]))
     expected = without.forward_backward_group(entries(everyone, [place]))
     assert bits(backend, again, [bad]) == bits(without, expected, [bad])
+
+
+def test_an_infinite_gradient_leaves_its_neighbour_the_passes_that_it_has_without_it():
+    """Its 60 tokens are one pass; beside the other, a row each of two, with other rounding."""
+    lora = {"rank": 4, "target_modules": GATED}
+    everyone = [Member(5, lora, {}, Reduction.SUM, lengths, 0.8) for lengths in ((40,), (30, 30))]
+    backend, without, beside = (open_all(BASE, everyone, 70) for _ in range(3))
+    calls = entries(everyone)
+    beside_outcomes = beside.forward_backward_group(calls)
+    _infinite_gradient(backend, "0", calls[0][2])
+    outcomes = backend.forward_backward_group(calls)
+    assert not np.isfinite(metric(outcomes[0], "grad_norm"))
+    expected = bits(without, without.forward_backward_group(entries(everyone, [1])), ["1"])
+    assert bits(beside, beside_outcomes[1:], ["1"]) != expected
+    assert bits(backend, outcomes[1:], ["1"]) == expected
 
 
 def test_two_that_fail_in_different_ways_do_not_hide_each_other():

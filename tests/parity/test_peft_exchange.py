@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -19,6 +20,7 @@ from parity.tiny_runs import (
     settings,
     tiny_llama,
 )
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from tensafe.wire.status import TenSafeFault
@@ -41,9 +43,9 @@ def logits(model: torch.nn.Module, rows) -> torch.Tensor:
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-def trained(family: Family, steps: int = 3) -> TorchBackend:
+def trained(family: Family, alpha: float, steps: int = 3) -> TorchBackend:
     backend = TorchBackend([freeze("tiny", family.build().float())], token_budget=1000)
-    options = settings(lora={"rank": 3, "alpha": 7.0, "target_modules": family.linear})
+    options = settings(lora={"rank": 3, "alpha": alpha, "target_modules": family.linear})
     backend.open_run("run", options, None)
     perturb(backend, "run")
     for step in range(steps):
@@ -52,19 +54,28 @@ def trained(family: Family, steps: int = 3) -> TorchBackend:
     return backend
 
 
-def test_plain_peft_loads_what_was_saved_and_gives_the_same_logits(family, tmp_path):
-    backend = trained(family)
+@pytest.mark.parametrize("alpha", [7.0, 7.5])
+def test_plain_peft_loads_what_was_saved_and_gives_the_same_logits(family, alpha, tmp_path):
+    backend = trained(family, alpha)
     plain = PlainPeft(family.build().float(), backend._runs["run"])
     backend.save_state("run", tmp_path, include_optimizer=False)
     module = family.build().float()
     rows = rows_of(9, [20, 7])
     untrained = logits(module, rows)
     loaded = peft.PeftModel.from_pretrained(module, tmp_path).eval()
-    assert torch.equal(logits(loaded, rows), logits(plain.model, rows))
-    assert (logits(loaded, rows) - untrained).abs().max() > 0.05
-    mine = backend.forward("run", request_of(rows))
+    found = logits(loaded, rows)
+    assert torch.equal(found, logits(plain.model, rows))
+    assert (found - untrained).abs().max() > 0.05
+    layers = [part for part in loaded.modules() if isinstance(part, LoraLayer)]
+    assert layers
+    assert all(layer.scaling == {"default": alpha / 3} for layer in layers)
+    mine = backend.forward("run", request_of(rows, masked=0))
+    theirs = torch.cat(plain.logprobs(rows))
+    np.testing.assert_allclose(mine.logprobs, theirs, rtol=0, atol=2e-5)
     with torch.no_grad():
-        assert metric(mine, "loss") == pytest.approx(loaded(**hf_batch(rows)).loss.item(), abs=1e-5)
+        assert metric(mine, "loss") == pytest.approx(
+            loaded(**hf_batch(rows, masked=0)).loss.item(), abs=1e-5
+        )
 
 
 def train_plainly(model: peft.PeftModel, steps: range) -> list[float]:
