@@ -55,7 +55,7 @@ class TokenBudget:
         self._failed = failed
         self.tokens = max(1, failed // 2)
         self._fitted = 0
-        log.warning("out of memory; passes now take %d tokens", self.tokens)
+        log.warning("out of memory; trying passes of up to %d tokens", self.tokens)
 
     def fitted(self, passes: Iterable[int]) -> None:
         """After training passes of so many tokens each have fitted."""
