@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 from local_service import LocalService, local_service
 
 from tensafe_client import Datum, ServiceClient
@@ -43,6 +44,7 @@ def train(service: LocalService, client: ServiceClient, *, kill: bool) -> tuple[
     return losses, next(file.sha256 for file in files if file.name == "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bits_after_its_worker_was_killed(
     tiny_model: Path, tmp_path: Path
 ):

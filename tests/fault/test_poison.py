@@ -99,7 +99,10 @@ def test_a_poison_operation_fails_by_itself_after_two_workers(
         assert attempts(fleet) == []
 
 
-@pytest.mark.parametrize("mark", [CRASH, HANG], ids=["crash", "hang"])
+@pytest.mark.parametrize(
+    "mark",
+    [pytest.param(CRASH, id="crash"), pytest.param(HANG, id="hang", marks=pytest.mark.slow)],
+)
 def test_a_coordinator_that_dies_between_its_workers_goes_on_counting(
     fleet: FaultyCluster, mark: int
 ):

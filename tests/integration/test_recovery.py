@@ -112,6 +112,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path: Path):
     wait_until_gone(worker)
 
 
+@pytest.mark.slow
 def test_an_operation_that_loses_two_workers_fails_by_itself(tmp_path: Path, tiny_model: Path):
     tokens = np.random.default_rng(0).integers(3, 200, (1500, 100))
     heavy = {"input_ids": tokens, "labels": tokens}

@@ -198,6 +198,7 @@ def test_files_of_the_service_do_not_hold_an_open_window(running: LocalService):
     assert "accumulator.safetensors" not in names
 
 
+@pytest.mark.slow
 def test_a_step_whose_state_was_not_stored_is_lost_and_paid_for(tmp_path: Path):
     """The worker dies between noising a sum and storing what came of it."""
     model = save_tiny_model(tmp_path / "model")
