@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.base_model import BaseModel
+from workers.engine.dividing import dividing
 from workers.engine.dropout import last_dropped, operation_key, pass_dropout
 from workers.engine.graphs.captured import PLAIN_ROWS, Member
 from workers.engine.kernels import fused
@@ -56,7 +57,7 @@ def compute(
     places = upload(work.scored, device)
     # Nor does how it is computed depend on how much lies beside it.
     kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
-    with torch.set_grad_enabled(trains), kernels:
+    with torch.set_grad_enabled(trains), kernels, model.dividing(len(work.ids)):
         captured = None
         members = [Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares]
         if model.graphs is not None and not apart and (exact or not frugal):
@@ -81,7 +82,8 @@ def compute(
                 packing = pack(work.lengths, device)
                 whole = model.hidden(numbers[0], numbers[1], packing, frugal=frugal)
                 hidden = whole.index_select(0, places)
-            found = score(model.head, hidden, portions)
+            with dividing(len(places) * model.vocabulary_size, device):
+                found = score(model.head, hidden, portions)
             if trains:
                 backward(found)
     return [

@@ -86,6 +86,8 @@ class TorchBackend(Backend):
     ) -> None:
         self._losses = losses or LossRegistry()
         self.device = models[0].device
+        # A pass may have set another number.
+        self._threads = torch.get_num_threads()
         self.group_tokens = _GROUP_TOKENS_CPU if self.device == "cpu" else _GROUP_TOKENS_GPU
         self._models = {name: m for m in models for name in (m.name, *m.references)}
         self._cards = [model_card(model) for model in models]
@@ -124,7 +126,7 @@ class TorchBackend(Backend):
             "device": self.device,
             "cpu": processor(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": str(torch.get_num_threads()),
+            "threads": str(self._threads),
             "dtype": ",".join(sorted({card.dtype for card in self._cards})),
         }
         if self.device.startswith("cuda"):

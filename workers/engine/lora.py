@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.engine.adapters import Adapter
+from workers.engine.dividing import chooses, product
 from workers.engine.dropout import PassDropout, masked, module_key
 from workers.engine.privacy.gradients import UnitGradients
 from workers.engine.products import Part, Product
@@ -115,12 +116,30 @@ class LoraLinear(nn.Linear):
         adapters = self._scope.adapters
         parts = adapters.parts(self.name) if adapters is not None else []
         if adapters is None or not parts:
-            return nn.functional.linear(inputs, self.weight, self.bias)
+            frozen: Tensor = (
+                _Frozen.apply(inputs, self)  # type: ignore[no-untyped-call]
+                if chooses()
+                else nn.functional.linear(inputs, self.weight, self.bias)
+            )
+            return frozen
         flat = inputs.reshape(-1, inputs.shape[-1])
         outputs: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
             flat, adapters.anchor, self, adapters, parts
         )
         return outputs.view(*inputs.shape[:-1], -1)
+
+
+class _Frozen(torch.autograd.Function):
+    """What autograd would do, by threads of our choice both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, layer: LoraLinear) -> Tensor:
+        ctx.layer = layer
+        return _outputs(inputs, layer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _grad_inputs(grads[0], ctx.layer), None
 
 
 class _Adapted(torch.autograd.Function):
@@ -135,9 +154,9 @@ class _Adapted(torch.autograd.Function):
         adapters: PassAdapters,
         parts: list[Part],
     ) -> Tensor:
-        outputs = nn.functional.linear(inputs, layer.weight, layer.bias)
+        outputs = _outputs(inputs, layer)
         dropped = _cast(inputs, _bits(layer, adapters), adapters.dtype)
-        narrow = adapters.product.forward(dropped, parts, outputs)
+        narrow = product(*_sizes(inputs, parts), adapters.product.forward, dropped, parts, outputs)
         if adapters.trains:
             # Nothing of a token's in `ctx` itself, which activation checkpointing would keep.
             ctx.save_for_backward(inputs, *narrow)
@@ -152,15 +171,38 @@ class _Adapted(torch.autograd.Function):
         # The embeddings are frozen: below the first adapted layer nobody asks for a gradient.
         wants = ctx.needs_input_grad[0]
         bits = _bits(layer, adapters)
-        added = adapters.product.backward(
-            _cast(inputs, bits, adapters.dtype), parts, narrow, grad.to(adapters.dtype), wants
+        added = product(
+            *_sizes(inputs, parts),
+            adapters.product.backward,
+            _cast(inputs, bits, adapters.dtype),
+            parts,
+            narrow,
+            grad.to(adapters.dtype),
+            wants,
         )
         if added is None:
             return None, None, None, None, None
-        grad_inputs = grad @ layer.weight
+        grad_inputs = _grad_inputs(grad, layer)
         added = added.to(grad_inputs.dtype)
         grad_inputs += added if bits is None else masked(added, bits)
         return grad_inputs, None, None, None, None
+
+
+def _outputs(inputs: Tensor, layer: LoraLinear) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    rows = inputs.numel() // layer.in_features
+    return product(rows, weight.numel(), nn.functional.linear, inputs, weight, bias)
+
+
+def _grad_inputs(grad: Tensor, layer: LoraLinear) -> Tensor:
+    rows = grad.numel() // layer.out_features
+    return product(rows, layer.weight.numel(), torch.matmul, grad, layer.weight)
+
+
+def _sizes(inputs: Tensor, parts: list[Part]) -> tuple[int, int]:
+    """Of the segments' products with their A: rows, and the matrix's numbers; means."""
+    ranks = sum(len(part.a) for part in parts)
+    return len(inputs) // len(parts), inputs.shape[1] * ranks // len(parts)
 
 
 def _cast(inputs: Tensor, bits: Tensor | None, dtype: torch.dtype) -> Tensor:

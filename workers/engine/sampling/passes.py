@@ -69,7 +69,7 @@ def prefill(model: BaseModel, documents: Sequence[Document]) -> list[Prefilled]:
             document.place.write(layer, k_NGE[span], v_NGE[span])
 
     layout.keep = keep
-    with model.carrying(_segments(model, ordered, spans)):
+    with model.carrying(_segments(model, ordered, spans)), model.dividing(len(ids)):
         hidden_ND = model.hidden(numbers[0], numbers[1], layout)
     for document, length in zip(ordered, lengths, strict=True):
         document.place.length = length
@@ -130,7 +130,7 @@ def decode(
     positions = [0 if place is None else place.length for place in places]
     numbers = torch.tensor([list(tokens), positions], device=model.device)
     layout = Decoding(places, model.device, alone=alone)
-    with model.carrying(adapters):
+    with model.carrying(adapters), model.dividing(len(tokens)):
         hidden_ND = model.hidden(numbers[0], numbers[1], layout)
     for place in places:
         if place is not None:
