@@ -29,6 +29,7 @@ from workers.engine.checks import (
 )
 from workers.engine.dividing import dividing
 from workers.engine.gated import lean_gates
+from workers.engine.kernels import in_use as compiled_in_use
 from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
 from workers.engine.norms import lean_norms
 from workers.engine.peft_names import read_otherwise
@@ -136,9 +137,10 @@ class BaseModel:
         Args:
             tokens: that an operation goes over.
         """
-        # Other products than linear layers' do not choose for themselves.
-        elements = tokens * self.head.in_features if self._is_linear else sys.maxsize
-        return dividing(elements, self.device)
+        # Other products than linear layers' do not choose for themselves, and compiled kernels
+        # would run as written.
+        chooses = self._is_linear and not compiled_in_use()
+        return dividing(tokens * self.head.in_features if chooses else sys.maxsize, self.device)
 
     @contextmanager
     def carrying(self, adapters: PassAdapters | None) -> Iterator[None]:

@@ -48,7 +48,10 @@ def start(how: Compiling, device: str, dtype: torch.dtype) -> threading.Thread |
         compile_kernels(device, dtype)
     elif how is Compiling.BACKGROUND or (how is Compiling.AUTO and device != "cpu"):
         thread = threading.Thread(
-            target=_beside, args=(device, dtype), name="compiling", daemon=True
+            target=_beside,
+            args=(device, dtype, torch.get_num_threads()),
+            name="compiling",
+            daemon=True,
         )
         expect_compiled(True)
         thread.start()
@@ -56,7 +59,9 @@ def start(how: Compiling, device: str, dtype: torch.dtype) -> threading.Thread |
     return None
 
 
-def _beside(device: str, dtype: torch.dtype) -> None:
+def _beside(device: str, dtype: torch.dtype, threads: int) -> None:
+    # What is compiled is for so many. A new thread may find the number of a pass at hand.
+    torch.set_num_threads(threads)
     try:
         compile_kernels(device, dtype)
     except CompileError as error:

@@ -55,7 +55,7 @@ def compute(
     apart = any(own is not None for own in units)
     host = _numbers(calls, work, drops)
     places = upload(work.scored, device)
-    # Nor does how it is computed depend on how much lies beside it.
+    # Nor do its kernels depend on how much lies beside it.
     kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
     with torch.set_grad_enabled(trains), kernels, model.dividing(len(work.ids)):
         captured = None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.engine.dividing import product
+
 _CHUNK_LOGITS_CPU, _CHUNK_LOGITS_GPU = 3 * 2**21, 2**25
 """Float32 logits held at a time, 24 and 128 MiB, and twice as many in bfloat16: enough rows that
 the head's weight is read few times."""
@@ -65,7 +67,8 @@ class _TargetLogprobs(torch.autograd.Function):
         for begin in range(0, count, chunk):
             part = slice(begin, min(begin + chunk, count))
             logits_CV = logits[: part.stop - part.start]
-            torch.mm(hidden_SD[part], weight_VD.t(), out=logits_CV)
+            sizes = len(logits_CV), weight_VD.numel()
+            product(*sizes, torch.mm, hidden_SD[part], weight_VD.t(), out=logits_CV)
             if bias_V is not None:
                 logits_CV += bias_V
             tiles = (
@@ -75,7 +78,7 @@ class _TargetLogprobs(torch.autograd.Function):
             for logits_TV, targets_T1, logprobs_T in zip(*tiles, strict=True):
                 logprobs_T.copy_(_softmax_slope_(logits_TV, targets_T1, wide, wants_grad))
             if grad_SD is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_SD[part])
+                product(*sizes, torch.mm, logits_CV, weight_VD, out=grad_SD[part])
         if grad_SD is not None:
             ctx.save_for_backward(grad_SD)
         return logprobs_S

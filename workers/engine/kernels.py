@@ -103,6 +103,12 @@ def kernel(
     return register
 
 
+def in_use() -> bool:
+    """Whether the pass at hand uses compiled forms, which are for the number of CPU threads that
+    they were made with."""
+    return _switch.on
+
+
 @contextmanager
 def fused(tokens: int, *, exact: bool) -> Iterator[None]:
     """Passes inside use the compiled forms that there are.
