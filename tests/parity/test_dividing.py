@@ -45,7 +45,7 @@ class Threads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         frozen = func in FROZEN and any(one.data_ptr() in self._weights for one in tensors)
-        if torch.is_floating_point(tensors[0]) if tensors else False:
+        if tensors and tensors[0].is_floating_point():
             (self.products if frozen else self.others)[torch.get_num_threads()] += 1
         return func(*args, **kwargs or {})
 
