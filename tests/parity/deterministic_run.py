@@ -1,6 +1,6 @@
 """One deterministic run, of which any part may be trained in a process of its own.
 
-python tests/parity/deterministic_run.py STATE FIRST LAST
+python tests/parity/deterministic_run.py THREADS STATE FIRST LAST
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def train(backend: TorchBackend, calls: range) -> list[str]:
 
 
 if __name__ == "__main__":
-    state, first, last = sys.argv[1:]
-    torch.set_num_threads(1)
+    threads, state, first, last = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     restarted = TorchBackend([freeze("tiny", tiny_llama())])
     restarted.open_run("run", options(), Path(state))
     print("\n".join(train(restarted, range(int(first), int(last)))))

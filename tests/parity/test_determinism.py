@@ -96,14 +96,20 @@ def test_when_there_is_not_even_memory_for_that_it_says_so(alone):
     assert train(opened(backend), CALLS) == alone
 
 
-def test_after_a_restart_in_the_middle_of_a_window(alone, tmp_path):
-    backend = opened(TorchBackend([BASE], token_budget=4096))
-    assert train(backend, range(3)) == alone[:6]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_after_a_restart_in_the_middle_of_a_window(threads, tmp_path):
+    torch.set_num_threads(threads)
+    try:
+        whole = train(opened(TorchBackend([BASE], token_budget=4096)), CALLS)
+        backend = opened(TorchBackend([BASE], token_budget=4096))
+        assert train(backend, range(3)) == whole[:6]
+    finally:
+        torch.set_num_threads(1)
     backend.save_state("run", tmp_path, include_optimizer=True)
     root = Path(deterministic_run.__file__).parents[1]
     path = os.pathsep.join([str(root), *sys.path])
     done = subprocess.run(
-        [sys.executable, deterministic_run.__file__, str(tmp_path), "3", "4"],
+        [sys.executable, deterministic_run.__file__, str(threads), str(tmp_path), "3", "4"],
         env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -111,7 +117,7 @@ def test_after_a_restart_in_the_middle_of_a_window(alone, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == alone[6:]
+    assert done.stdout.split() == whole[6:]
 
 
 def test_its_kernels_add_in_one_order_and_others_need_not(monkeypatch):

@@ -30,7 +30,7 @@ from workers.engine.checks import (
 from workers.engine.dividing import dividing
 from workers.engine.gated import lean_gates
 from workers.engine.kernels import in_use as compiled_in_use
-from workers.engine.lora import LoraLinear, LoraScope, PassAdapters
+from workers.engine.lora import LoraLinear, LoraScope, LoraScopes, PassAdapters
 from workers.engine.norms import lean_norms
 from workers.engine.peft_names import read_otherwise
 from workers.engine.products import Product, SegmentLoop
@@ -85,7 +85,7 @@ class BaseModel:
     token_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        self.scope = LoraScope()
+        self.scope = LoraScopes() if self.device == "cpu" else LoraScope()
         self.product: Product = SegmentLoop()
         self.graphs: Graphs | None = None
         self.blocks = Blocks(self.body)

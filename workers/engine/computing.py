@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,6 @@ from workers.engine.base_model import BaseModel
 from workers.engine.dividing import dividing
 from workers.engine.dropout import last_dropped, operation_key, pass_dropout
 from workers.engine.graphs.captured import PLAIN_ROWS, Member
-from workers.engine.kernels import fused
 from workers.engine.lora import PassAdapters, Segment
 from workers.engine.packing import pack
 from workers.engine.passes import Call, Pass, Share
@@ -34,6 +32,7 @@ def compute(
     drops: bool = True,
     frugal: bool = False,
     exact: bool = False,
+    asides: Mapping[int, Tensor] | None = None,
 ) -> list[PortionLoss]:
     """Runs one pass; if it trains, adds to the calls' gradients.
 
@@ -42,6 +41,8 @@ def compute(
         frugal: keep no activations inside the model's layers, and make them anew for the backward
             pass.
         exact: the same kernels on the same shapes each time, whatever is ready by now.
+        asides: by call, where its gradient is added instead, if other passes add to the call's
+            meanwhile.
 
     Returns:
         What came of each share of the pass, without graph.
@@ -55,9 +56,7 @@ def compute(
     apart = any(own is not None for own in units)
     host = _numbers(calls, work, drops)
     places = upload(work.scored, device)
-    # Nor do its kernels depend on how much lies beside it.
-    kernels = fused(sys.maxsize if apart else len(work.ids), exact=exact)
-    with torch.set_grad_enabled(trains), kernels, model.dividing(len(work.ids)):
+    with torch.set_grad_enabled(trains), model.dividing(len(work.ids)):
         captured = None
         members = [Member(calls[share.call].adapter, share.tokens.stop) for share in work.shares]
         if model.graphs is not None and not apart and (exact or not frugal):
@@ -74,7 +73,7 @@ def compute(
         ]
         adapters = None
         if captured is None:
-            adapters = _adapters(model, calls, work, numbers, units, trains, frugal)
+            adapters = _adapters(model, calls, work, numbers, units, trains, frugal, asides or {})
         with model.carrying(adapters):
             if captured is not None:
                 hidden = captured.scored(places, members)
@@ -114,6 +113,7 @@ def _adapters(
     units: Sequence[UnitGradients | None],
     trains: bool,
     frugal: bool,
+    asides: Mapping[int, Tensor],
 ) -> PassAdapters:
     apart = any(own is not None for own in units)
     dropout = None
@@ -121,7 +121,13 @@ def _adapters(
         dropout = pass_dropout(numbers[1:], twice=trains and not frugal)
     return PassAdapters(
         [
-            Segment(share.tokens.start, share.tokens.stop, calls[share.call].adapter, own)
+            Segment(
+                share.tokens.start,
+                share.tokens.stop,
+                adapter := calls[share.call].adapter,
+                own,
+                adapter.pairs(asides[share.call]) if share.call in asides else None,
+            )
             for share, own in zip(work.shares, units, strict=True)
         ],
         # A unit's gradient is of one type whatever lies beside it, and however much.

@@ -7,9 +7,9 @@ worth it; shapes alone decide, so that it is the same each time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -29,9 +29,8 @@ _WORTHY_ELEMENTS = 2**19
 and wider layers 0.97, of 2**21 1.07 to 1.15."""
 
 
-@dataclass(slots=True)
-class _Pass:
-    """Process-wide, as torch's number of threads is; one thread executes passes.
+class _Pass(threading.local):
+    """Of each thread of Python's, as torch's number of threads is.
 
     Attributes:
         threads: that the pass at hand may use; 0 outside passes.

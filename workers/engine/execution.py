@@ -17,11 +17,11 @@ import torch
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
-from workers.engine.computing import compute
 from workers.engine.gathering import Computed, gather
 from workers.engine.memory import give_back, is_memory_error, memory_faults
 from workers.engine.passes import Call, Pass, cut
 from workers.engine.scoring import LossFunctionError, PortionLoss
+from workers.engine.strands import compute_in_strands
 
 log = logging.getLogger(__name__)
 
@@ -183,24 +183,24 @@ def _attempt(
     for call in calls:
         if call.private is not None:
             call.private.begin()
-    portions = []
+    parts: list[tuple[Pass, list[PortionLoss]]] = []
     for work in passes:
         computed = _computed(model, calls, work, mode, len(work.ids) >= frugal_tokens)
         if computed is None:
             return work
-        portions.append(computed)
+        parts += computed
     # In float64: with large weights the squares of a float32 gradient are infinite, with small
     # ones 0.
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradients]
-    return gather(calls, passes, portions, norms)
+    return gather(calls, parts, norms)
 
 
 def _computed(
     model: BaseModel, calls: Sequence[Call], work: Pass, mode: _Mode, frugal: bool
-) -> list[PortionLoss] | None:
-    """As `compute`; None if the memory did not suffice, and what it took is free again."""
+) -> list[tuple[Pass, list[PortionLoss]]] | None:
+    """As `compute_in_strands`; None if the memory did not suffice, and what it took is free."""
     try:
-        return compute(
+        return compute_in_strands(
             model,
             calls,
             work,

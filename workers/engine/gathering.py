@@ -41,19 +41,18 @@ class Computed:
 
 def gather(
     calls: Sequence[Call],
-    passes: Sequence[Pass],
-    portions: Sequence[Sequence[PortionLoss]],
+    passes: Sequence[tuple[Pass, Sequence[PortionLoss]]],
     norms: Sequence[Tensor],
 ) -> list[Computed]:
     """What came of each call.
 
     Args:
-        portions: of each pass, one for each of its shares.
+        passes: and of each what came of its shares.
         norms: each call's gradient's; empty if nothing was trained.
     """
     found = [
         (share, portion)
-        for work, own in zip(passes, portions, strict=True)
+        for work, own in passes
         for share, portion in zip(work.shares, own, strict=True)
     ]
     scalars = [*norms]

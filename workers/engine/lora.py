@@ -6,6 +6,7 @@ once. What the adapters add and what their gradients are is one of the products 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.engine.adapters import Adapter
+from workers.engine.adapters import Adapter, Pairs
 from workers.engine.dividing import chooses, product
 from workers.engine.dropout import PassDropout, masked, module_key
 from workers.engine.privacy.gradients import UnitGradients
@@ -22,12 +23,22 @@ from workers.engine.products import Part, Product
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens [begin, end) of a pass, and whose they are; `units` if gradients are kept apart."""
+    """Tokens [begin, end) of a pass, and whose they are.
+
+    Attributes:
+        units: if their gradients are kept apart.
+        aside: where gradients are added if not to the adapter's own.
+    """
 
     begin: int
     end: int
     adapter: Adapter
     units: UnitGradients | None = None
+    aside: Pairs | None = None
+
+    def gradients(self) -> Pairs:
+        """Module → where A's and B's gradients are added."""
+        return self.adapter.gradients() if self.aside is None else self.aside
 
 
 class PassAdapters:
@@ -60,7 +71,7 @@ class PassAdapters:
                 segment,
                 segment.adapter.scale(training=dropout is not None),
                 segment.adapter.tensors(dtype),
-                segment.adapter.gradients() if trains and segment.units is None else {},
+                segment.gradients() if trains and segment.units is None else {},
             )
             for segment in segments
         ]
@@ -87,11 +98,15 @@ class PassAdapters:
         return self._parts[module]
 
 
-@dataclass(slots=True)
 class LoraScope:
     """What the pass at hand puts on the layers; shared by a model's layers."""
 
     adapters: PassAdapters | None = None
+
+
+class LoraScopes(LoraScope, threading.local):
+    """The same, each thread having its own pass at hand: on a CPU, where backward passes run in the
+    thread that asks for them."""
 
 
 class LoraLinear(nn.Linear):

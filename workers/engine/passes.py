@@ -19,6 +19,9 @@ from workers.engine.objectives import Objective
 from workers.engine.privacy.calls import PrivateCall
 from workers.operations import Int64
 
+Member = tuple[int, int]
+"""The index of a call, and a row of its batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -90,7 +93,7 @@ def cut(batches: Sequence[ScoredBatch], token_budget: int) -> list[Pass]:
     """
     lengths = [batch.ends.reshape(-1, batch.together).sum(1) for batch in batches]
     order = sorted(range(len(batches)), key=lambda call: -int(lengths[call].max()))
-    passes: list[list[tuple[int, int]]] = []
+    passes: list[list[Member]] = []
     filled = 0
     for call in order:
         batch, together = batches[call], batches[call].together
@@ -104,7 +107,7 @@ def cut(batches: Sequence[ScoredBatch], token_budget: int) -> list[Pass]:
                 filled = 0
             passes[-1] += [(call, group * together + row) for row in range(together)]
             filled += taken
-    return [_pass(batches, members) for members in passes]
+    return [lay_out(batches, members) for members in passes]
 
 
 def _in_order(batch: ScoredBatch, lengths: Int64) -> list[int]:
@@ -117,7 +120,8 @@ def _in_order(batch: ScoredBatch, lengths: Int64) -> list[int]:
     return [int(group) for group in order]
 
 
-def _pass(batches: Sequence[ScoredBatch], members: list[tuple[int, int]]) -> Pass:
+def lay_out(batches: Sequence[ScoredBatch], members: Sequence[Member]) -> Pass:
+    """The pass of these rows, in their order, but each call's together."""
     ids, positions, rows, scored = [], [], [], []
     lengths: list[int] = []
     shares: list[Share] = []
