@@ -106,14 +106,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tenants, lengths in MANY["small" if model in SMALL and not on_gpu else "large"]:
             raw |= engine.many_runs(setting, tenants, lengths)
             work |= engine.many_work(setting, tenants, lengths)
-    rate = engine_products.gigaflops(setting.backend.base_model(model))
+    rate = engine_products.gigaflops(setting.backend.base_model(model), setting.clock)
     ratios = engine.ratios(raw) | engine.utilisation(raw, work, rate)
     if arguments.part in ("segments", "all"):
         segments = engine_segments.measure(setting.backend.base_model(model))
         raw |= segments
         ratios |= engine_segments.ratios(segments)
     if arguments.part in ("memory", "all"):
-        peaks = engine_memory.measure(model, arguments.dtype, arguments.dropout, arguments.rounds)
+        peaks = engine_memory.measure(
+            model, arguments.dtype, arguments.dropout, arguments.rounds, arguments.threads
+        )
         raw |= peaks
         ratios |= engine_memory.ratios(peaks)
     raw["GFLOP/s of products"] = [rate]

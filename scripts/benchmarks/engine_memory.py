@@ -21,7 +21,9 @@ _STEPS = 3
 _MORE_RUNS = 8
 
 
-def measure(model: str, dtype: str, dropout: float, rounds: int) -> dict[str, list[float]]:
+def measure(
+    model: str, dtype: str, dropout: float, rounds: int, threads: int
+) -> dict[str, list[float]]:
     """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU. At most
     three rounds, since they differ little.
 
@@ -37,7 +39,7 @@ def measure(model: str, dtype: str, dropout: float, rounds: int) -> dict[str, li
     for _, cell, (name, side, environment) in product(
         range(min(rounds, _MOST_ROUNDS)), _CELLS, sides
     ):
-        arguments = [side, cell, model, dtype, str(dropout)]
+        arguments = [side, cell, model, dtype, str(dropout), str(threads)]
         command = [sys.executable, "-m", "benchmarks.engine_memory", *arguments]
         done = subprocess.run(
             command, cwd=_HERE.parent, env=environment, stdout=subprocess.PIPE, check=True
@@ -72,13 +74,12 @@ def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dic
     from workers.engine.loading import load_backend, pick_device, pick_dtype
     from workers.operations import LoraSettings, RunSettings, StepRequest
 
-    torch.set_num_threads(1)
     if model in random_models.NAMES:
         device = pick_device("auto")
         base = random_models.base_model(model, device, pick_dtype(dtype, device))
         backend = TorchBackend([base])
     else:
-        backend = load_backend([model], device="auto", dtype=dtype, threads=1)
+        backend = load_backend([model], device="auto", dtype=dtype, threads=torch.get_num_threads())
     settings = RunSettings(model, lora=LoraSettings(dropout=dropout), seed=1)
 
     def step(name: str, batch: Any) -> None:
@@ -187,10 +188,13 @@ def _status(field: str) -> float:
 
 
 def _main() -> None:
+    import torch
+
     from benchmarks import random_models
     from benchmarks.engine_rows import MIXED, make_rows
 
-    side, cell, model, dtype, dropout = sys.argv[1:]
+    side, cell, model, dtype, dropout, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     known = random_models.vocabulary(model) if model in random_models.NAMES else 49_000
     rows = {"mixed": make_rows(MIXED, 0.6, known), "equal": make_rows([128] * 8, 0.0, known)}
     measure_side = _engine if side == "engine" else _plain

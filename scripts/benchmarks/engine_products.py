@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,27 +42,19 @@ def _both(weight_OK: Tensor, inputs: dict[int, Tensor], rows: int) -> None:  # n
     inputs[weight_OK.shape[0]] @ weight_OK
 
 
-def gigaflops(model: BaseModel) -> float:
+def gigaflops(model: BaseModel, clock: Callable[[], float]) -> float:
     """Rate of the model's widest layer for many tokens: the best of some rounds."""
     weight = max((layer.weight for layer in model.layers.values()), key=lambda w: w.shape[0])
     rows = _RATE_ROWS_GPU if weight.is_cuda else _RATE_ROWS_CPU
     inputs = _random(rows, weight.shape[1], weight)
     best = float("inf")
     for _ in range(_RATE_ROUNDS):
-        begin = _now()
+        begin = clock()
         linear(inputs, weight)
-        best = min(best, _now() - begin)
+        best = min(best, clock() - begin)
     return 2 * rows * weight.numel() / best / 1e9
 
 
 def _random(rows: int, width: int, like: Tensor) -> Tensor:
     """A GPU multiplies zeros and ones faster than what models hold."""
     return torch.randn(rows, width, dtype=like.dtype, device=like.device)
-
-
-def _now() -> float:
-    """A CPU's own time, since others may use the machine; a GPU's by the wall."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
