@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +25,7 @@ from privacy.private_runs import open_private, private_request
 from unit.workers.test_plug_ins import PLACE
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import strands
+from workers.engine import execution, strands
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
 from workers.engine.kernels import KERNELS
@@ -214,6 +217,41 @@ def test_the_first_error_is_raised_when_all_have_ended():
     with pytest.raises(ZeroDivisionError):
         strands._side_by_side([lambda: 1 // 0, slow])
     assert ended.is_set()
+
+
+def test_what_a_failed_strand_held_is_free_when_the_next_attempt_begins(monkeypatch):
+    """Not only once the collector has come by."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    give_back = execution.give_back
+
+    def fail(_module: object, inputs: tuple[torch.Tensor], _output: object) -> None:
+        if not held:
+            held.append(weakref.ref(inputs[0]))
+            raise MemoryError("DefaultCPUAllocator: can't allocate memory")
+
+    def noted() -> None:
+        alive.append(held[0]() is not None)
+        give_back()
+
+    monkeypatch.setattr(execution, "give_back", noted)
+    handle = EXACT.body.layers[-1].mlp.register_forward_hook(fail)
+    gc.collect()
+    gc.disable()
+    try:
+        after(MEMBERS)
+    finally:
+        gc.enable()
+        handle.remove()
+    assert alive == [False]
+
+
+def test_a_thread_that_comes_later_has_all_of_torchs():
+    strands._crew.cache_clear()
+    torch.set_num_threads(4)
+    after(MEMBERS)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 4
 
 
 def test_forward_passes_too(seen):

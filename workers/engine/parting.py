@@ -29,7 +29,7 @@ def parted(batches: Sequence[ScoredBatch], work: Pass, most: int) -> list[Pass]:
     for count in range(most, 1, -1):
         parts = _deal(_pieces(batches, work, count), batches, count)
         sizes = [sum(_tokens(batches, piece) for piece in part) for part in parts]
-        if count * max(sizes) <= _LOPSIDED * sum(sizes):
+        if all(parts) and count * max(sizes) <= _LOPSIDED * sum(sizes):
             order = {member: at for at, member in enumerate(_members(work.shares))}
             own = ([member for piece in part for member in piece] for part in parts)
             return [lay_out(batches, sorted(part, key=order.__getitem__)) for part in own]

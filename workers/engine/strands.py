@@ -6,11 +6,11 @@ else one thread does about as fast, so that two do two halves of a pass at once.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _LEAST_TOKENS = 192
 """Of a strand."""
+_START_S = 60.0
 
 
 def compute_in_strands(
@@ -107,19 +108,33 @@ def _side_by_side(jobs: Sequence[Callable[[], T]], *, at_once: bool = True) -> l
     Args:
         at_once: otherwise each waits for the one before it, and does the same.
     """
-    threads = max(1, torch.get_num_threads() // len(jobs))
-    running = []
-    for job in jobs:
-        running.append(_crew().submit(_with_threads, threads, job))
-        if not at_once:
-            running[-1].result()
-    wait(running)
-    return [each.result() for each in running]
+    most = torch.get_num_threads()
+    threads = max(1, most // len(jobs))
+    crew = _crew(most)
+    running: list[Future[T]] = []
+    try:
+        for job in jobs:
+            running.append(crew.submit(_with_threads, threads, job))
+            if not at_once:
+                running[-1].result()
+        wait(running)
+        return list(map(Future.result, running))
+    finally:
+        wait(running)
+        # An error holds this frame: what its strand held must not be held by way of the future.
+        running.clear()
+        # Threads to come take over the number that was set last.
+        torch.set_num_threads(most)
 
 
 @cache
-def _crew() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="strand")
+def _crew(size: int) -> ThreadPoolExecutor:
+    """All started: a thread that cannot be would leave a strand without anybody to wait for it."""
+    crew = ThreadPoolExecutor(size, thread_name_prefix="strand")
+    meeting = Barrier(size)
+    for met in [crew.submit(meeting.wait, _START_S) for _ in range(size)]:
+        met.result()
+    return crew
 
 
 def _with_threads(threads: int, job: Callable[[], T]) -> T:

@@ -57,7 +57,7 @@ def documents(work: Pass) -> list[tuple[int, int, list[int], list[int], list[int
 
 @given(
     st.lists(st.lists(st.integers(1, CONTEXT), min_size=1, max_size=8), min_size=1, max_size=8),
-    st.integers(1, 5),
+    st.integers(1, 16),
 )
 def test_every_document_is_in_one_part_and_none_is_lopsided(calls, most):
     work = whole([batch_of(lengths) for lengths in calls])
@@ -85,6 +85,7 @@ def test_every_document_is_in_one_part_and_none_is_lopsided(calls, most):
         ([64] * 6, 4, [128] * 3),  # four would wait for two of them
         ([64, 8, 8], 2, [80]),
         ([64], 4, [64]),
+        ([64] * 7, 8, [64] * 7),  # eight would leave one empty
     ],
 )
 def test_as_many_parts_as_can_be_of_like_size(lengths, most, sizes):
