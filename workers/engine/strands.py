@@ -26,8 +26,10 @@ from workers.engine.scoring import PortionLoss
 T = TypeVar("T")
 
 _LEAST_TOKENS = 192
-"""Of a strand."""
+"""Of a strand: with fewer, two at once take as long as all threads for one operation after the
+other, and more CPU time (docs/benchmarks.md)."""
 _START_S = 60.0
+"""Until all threads of a crew have begun."""
 
 
 def compute_in_strands(
