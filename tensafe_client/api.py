@@ -98,7 +98,7 @@ class Api:
         if request.config.dp.HasField("target_epsilon"):
             limit_s += _ACCOUNTING_S
         response = await self._session.call(stubs.training.CreateRun, request, timeout_s=limit_s)
-        return RunInfo.from_proto(response.run), self._session.sequence(response.run)
+        return RunInfo.from_proto(response.run), self._session.operations.sequence(response.run)
 
     async def attach_run(self, run_id: str) -> tuple[RunInfo, RunSequence]:
         """Asks for a run's next seq."""
@@ -106,7 +106,7 @@ class Api:
         request = training_pb2.AttachRunRequest(run_id=check_string("run_id", run_id))
         await self._session.answered(run_id)
         response = await self._session.call(stubs.training.AttachRun, request)
-        return RunInfo.from_proto(response.run), self._session.sequence(response.run)
+        return RunInfo.from_proto(response.run), self._session.operations.sequence(response.run)
 
     async def run(self, run_id: str) -> RunInfo:
         """Reads a run."""
@@ -179,7 +179,7 @@ class Api:
         operation = await self._get_operation(operation_id)
         future = OperationFuture._rebuild(self._session, operation)
         if not future.done():
-            self._session.follow(future)
+            self._session.operations.follow(future)
             self._session.spawn(self._session.wait_for(future, operation_id))
         return future
 

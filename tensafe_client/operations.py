@@ -387,4 +387,4 @@ class RunOperations:
         return info
 
     def _pending(self) -> bool:
-        return self._session.has_pending(self.run_id)
+        return self._session.operations.has_pending(self.run_id)

@@ -109,7 +109,7 @@ class Submitter:
                     self._unsure.update(id(submission.future) for submission in batch)
                     raise
                 finally:
-                    self._session.batch_answered()
+                    self._session.operations.batch_answered()
                     self._sending = None
                     self._progress.set()
 
@@ -165,19 +165,19 @@ class Submitter:
             unsure = calls > 1 or id(future) in self._unsure
             self._unsure.discard(id(future))
             if outcome.repeated and not unsure and future.seq:
-                self._session.overtaken(future, _taken(future))
+                self._session.operations.overtaken(future, _taken(future))
                 continue
             if not outcome.HasField("error"):
-                self._session.accepted(future, outcome)
+                self._session.operations.accepted(future, outcome)
                 continue
             error = from_status(outcome.error)
             if isinstance(error, SequenceConflictError):
-                self._session.overtaken(future, error)
-            elif asks_for_retry(error) and not self._session.is_behind_lost(future):
+                self._session.operations.overtaken(future, error)
+            elif asks_for_retry(error) and not self._session.operations.is_behind_lost(future):
                 again.append(submission)
                 delay_s = max(delay_s or 0.0, error.retry_delay_s or 0.0)
             else:
-                self._session.refused(future, outcome.operation_id, error)
+                self._session.operations.refused(future, outcome.operation_id, error)
         taken = len(batch) - len(again)
         if taken:
             self._backoff.reset()
@@ -214,9 +214,9 @@ class Submitter:
 
     def _fail(self, batch: list[Submission], error: TenSafeError) -> None:
         for run_id in {one.future.run_id for one in batch if one.future.seq}:
-            self._session.lost(run_id, error)
+            self._session.operations.run_lost(run_id, error)
         for submission in batch:
-            self._session.refused(submission.future, "", error)
+            self._session.operations.refused(submission.future, "", error)
 
 
 def _taken(future: OperationFuture[Any]) -> SequenceConflictError:

@@ -101,7 +101,7 @@ async def drawn(
         TenSafeError: what the operation failed with.
         SampleDivergedError: it was executed again and came out differently.
     """
-    operation_id = await session.identified(future)
+    operation_id = await session.operations.identified(future)
     if operation_id is None:
         future.check()
         return
@@ -119,7 +119,7 @@ async def drawn(
                 if fresh:
                     yield fresh
                 if response.HasField("operation"):
-                    session.ended(future, response.operation)
+                    session.operations.ended(future, response.operation)
                     future.check()
                     received.check(response.operation.result.sample)
                     return

@@ -15,6 +15,7 @@ import grpc
 from tensafe.v1 import operations_pb2 as pb
 from tensafe_client.backoff import Backoff
 from tensafe_client.errors import ClientClosedError, TenSafeError, from_rpc_error, unexpected
+from tensafe_client.inquiry import Inquiry
 
 if TYPE_CHECKING:
     from tensafe_client.session import Session
@@ -33,8 +34,9 @@ _PERMANENT = frozenset(
 class Watcher:
     """Keeps the stream up and hands what it brings to the session."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, inquiry: Inquiry) -> None:
         self._session = session
+        self._inquiry = inquiry
         self._cursor: int | None = None
         self._lost_place = False
         self._server = 0  # `first_cursor` of the server that has what it accepted, as it has said
@@ -101,7 +103,7 @@ class Watcher:
                     self._changed.set()
                 for event in response.events:
                     if event.WhichOneof("event") == "operation":
-                        self._session.finished(event.operation)
+                        self._session.operations.finished(event.operation)
                 if self._lost_place or response.first_cursor != self._server:
                     await self._make_sure(response.first_cursor)
                 backoff.reset()
@@ -111,7 +113,7 @@ class Watcher:
     async def _make_sure(self, server: int) -> None:
         """Asks for what this stream may not tell of."""
         if self._lost_place:
-            await self._session.reconcile()
+            await self._inquiry.reconcile()
         elif self._server:
-            await self._session.find_lost()
+            await self._inquiry.find_lost()
         self._lost_place, self._server = False, server

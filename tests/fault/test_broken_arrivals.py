@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet.reception import Reception

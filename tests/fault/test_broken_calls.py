@@ -7,8 +7,8 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.test_slow_commits import busy_disk
 
 from tensafe_server.operations.runs import RunBook

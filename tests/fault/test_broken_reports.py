@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from fault.order_moves import UPDATE, outcomes, submit
 from fault.order_world import World, forward_backward
-from fault.test_order_moves import UPDATE, outcomes, submit
 
 from tensafe.v1 import worker_pb2 as pb
 from tensafe_server.api.worker import WorkerServicer

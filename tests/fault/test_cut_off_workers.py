@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 
 @pytest.fixture

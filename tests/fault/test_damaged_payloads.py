@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World, forward_backward, sample
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 from tensafe.v1 import training_pb2 as training
 from tensafe.wire.status import TenSafeFault

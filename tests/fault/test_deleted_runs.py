@@ -5,8 +5,8 @@ from __future__ import annotations
 from unittest.mock import AsyncMock
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from fault.order_world import World, sample
-from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
 from tensafe.v1.training_pb2 import RUN_STATUS_DELETED
 from tensafe.v1.worker_pb2 import OperationStarted, Report

@@ -6,8 +6,8 @@ import errno
 from collections.abc import Iterator
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World, sample
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 
 from tensafe.v1 import operations_pb2 as ops
 from tensafe.v1 import training_pb2 as training

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World, forward_backward, sample
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 from google.rpc.status_pb2 import Status
 
 from tensafe.v1 import training_pb2 as training

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from fault.order_world import World, sample
 from fault.test_deleted_runs import held
-from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
 
 @pytest.fixture

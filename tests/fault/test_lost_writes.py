@@ -10,8 +10,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, flow, submit
 from fault.order_world import TENANT, World
-from fault.test_order_moves import GRADIENT, UPDATE, flow, submit
 from harness.cluster import Cluster
 from harness.faulty_disk import SMALL, check_log, serving, steps
 
@@ -166,4 +166,4 @@ def _copy(cluster: Cluster, home: Path) -> Path:
 
 def _wait_acknowledged(future: OperationFuture) -> None:
     session = future._session
-    assert session.io.run(session.identified(future))
+    assert session.io.run(session.operations.identified(future))

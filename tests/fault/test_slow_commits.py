@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
 from tensafe_server.operations.model import PendingOperation
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, flow, outcomes, submit
 
 from tensafe.wire.status import TenSafeFault
 from tensafe_server.fleet import dispatcher

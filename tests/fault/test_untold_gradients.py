@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from fault.order_moves import GRADIENT, UPDATE, outcomes, submit
 from fault.order_world import World
-from fault.test_order_moves import GRADIENT, UPDATE, outcomes, submit
 from google.rpc.status_pb2 import Status
 
 from tensafe_server.fleet import dispatcher

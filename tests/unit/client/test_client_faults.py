@@ -23,6 +23,7 @@ from tensafe_client import (
     TrainingClient,
 )
 from tensafe_client.cli.output import to_jsonable
+from tensafe_client.open_operations import OpenOperations
 from tensafe_client.results import to_dict
 from tensafe_client.session import Session
 
@@ -122,13 +123,13 @@ def test_an_unexpected_error_of_the_watcher(
     server: FakeCoordinator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(_self: Session, _operation: Any) -> None:
+    def broken(_self: OpenOperations, _operation: Any) -> None:
         raise RuntimeError("a bug")
 
     server.hold = True
     open_one = tc.optim_step()
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "finished", broken)
+        patch.setattr(OpenOperations, "finished", broken)
         server.hold = False
         with pytest.raises(TenSafeError, match="a bug"):
             tc.optim_step().result(timeout=20)

@@ -102,7 +102,7 @@ def test_a_sample_that_is_lost(client: ServiceClient, server: FakeCoordinator) -
     server.hold = True
     lost = client.sample_async("a", model="m")
     session = lost._session
-    assert session.io.run(session.identified(lost))
+    assert session.io.run(session.operations.identified(lost))
     server.stop()
     server.forget(1)
     server.start()
@@ -115,7 +115,7 @@ def test_many_are_asked_for_at_once(client: ServiceClient, server: FakeCoordinat
     server.hold = True
     samples = [client.sample_async("a", model="m") for _ in range(2)]
     session = samples[0]._session
-    assert all(session.io.run(session.identified(one)) for one in samples)
+    assert all(session.io.run(session.operations.identified(one)) for one in samples)
     server.stop()
     both, read = threading.Barrier(2), server.GetOperation
 
@@ -232,7 +232,7 @@ def test_who_waits_by_the_id_of_what_is_lost(tc: TrainingClient, server: FakeCoo
     server.hold = True
     _, lost = accepted(tc, 2)
     session = lost._session
-    operation_id = session.io.run(session.identified(lost))
+    operation_id = session.io.run(session.operations.identified(lost))
     assert operation_id
     with ServiceClient(f"127.0.0.1:{server.port}", api_key=API_KEY) as other:
         followed = other.future(operation_id)
