@@ -67,14 +67,16 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
 
 
 def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, list[float]]:
-    """Several runs, a row each: in one pass, one after the other, and by swapping in `peft`."""
+    """Several runs, a row each: in one pass, one after the other, and by swapping in `peft`; and as
+    if all rows were one run's."""
     cells: dict[str, list[float]] = {}
     peft_step = plain_loop(setting.plain(), setting.dropout, tenants)
     names = [f"run-{index}" for index in range(tenants)]
-    for name in names:
+    for name in (*names, "all"):
         setting.backend.open_run(name, setting.run_settings(), None)
     for length in lengths:
         rows = _tenants_rows(setting, tenants, length)
+        whole = make_rows([length] * tenants, 0.0, setting.vocabulary)
         cell = f"{tenants}x{length}"
         steps = {
             f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
@@ -82,9 +84,10 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
             f"{cell}/swapping": lambda rows=rows: peft_step(rows),
             f"{cell}/products": lambda rows=rows: _products(setting, rows),
             f"{cell}/products of one": lambda rows=rows: _products(setting, rows[:1]),
+            f"{cell}/one run's": lambda whole=whole: _in_turn(setting.backend, ["all"], [whole]),
         }
         _take_turns(steps, setting, cells)
-    for name in names:
+    for name in (*names, "all"):
         setting.backend.close_run(name)
     return cells
 
@@ -107,16 +110,14 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
             slower = cells.get(f"{cell}/plain") or cells[f"{cell}/in_turn"]
             found[f"{cell} bound by frozen products alone"] = _quotient(slower, seconds)
         elif who == "products of one":
-            # As if all else of the pass took no longer for all runs than for one.
-            in_turn, tenants = cells[f"{cell}/in_turn"], int(cell.partition("x")[0])
-            together = [
-                products + whole / tenants - own
-                for products, whole, own in zip(
-                    cells[f"{cell}/products"], in_turn, seconds, strict=True
-                )
-            ]
-            found[f"{cell} bound if a run more costs its products alone"] = _quotient(
-                in_turn, together
+            # Of an engine in which all else is free, in turn as well.
+            tenants = int(cell.partition("x")[0])
+            found[f"{cell} together/in_turn of frozen products alone"] = tenants * _quotient(
+                seconds, cells[f"{cell}/products"]
+            )
+        elif who == "one run's":
+            found[f"{cell} bound if the other adapters cost nothing"] = _quotient(
+                cells[f"{cell}/in_turn"], seconds
             )
     return found
 

@@ -83,6 +83,10 @@ class Adapter:
             self._gradients = self.pairs(self._gradient)
         return self._gradient
 
+    def cleared_gradient(self) -> Tensor:
+        """The same, zero now too."""
+        return self.gradient() if self._gradient is None else self._gradient.zero_()
+
     def release_gradient(self) -> Tensor | None:
         """Hands the gradient over: between calls a run holds none but its window's sum. None if
         nobody has asked for it."""

@@ -179,7 +179,7 @@ def _attempt(
     Args:
         frugal_tokens: passes of at least so many make their activations anew.
     """
-    gradients = [call.adapter.gradient().zero_() for call in calls] if mode.trains else []
+    gradients = [call.adapter.cleared_gradient() for call in calls] if mode.trains else []
     for call in calls:
         if call.private is not None:
             call.private.begin()
