@@ -78,6 +78,11 @@ class Backend(ABC):
     sample_tokens: int = 0
     instant: bool = False
 
+    @property
+    def thread_is_spoiled(self) -> bool:
+        """Whether the thread that asks had better call nothing more; another one may."""
+        return False
+
     @abstractmethod
     def models(self) -> Sequence[ModelCard]:
         """The base models that runs may be opened on."""

@@ -110,7 +110,7 @@ class Executor:
         self.snapshots = SnapshotKeeper(backend, self._runs, transfers)
         self._private = PrivateSteps(transfers, self._inbox.put)
         self._telling = Telling(backend, self._progress, self._private, self._give_up)
-        self._thread = threading.Thread(target=self._run, name="tensafe-executor", daemon=True)
+        self._thread = self._new_thread()
 
     # Called by the link.
 
@@ -125,7 +125,8 @@ class Executor:
         dropped: wait for `idle` first where that matters."""
         self._closing = True
         self._inbox.put(None)
-        self._thread.join()
+        while (thread := self._thread).is_alive():
+            thread.join()  # which another may have followed by then
         self._pass_count.tell()
         self.snapshots.close()
         self._private.close()
@@ -235,8 +236,17 @@ class Executor:
             log.critical("the executor has failed, and executes nothing more", exc_info=True)
             self._on_broken()
 
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="tensafe-executor", daemon=True)
+
     def _work(self) -> None:
         while self._fill():
+            if self._backend.thread_is_spoiled:
+                log.warning("a new thread executes what comes: this one has lacked memory")
+                following = self._new_thread()
+                following.start()
+                self._thread = following
+                return
             begin = time.perf_counter()
             trains = bool(self._agenda)
             if self._turns.training_is_next(trains=trains, samples=self._samples.busy):

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.engine_products import frozen_flops, frozen_products
+from benchmarks.engine_products import frozen_flops, frozen_products, product_inputs
 from benchmarks.engine_rows import MIXED, Rows, make_rows
 from tensafe.wire.status import TenSafeFault
 from workers.engine.engine import TorchBackend
@@ -58,7 +58,7 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
                 setting.backend, ["exact"], [rows]
             ),
             f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
-            f"one/{name}/products": lambda rows=rows: _products(setting, [rows]),
+            f"one/{name}/products": _products(setting, [rows]),
         }
         _take_turns(steps, setting, cells)
     for run in ("one", "exact"):
@@ -82,8 +82,8 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
             f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
             f"{cell}/in_turn": lambda rows=rows: _in_turn(setting.backend, names, rows),
             f"{cell}/swapping": lambda rows=rows: peft_step(rows),
-            f"{cell}/products": lambda rows=rows: _products(setting, rows),
-            f"{cell}/products of one": lambda rows=rows: _products(setting, rows[:1]),
+            f"{cell}/products": _products(setting, rows),
+            f"{cell}/products of one": _products(setting, rows[:1]),
             f"{cell}/one run's": lambda whole=whole: _in_turn(setting.backend, ["all"], [whole]),
         }
         _take_turns(steps, setting, cells)
@@ -168,8 +168,11 @@ def _tenants_rows(setting: Setting, tenants: int, length: int) -> list[Rows]:
     return [make_rows([length], 0.0, setting.vocabulary, seed) for seed in range(tenants)]
 
 
-def _products(setting: Setting, rows: list[Rows]) -> None:
-    frozen_products(setting.backend.base_model(setting.model), *_sizes(rows))
+def _products(setting: Setting, rows: list[Rows]) -> Step:
+    model = setting.backend.base_model(setting.model)
+    sizes = _sizes(rows)
+    inputs = product_inputs(model, *sizes)
+    return lambda: frozen_products(model, inputs, *sizes)
 
 
 def _flops(setting: Setting, rows: list[Rows]) -> float:

@@ -10,22 +10,34 @@ from torch.nn.functional import linear
 
 from workers.engine.base_model import BaseModel
 
+_Inputs = dict[tuple[int, int], Tensor]
+"""By rows and width."""
+
 _HEAD_ROWS = 256
 _RATE_ROWS_CPU, _RATE_ROWS_GPU, _RATE_ROUNDS = 1024, 16_384, 9
 
 
-def frozen_products(model: BaseModel, tokens: int, scored: int) -> None:
+def product_inputs(model: BaseModel, tokens: int, scored: int) -> _Inputs:
+    """What `frozen_products` multiplies: made before anything is timed."""
+    found: _Inputs = {}
+    for weight, rows in _products(model, tokens, scored):
+        for width in weight.shape:
+            if (rows, width) not in found:
+                found[rows, width] = _random(rows, width, weight)
+    return found
+
+
+def frozen_products(model: BaseModel, inputs: _Inputs, tokens: int, scored: int) -> None:
     """The products of one training step, forward and backward, and nothing else.
 
     Args:
+        inputs: from `product_inputs`, of the same sizes.
         tokens: that go through the layers.
         scored: that go through the head.
     """
-    inputs: dict[int, Tensor] = {}
-    for layer in model.layers.values():
-        _both(layer.weight, inputs, tokens)
-    for begin in range(0, scored, _HEAD_ROWS):
-        _both(model.head.weight, {}, min(_HEAD_ROWS, scored - begin))
+    for weight, rows in _products(model, tokens, scored):
+        linear(inputs[rows, weight.shape[1]], weight)
+        inputs[rows, weight.shape[0]] @ weight
 
 
 def frozen_flops(model: BaseModel, tokens: int, scored: int) -> float:
@@ -34,12 +46,13 @@ def frozen_flops(model: BaseModel, tokens: int, scored: int) -> float:
     return 4.0 * (layers * tokens + model.head.weight.numel() * scored)
 
 
-def _both(weight_OK: Tensor, inputs: dict[int, Tensor], rows: int) -> None:  # noqa: N803
-    for width in weight_OK.shape:
-        if width not in inputs:
-            inputs[width] = _random(rows, width, weight_OK)
-    linear(inputs[weight_OK.shape[1]], weight_OK)
-    inputs[weight_OK.shape[0]] @ weight_OK
+def _products(model: BaseModel, tokens: int, scored: int) -> list[tuple[Tensor, int]]:
+    """Weights, and the rows that they are multiplied with."""
+    head = [min(_HEAD_ROWS, scored - begin) for begin in range(0, scored, _HEAD_ROWS)]
+    return [
+        *((layer.weight, tokens) for layer in model.layers.values()),
+        *((model.head.weight, rows) for rows in head),
+    ]
 
 
 def gigaflops(model: BaseModel, clock: Callable[[], float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from parity.group_members import SGD
 from parity.peft_reference import PlainPeft
 from parity.tiny_runs import (
     TARGETS,
@@ -18,7 +19,7 @@ from parity.tiny_runs import (
 )
 
 from workers.engine.engine import TorchBackend
-from workers.operations import StepRequest
+from workers.operations import Reduction, StepRequest
 
 
 @pytest.mark.parametrize("budget", [16, 10_000])
@@ -65,6 +66,25 @@ def test_the_gradients_norm_does_not_depend_on_the_size_of_weights(base, weight)
         request.batch.weights = np.full(len(request.batch.input_tokens), scale, np.float32)
         norms.append(metric(backend.forward_backward("run", 1, request), "grad_norm"))
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [1e-25, 1e20])
+def test_such_a_gradient_is_applied_and_clipped_all_the_same(base, weight):
+    clip = 1.0 if weight > 1 else 1e-30
+    backend = TorchBackend([base])
+    plain = SGD | {"momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}
+    backend.open_run("run", settings(optimizer=plain | {"grad_clip_norm": clip}), None)
+    perturb(backend, "run")
+    before = backend._runs["run"].adapter.weights.detach().clone()
+    request = request_of(rows_of(3, [5, 9]), reduction=Reduction.SUM)
+    request.batch.weights = np.full(len(request.batch.input_tokens), weight, np.float32)
+    norm = metric(backend.forward_backward("run", 1, request), "grad_norm")
+    outcome = backend.optim_step("run", StepRequest())
+    assert outcome.applied
+    assert outcome.grad_norm == pytest.approx(norm, rel=1e-3)
+    if weight > 1:
+        moved = (backend._runs["run"].adapter.weights.detach() - before).norm().item()
+        assert moved == pytest.approx(clip, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ class TokenBudget:
 
     It grows by half after 32 passes that filled most of it and fitted, up to what it began with. To
     come to a size that has failed it waits for twice as many each time that it fails again, up to
-    4,096: so few passes are lost to trying.
+    4,096: so few passes are lost to trying. In the same way it is tried whether what could not be
+    cut fits again without making its activations anew.
 
     Args:
         tokens: to begin with, and at most.
@@ -28,6 +29,7 @@ class TokenBudget:
     Attributes:
         fixed: what deterministic runs use. It is the same on every machine, so that how their
             batches are cut depends on the batches alone.
+        frugal: passes of at least so many tokens make their activations anew.
     """
 
     fixed = 2048
@@ -38,6 +40,14 @@ class TokenBudget:
         self._failed: float = math.inf  # the size that failed last
         self._patience = _PATIENCE  # before that size is tried again
         self._fitted = 0
+        self.frugal: float = math.inf
+        self._frugal_patience = _PATIENCE
+        self._frugal_passes = 0
+
+    @property
+    def together(self) -> int:
+        """Most tokens of several rows: less than what makes its activations anew."""
+        return max(1, int(min(self.tokens, self.frugal - 1)))
 
     def trial(self) -> TokenBudget:
         """A copy, to be halved while it is not known whether any size would do."""
@@ -56,6 +66,19 @@ class TokenBudget:
         self.tokens = max(1, failed // 2)
         self._fitted = 0
         log.warning("out of memory; trying passes of up to %d tokens", self.tokens)
+
+    def spare(self, used: int) -> None:
+        """After a pass of `used` tokens that cannot be cut did not fit."""
+        if math.isinf(self.frugal) and self._frugal_passes:  # it was tried again
+            self._frugal_patience = min(_LONGEST_PATIENCE, 2 * self._frugal_patience)
+        self.frugal, self._frugal_passes = used, 0
+        log.warning("out of memory; passes from %d tokens on make their activations anew", used)
+
+    def spared(self, passes: int) -> None:
+        """After so many passes that made their activations anew."""
+        self._frugal_passes += passes
+        if self._frugal_passes >= self._frugal_patience:
+            self.frugal = math.inf
 
     def fitted(self, passes: Iterable[int]) -> None:
         """After training passes of so many tokens each have fitted."""

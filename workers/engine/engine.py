@@ -22,7 +22,7 @@ from workers.engine.budget import TokenBudget
 from workers.engine.cards import model_card
 from workers.engine.graphs.graphs import graphs_of
 from workers.engine.measuring import free_bytes, measure_budget, token_bytes
-from workers.engine.memory import memory_faults
+from workers.engine.memory import memory_faults, thread_is_spoiled
 from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
 from workers.engine.privacy.noise import NoiseThread
@@ -108,6 +108,10 @@ class TorchBackend(Backend):
         )
         self.sample_tokens = self._sampler.tokens
         self._noise = NoiseThread()
+
+    @property
+    def thread_is_spoiled(self) -> bool:
+        return thread_is_spoiled()
 
     def models(self) -> Sequence[ModelCard]:
         return self._cards

@@ -142,18 +142,20 @@ def _fitting(
     """
     batches = [call.batch for call in calls]
     trial = budget.trial()
-    frugal_tokens = math.inf
     while True:
-        passes = cut(batches, trial.fixed if mode.deterministic else trial.tokens)
+        passes = cut(batches, trial.fixed if mode.deterministic else trial.together)
         try:
             with memory_faults("pass"):
-                found = _attempt(model, calls, passes, mode, frugal_tokens)
+                found = _attempt(model, calls, passes, mode, trial.frugal)
         except LossFunctionError as error:
             return _loss_failed(calls, error)
         if not isinstance(found, Pass):
-            if mode.trains and not mode.deterministic:
-                sizes = (len(work.ids) for work in passes)
-                trial.fitted(size for size in sizes if size < frugal_tokens)
+            if mode.trains:
+                sizes = [len(work.ids) for work in passes]
+                plain = [size for size in sizes if size < trial.frugal]
+                trial.spared(len(sizes) - len(plain))
+                if not mode.deterministic:
+                    trial.fitted(plain)
             budget.adopt(trial)
             return found
         # Nothing was counted yet: the next attempt begins with gradients of zero.
@@ -161,8 +163,8 @@ def _fitting(
         tokens = len(found.ids)
         if not found.is_one_unit and not mode.deterministic:
             trial.halve(tokens)
-        elif mode.trains and tokens < frugal_tokens:
-            frugal_tokens = tokens
+        elif mode.trains and tokens < trial.frugal:
+            trial.spare(tokens)
         else:
             return _too_large(found)
 

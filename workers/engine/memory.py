@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -21,7 +22,27 @@ class Spare(Protocol):
 
 _spare: WeakSet[Spare] = WeakSet()
 
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+_SIGNS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+)
+_ONEDNN_SIGNS = (
+    "could not create a memory",
+    "could not create a primitive",
+    "could not execute a primitive",
+)
+"""It does not say why: memory for its buffers or for a primitive's code."""
+
+
+class _Thread(threading.local):
+    """Of each thread of Python's: whether oneDNN has lacked memory in it."""
+
+    spoiled: bool = False
+
+
+_thread = _Thread()
 
 
 def can_spare(one: Spare) -> None:
@@ -65,4 +86,16 @@ def is_memory_error(error: BaseException) -> bool:
     """Whether an allocator raised it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(sign in str(error) for sign in _ONEDNN_SIGNS):
+        _thread.spoiled = True
+        return True
+    return any(sign in str(error) for sign in _SIGNS)
+
+
+def thread_is_spoiled() -> bool:
+    """Whether this thread had better compute nothing more. What generates oneDNN's code keeps a
+    thread's first error, lack of memory too, and gives that thread no primitive for another shape
+    ever again; another thread gets them."""
+    return _thread.spoiled

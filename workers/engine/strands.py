@@ -19,6 +19,7 @@ from torch import Tensor
 from workers.engine.base_model import BaseModel
 from workers.engine.computing import compute
 from workers.engine.kernels import fused, in_use
+from workers.engine.memory import thread_is_spoiled
 from workers.engine.parting import parted
 from workers.engine.passes import Call, Pass
 from workers.engine.scoring import PortionLoss
@@ -59,7 +60,7 @@ def compute_in_strands(
         if _may_be_parted(model, own):
             parts = parted([call.batch for call in calls], work, _worthy(len(work.ids)))
         run = partial(compute, model, calls, trains=trains, drops=drops, frugal=frugal, exact=exact)
-        if len(parts) == 1:
+        if len(parts) == 1 and not (model.device == "cpu" and thread_is_spoiled()):
             return [(work, run(work))]
         asides = _asides(calls, parts) if trains else [{} for _ in parts]
         found = _side_by_side(
@@ -121,6 +122,11 @@ def _side_by_side(jobs: Sequence[Callable[[], T]], *, at_once: bool = True) -> l
                 running[-1].result()
         wait(running)
         return list(map(Future.result, running))
+    except BaseException:
+        # For want of memory its threads may be spoiled.
+        _crew.cache_clear()
+        crew.shutdown(wait=False)
+        raise
     finally:
         wait(running)
         # An error holds this frame: what its strand held must not be held by way of the future.
@@ -131,11 +137,20 @@ def _side_by_side(jobs: Sequence[Callable[[], T]], *, at_once: bool = True) -> l
 
 @cache
 def _crew(size: int) -> ThreadPoolExecutor:
-    """All started: a thread that cannot be would leave a strand without anybody to wait for it."""
+    """All started: a thread that cannot be would leave a strand without anybody to wait for it.
+
+    Raises:
+        MemoryError: one cannot be; it is mostly for want of memory for its stack.
+    """
     crew = ThreadPoolExecutor(size, thread_name_prefix="strand")
     meeting = Barrier(size)
-    for met in [crew.submit(meeting.wait, _START_S) for _ in range(size)]:
-        met.result()
+    try:
+        for met in [crew.submit(meeting.wait, _START_S) for _ in range(size)]:
+            met.result()
+    except RuntimeError as error:
+        meeting.abort()
+        crew.shutdown()
+        raise MemoryError(f"{size} threads for the strands of a pass: {error}") from error
     return crew
 
 

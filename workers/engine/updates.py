@@ -19,6 +19,9 @@ from workers.operations import Metric, PrivateRelease, StepOutcome, StepRequest
 from workers.releases import check_charged, released_update
 from workers.window import ClosedWindow
 
+_LEAST_NORM = 1e-15
+"""Below it float32's squares may be 0."""
+
 
 @dataclass(slots=True)
 class _Closing:
@@ -125,7 +128,7 @@ def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
             each.gradient /= each.window.divisor
         else:
             each.release = each.run.private.privatize(each.gradient, each.run.window.step)
-    norms = torch.stack(torch._foreach_norm([each.gradient for each in closing])).tolist()
+    norms = _norms([each.gradient for each in closing])
     applied = [False] * len(closing)
     members, updates = [], []
     for index, (each, norm) in enumerate(zip(closing, norms, strict=True)):
@@ -138,6 +141,17 @@ def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
     for index, done in zip(members, step(updates) if updates else [], strict=True):
         applied[index] = done
     return norms, applied
+
+
+def _norms(gradients: Sequence[Tensor]) -> list[float]:
+    """One transfer from the device, unless one is infinite for its squares alone, or 0."""
+    found: list[float] = torch.stack(torch._foreach_norm(gradients)).tolist()
+    return [
+        norm
+        if math.isfinite(norm) and norm > _LEAST_NORM
+        else float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+        for norm, gradient in zip(found, gradients, strict=True)
+    ]
 
 
 def _non_finite(norm: float) -> TenSafeFault:

@@ -491,3 +491,26 @@ def test_leaving_finishes_what_runs_then_flushes_and_begins_nothing_more(gated, 
     assert [run.last_seq for run in executor.held_runs()] == [1]
     assert transfers.snapshots == [("run-1", 1, 1, 0)]
     assert list(gated.done) == [operations[0].operation_id]
+
+
+def test_a_thread_that_has_lacked_memory_hands_over_to_another(transfers):
+    threads: list[threading.Thread] = []
+
+    class SpoilingBackend(MockBackend):
+        @property
+        def thread_is_spoiled(self) -> bool:
+            return threads.count(threading.current_thread()) == 2
+
+        def forward_backward(self, run_id, seq, request):
+            threads.append(threading.current_thread())
+            return super().forward_backward(run_id, seq, request)
+
+    driver = Driver(SpoilingBackend(), transfers)
+    for seq in range(1, 6):
+        (done,) = driver.run(operation(seq, **forward_backward()), runs=[assignment()])
+        assert not done.HasField("error")
+    first, second, third = threads[0], threads[2], threads[4]
+    assert threads == [first, first, second, second, third]
+    assert len({first, second, third}) == 3
+    driver.executor.close()
+    assert not any(thread.is_alive() for thread in threads)
