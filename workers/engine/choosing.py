@@ -17,7 +17,7 @@ _ROUNDS = 5
 def choose_product(model: BaseModel) -> Product:
     """The fastest on a GPU, measured; the plain loop on a CPU.
 
-    On CPUs the loop was as fast as the others or faster for 1 to 32 segments of 16 to 256 tokens
+    On CPUs the loop was the fastest or nearly so, unless many segments are of one length and rank
     (docs/benchmarks.md), and a measurement there would measure who else is at work.
     """
     if model.device == "cpu":

@@ -143,7 +143,7 @@ def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
     return norms, applied
 
 
-def _norms(gradients: Sequence[Tensor]) -> list[float]:
+def _norms(gradients: list[Tensor]) -> list[float]:
     """One transfer from the device, unless one is infinite for its squares alone, or 0."""
     found: list[float] = torch.stack(torch._foreach_norm(gradients)).tolist()
     return [
