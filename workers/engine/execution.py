@@ -142,6 +142,7 @@ def _fitting(
     """
     batches = [call.batch for call in calls]
     trial = budget.trial()
+    given_back = False
     while True:
         passes = cut(batches, trial.fixed if mode.deterministic else trial.together)
         try:
@@ -165,6 +166,8 @@ def _fitting(
             trial.halve(tokens)
         elif mode.trains and tokens < trial.frugal:
             trial.spare(tokens)
+        elif mode.trains and tokens >= budget.frugal and not given_back:
+            given_back = True  # by now, and this was its first attempt
         else:
             return _too_large(found)
 
