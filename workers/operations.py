@@ -54,6 +54,16 @@ class OptimizerSettings:
     momentum: float | None = None
     grad_clip_norm: float | None = None
 
+    def adam(self) -> tuple[float, float, float]:
+        """β1, β2 and ε.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        if self.beta1 is None or self.beta2 is None or self.eps is None:
+            raise ValueError(f"{self.name} needs beta1, beta2 and eps")
+        return self.beta1, self.beta2, self.eps
+
 
 class PrivateMetrics(StrEnum):
     """What a private run tells its owner."""

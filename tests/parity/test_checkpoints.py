@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from parity.tiny_runs import hf_batch, metric, request_of, rows_of, settings, tiny_llama
+from safetensors.torch import load_file, save_file
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.engine import TorchBackend
@@ -156,6 +157,39 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(base, tmp_path, other,
     assert torch.equal(backend._runs["other"].adapter.weights, before)
     train(backend, "other", range(1))
     assert backend._runs["other"].window.step == 1
+
+
+@pytest.mark.parametrize(
+    ("moment", "value", "says"),
+    [
+        ("exp_avg", float("nan"), "its exp_avg holds NaN or infinite"),
+        ("exp_avg_sq", float("inf"), "its exp_avg_sq holds NaN or infinite"),
+        ("exp_avg_sq", -1e-3, "its exp_avg_sq holds negative"),
+        ("step", -1.0, "its step holds negative"),
+    ],
+)
+def test_moments_that_no_update_can_have_made_are_refused(base, tmp_path, moment, value, says):
+    backend = TorchBackend([base])
+    backend.open_run("run", settings(), None)
+    train(backend, "run", range(2))
+    backend.save_state("run", tmp_path, include_optimizer=True)
+    path = tmp_path / "optimizer.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.partition(".")[0] == moment)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, path)
+    weights = backend._runs["run"].adapter.weights.detach().clone()
+    train(backend, "run", range(2, 3))
+    before = {name: each.clone() for name, each in backend._runs["run"].optimizer.state().items()}
+    assert not torch.equal(backend._runs["run"].adapter.weights, weights)
+    with pytest.raises(TenSafeFault, match=says) as caught:
+        backend.load_state("run", tmp_path, None)
+    assert caught.value.detail.reason == "ARTIFACT_MISMATCH"
+    assert backend._runs["run"].window.step == 3
+    for name, each in backend._runs["run"].optimizer.state().items():
+        assert torch.equal(each, before[name])
+    assert backend.load_state("run", tmp_path, False).step == 3
+    assert torch.equal(backend._runs["run"].adapter.weights, weights)
 
 
 def test_optimizer_that_was_not_saved_is_refused_when_asked_for(base, tmp_path):

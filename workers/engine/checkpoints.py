@@ -32,6 +32,7 @@ STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 ACCUMULATOR_FILE = "accumulator.safetensors"
 _FORMAT = "tensafe-run-1"
+_WEIGHTS_ALONE = "; include_optimizer=False loads the weights alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +184,8 @@ def _load_rest(run: Run, directory: Path, state: dict[str, Any]) -> None:
     saved = state["run"]["optimizer"]["name"]
     if saved != run.settings.optimizer.name:
         raise _mismatch(
-            f"its optimizer is {saved} and the run's is {run.settings.optimizer.name}; "
-            "include_optimizer=False loads the weights alone"
+            f"its optimizer is {saved} and the run's is {run.settings.optimizer.name}"
+            f"{_WEIGHTS_ALONE}"
         )
     moments = _split_moments(run.adapter, load_file(directory / OPTIMIZER_FILE))
     path = directory / ACCUMULATOR_FILE
@@ -225,7 +226,18 @@ def _split_moments(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Te
             grouped.setdefault(moment, {})[key] = tensor
         else:
             moments[moment] = tensor
-    return moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
+    found = moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
+    _check_moments(found)
+    return found
+
+
+def _check_moments(moments: dict[str, Tensor]) -> None:
+    """Updates rely on it, and look at nothing afterwards."""
+    for name, value in moments.items():
+        if not torch.isfinite(value).all():
+            raise _mismatch(f"its {name} holds NaN or infinite numbers{_WEIGHTS_ALONE}")
+        if name in ("exp_avg_sq", "step") and (value < 0).any():
+            raise _mismatch(f"its {name} holds negative numbers{_WEIGHTS_ALONE}")
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

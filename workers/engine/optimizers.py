@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +11,11 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine.undo import copies
+from workers.engine.bounds import Bounds, after, norms
 from workers.operations import OptimizerSettings
 
-_WEIGHTS = "weights"
+Moments = dict[str, Tensor]
+"""By torch's names: vectors [P], and counters []."""
 
 
 class RunOptimizer:
@@ -36,143 +35,156 @@ class RunOptimizer:
             )
         self.settings = settings
         self.weights = weights
-        self._state: dict[str, Tensor] = {}
+        self._state: Moments = {}
+        self._bounds: Bounds | None = None
+        self._bounds_of = 0
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Moments:
         """Moments [P] and counters [] by torch's names; empty before the first update."""
         return dict(self._state)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Moments) -> None:
         """Takes over what `state` gave."""
         device = self.weights.device
         self._state = {name: value.to(device, copy=True) for name, value in state.items()}
+        self._bounds = None
 
-    @torch.no_grad()
-    def take_back(self, before: Mapping[str, Tensor]) -> None:
-        """Makes weights and state what they were when they were copied. It takes no memory: that
-        may be what the update was short of."""
-        for name in self._state.keys() - before.keys():
-            del self._state[name]
-        for name, value in (*self._state.items(), (_WEIGHTS, self.weights)):
-            value.copy_(before[name])
+    def bounds(self, *, anew: bool = False) -> Bounds:
+        """Of its numbers; they are looked at if anybody else has changed them, or if asked to."""
+        if anew or self._bounds is None or self._bounds_of != self.weights._version:
+            names = "exp_avg", "momentum_buffer", "exp_avg_sq"
+            vectors = [self._state[name] for name in names if name in self._state]
+            self._bounds = Bounds(*norms([self.weights.detach(), *vectors]))
+            self._bounds_of = self.weights._version
+        return self._bounds
+
+    def stepped(self, moments: Moments, bounds: Bounds) -> None:
+        """An update was applied to the weights and to these, after which the bounds hold."""
+        self._state = moments
+        self._bounds, self._bounds_of = bounds, self.weights._version
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One run's update: gradient [P], already divided and clipped."""
+    """One run's update.
+
+    Attributes:
+        gradient: [P], already divided and clipped.
+        norm: its L2 norm, finite.
+    """
 
     optimizer: RunOptimizer
     gradient: Tensor
+    norm: float
     learning_rate: float
     weight_decay: float
 
 
 @torch.no_grad()
 def step(updates: Sequence[Update]) -> list[bool]:
-    """Applies each update whose numbers are all finite in its type; equal options step as one.
+    """Applies each update of which no number can become NaN or infinite; equal options step as one.
 
     Returns:
-        Which were applied; the others' weights and state are what they were, as are all after an
-        exception.
+        Which were applied; the others' weights and state are untouched, as are all after an
+        exception for want of memory.
     """
-    # An optimizer's options can be finite and still overflow, so only the result tells.
-    before = copies([_tensors(update.optimizer) for update in updates])
-    applied = [False] * len(updates)
-    try:
-        for members in _alike(updates):
-            own = members[0].optimizer.settings
-            _STEPS[own.name](members)
-        applied = _finite(updates)
-    finally:
-        for update, done, was in zip(updates, applied, before, strict=True):
-            if not done:
-                update.optimizer.take_back(was)
-    return applied
+    reached = [_reached(update) for update in updates]
+    # All the memory that it takes; kernels write in place.
+    moments = [
+        {} if bounds is None else _moments(update.optimizer)
+        for update, bounds in zip(updates, reached, strict=True)
+    ]
+    for members in _alike(updates, [bounds is not None for bounds in reached]):
+        name = updates[members[0]].optimizer.settings.name
+        _STEPS[name]([updates[at] for at in members], [moments[at] for at in members])
+    for update, own, bounds in zip(updates, moments, reached, strict=True):
+        if bounds is not None:
+            update.optimizer.stepped(own, bounds)
+    return [bounds is not None for bounds in reached]
 
 
-def _tensors(optimizer: RunOptimizer) -> dict[str, Tensor]:
-    return {_WEIGHTS: optimizer.weights.detach(), **optimizer.state()}
+def _reached(update: Update) -> Bounds | None:
+    """None if it may be too large. Bounds widen with each update, so that one may be too large by
+    them that is not by the numbers as they are."""
+    optimizer = update.optimizer
+    for anew in (False, True):
+        found = after(
+            optimizer.bounds(anew=anew),
+            optimizer.settings,
+            optimizer.weights.dtype,
+            gradient=update.norm,
+            rate=update.learning_rate,
+            decay=update.weight_decay,
+        )
+        if found is not None:
+            return found
+    return None
 
 
-def _alike(updates: Sequence[Update]) -> list[list[Update]]:
-    """Updates that one call of a fused kernel can make."""
-    groups: dict[Hashable, list[Update]] = {}
-    for update in updates:
+def _moments(optimizer: RunOptimizer) -> Moments:
+    """As they are; before the first update zero."""
+    weights, own = optimizer.weights, optimizer.settings
+    found = optimizer.state()
+    if found:
+        return found
+    if own.name == "sgd":
+        names = ["momentum_buffer"] if own.momentum else []
+    else:
+        found["step"] = torch.zeros((), device=weights.device)
+        names = ["exp_avg", "exp_avg_sq"]
+    return found | {name: torch.zeros_like(weights, requires_grad=False) for name in names}
+
+
+def _alike(updates: Sequence[Update], fit: Sequence[bool]) -> list[list[int]]:
+    """Those that fit, by what one call of a fused kernel can make."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, update in enumerate(updates):
         own = update.optimizer.settings
-        # SGD's first step makes its momentum, which is all tensors' or none's.
-        fresh = not update.optimizer.state()
-        options = (own.name, own.beta1, own.beta2, own.eps, own.momentum, fresh)
-        groups.setdefault((*options, update.learning_rate, update.weight_decay), []).append(update)
+        options = (own.name, own.beta1, own.beta2, own.eps, own.momentum)
+        if fit[index]:
+            key = (*options, update.learning_rate, update.weight_decay)
+            groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 
-def _finite(updates: Sequence[Update]) -> list[bool]:
-    """Whether all of each run's numbers are finite; one transfer from the device."""
-    numbers = [
-        [u.optimizer.weights, *(v for v in u.optimizer.state().values() if v.ndim)] for u in updates
-    ]
-    sums = torch.stack([torch.stack([v.sum() for v in vectors]).sum() for vectors in numbers])
-    # A sum is NaN or infinite if any number is, and takes a fraction of a norm's time. Sums of
-    # huge numbers overflow too, so what looks broken is looked at again.
-    return [
-        math.isfinite(found) or all(bool(torch.isfinite(v).all()) for v in vectors)
-        for found, vectors in zip(sums.tolist(), numbers, strict=True)
-    ]
-
-
-def _step_adam(updates: Sequence[Update]) -> None:
+def _step_adam(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
     own = updates[0].optimizer.settings
-    if own.beta1 is None or own.beta2 is None or own.eps is None:
-        raise ValueError(f"{own.name} needs beta1, beta2 and eps")
-    states = []
-    for update in updates:
-        weights, state = update.optimizer.weights, update.optimizer._state
-        if not state:
-            state["step"] = torch.zeros((), device=weights.device)
-            state["exp_avg"] = torch.zeros_like(weights, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(weights, requires_grad=False)
-        states.append(state)
+    beta1, beta2, eps = own.adam()
     adam(
         [update.optimizer.weights for update in updates],
         [update.gradient for update in updates],
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [each["exp_avg"] for each in moments],
+        [each["exp_avg_sq"] for each in moments],
         [],
-        [state["step"] for state in states],
+        [each["step"] for each in moments],
         fused=True,
         amsgrad=False,
-        beta1=own.beta1,
-        beta2=own.beta2,
+        beta1=beta1,
+        beta2=beta2,
         lr=updates[0].learning_rate,
         weight_decay=updates[0].weight_decay,
-        eps=own.eps,
+        eps=eps,
         maximize=False,
         decoupled_weight_decay=own.name == "adamw",
     )
 
 
-def _step_sgd(updates: Sequence[Update]) -> None:
-    momentum = updates[0].optimizer.settings.momentum or 0.0
-    states = [update.optimizer._state for update in updates]
-    buffers: list[Any] = [state.get("momentum_buffer") for state in states]
+def _step_sgd(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
     sgd(
         [update.optimizer.weights for update in updates],
         [update.gradient for update in updates],
-        buffers,
+        [each.get("momentum_buffer") for each in moments],
         fused=True,
         weight_decay=updates[0].weight_decay,
-        momentum=momentum,
+        momentum=updates[0].optimizer.settings.momentum or 0.0,
         lr=updates[0].learning_rate,
         dampening=0.0,
         nesterov=False,
         maximize=False,
     )
-    if momentum:
-        for state, buffer in zip(states, buffers, strict=True):
-            state["momentum_buffer"] = buffer
 
 
-_STEPS: dict[str, Callable[[Sequence[Update]], None]] = {
+_STEPS: dict[str, Callable[[Sequence[Update], Sequence[Moments]], None]] = {
     "adam": _step_adam,
     "adamw": _step_adam,
     "sgd": _step_sgd,

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.backend import NoisedFault
+from workers.engine.bounds import norms
 from workers.engine.memory import memory_faults
 from workers.engine.optimizers import Update, step
 from workers.engine.run import Run
 from workers.operations import Metric, PrivateRelease, StepOutcome, StepRequest
 from workers.releases import check_charged, released_update
 from workers.window import ClosedWindow
-
-_LEAST_NORM = 1e-15
-"""Below it float32's squares may be 0."""
 
 
 @dataclass(slots=True)
@@ -85,8 +83,7 @@ def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome |
 
 
 def _stepping_together(closing: list[_Closing]) -> list[list[_Closing]]:
-    """All as one on a GPU. A CPU's kernel takes one vector after the other anyway, and what one
-    run's update may have to take back fits into memory that is used again (`undo.copies`)."""
+    """All as one on a GPU. A CPU's kernel takes one vector after the other anyway."""
     if closing and closing[0].gradient.device.type != "cpu":
         return [closing]
     return [[each] for each in closing]
@@ -128,30 +125,20 @@ def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
             each.gradient /= each.window.divisor
         else:
             each.release = each.run.private.privatize(each.gradient, each.run.window.step)
-    norms = _norms([each.gradient for each in closing])
+    found = norms([each.gradient for each in closing])
     applied = [False] * len(closing)
     members, updates = [], []
-    for index, (each, norm) in enumerate(zip(closing, norms, strict=True)):
+    for index, (each, norm) in enumerate(zip(closing, found, strict=True)):
         if not math.isfinite(norm):
             continue
         if each.clip is not None and norm > each.clip:
             each.gradient *= each.clip / norm
+        largest = norm if each.clip is None else min(norm, each.clip)
         members.append(index)
-        updates.append(Update(each.run.optimizer, each.gradient, each.rate, each.decay))
+        updates.append(Update(each.run.optimizer, each.gradient, largest, each.rate, each.decay))
     for index, done in zip(members, step(updates) if updates else [], strict=True):
         applied[index] = done
-    return norms, applied
-
-
-def _norms(gradients: list[Tensor]) -> list[float]:
-    """One transfer from the device, unless one is infinite for its squares alone, or 0."""
-    found: list[float] = torch.stack(torch._foreach_norm(gradients)).tolist()
-    return [
-        norm
-        if math.isfinite(norm) and norm > _LEAST_NORM
-        else float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-        for norm, gradient in zip(found, gradients, strict=True)
-    ]
+    return found, applied
 
 
 def _non_finite(norm: float) -> TenSafeFault:
@@ -163,7 +150,7 @@ def _non_finite(norm: float) -> TenSafeFault:
         )
     return TenSafeFault(
         "NON_FINITE_GRADIENT",
-        "the update made the weights or the optimizer's state NaN or infinite; nothing was "
+        "the update could make the weights or the optimizer's state NaN or infinite; nothing was "
         "applied and the window is closed; lower the learning rate, or raise eps",
     )
 
