@@ -1,12 +1,14 @@
 """What the engine gains, as ratios to named baselines measured in the same run.
 
-scripts/bench_engine.py                     all parts: SmolLM2-135M on a CPU, on a GPU random-1b
+scripts/bench_engine.py                     four parts: SmolLM2-135M on a CPU, random-1b on a GPU
 scripts/bench_engine.py --model random-1b   1.24 B parameters at random, as Llama 3.2 1B
 scripts/bench_engine.py --model random-135m as SmolLM2-135M, on machines that do not have it
 scripts/bench_engine.py --part one          one run against plain transformers + peft
 scripts/bench_engine.py --part many         runs in one pass, against in turn and swapping
 scripts/bench_engine.py --part segments     ways to compute the adapters of several runs
 scripts/bench_engine.py --part memory       peak memory of one run, and what a run more costs
+scripts/bench_engine.py --part profile      where the time of a step goes, by file
+scripts/bench_engine.py --part threads      what a CPU's threads are used for (--threads 2 or more)
 scripts/bench_engine.py --clock cpu         CPU seconds, for machines that others use too
 scripts/bench_engine.py --compile first     with compiled kernels, as on a GPU by itself
 scripts/bench_engine.py --cuda-graphs off   a GPU's passes as written
@@ -29,7 +31,9 @@ from benchmarks import (
     engine,
     engine_memory,
     engine_products,
+    engine_profile,
     engine_segments,
+    engine_threads,
     random_models,
     record,
 )
@@ -65,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--part", choices=["one", "many", "segments", "memory", "all"], default="all"
+        "--part",
+        choices=["one", "many", "segments", "memory", "profile", "threads", "all"],
+        default="all",
+        help="all: the first four",
     )
     parser.add_argument("--model", choices=["auto", SMOLLM2, *random_models.NAMES], default="auto")
     parser.add_argument(
@@ -87,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = "random-1b" if on_gpu else SMOLLM2
     if on_gpu and arguments.clock == "cpu":
         parser.error("--clock cpu does not see what a GPU does; leave it out")
+    if arguments.part == "threads" and (on_gpu or arguments.threads < 2):
+        parser.error(
+            "--part threads compares a CPU's threads; give --threads 2 or more, and no GPU"
+        )
+    if arguments.part == "profile" and arguments.threads > 1:
+        parser.error("--part profile looks into one thread; leave --threads out")
     dtype = pick_dtype(arguments.dtype, device)
     setting = engine.Setting(
         backend=_backend(model, device, dtype, arguments),
@@ -97,27 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds=arguments.rounds,
         clock=time.process_time if arguments.clock == "cpu" else engine.wall_clock,
     )
-    raw: dict[str, Any] = {}
-    work: dict[str, float] = {}
-    if arguments.part in ("one", "all"):
-        raw |= engine.one_run(setting)
-        work |= engine.one_work(setting)
-    if arguments.part in ("many", "all"):
-        for tenants, lengths in MANY["small" if model in SMALL and not on_gpu else "large"]:
-            raw |= engine.many_runs(setting, tenants, lengths)
-            work |= engine.many_work(setting, tenants, lengths)
-    rate = engine_products.gigaflops(setting.backend.base_model(model), setting.clock)
-    ratios = engine.ratios(raw) | engine.utilisation(raw, work, rate)
-    if arguments.part in ("segments", "all"):
-        segments = engine_segments.measure(setting.backend.base_model(model))
-        raw |= segments
-        ratios |= engine_segments.ratios(segments)
-    if arguments.part in ("memory", "all"):
-        peaks = engine_memory.measure(
-            model, arguments.dtype, arguments.dropout, arguments.rounds, arguments.threads
-        )
-        raw |= peaks
-        ratios |= engine_memory.ratios(peaks)
+    raw, ratios, rate = _measure(setting, arguments)
     raw["GFLOP/s of products"] = [rate]
     sets = " ".join(record.machine()["instruction_sets"])
     print(
@@ -125,10 +118,50 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"products at {rate:.0f} GFLOP/s"
     )
     goals = GOALS | (GPU_GOALS if on_gpu else {})
+    width = max(map(len, ratios), default=0)
     for name, value in ratios.items():
-        print(f"{name:<52} {value:8.3f}   goal {goals.get(name, '')}")
+        goal = f"   goal {goals[name]}" if goals.get(name) else ""
+        print(f"{name:<{width}} {value:8.3f}{goal}")
     if arguments.json is not None:
         record.write(arguments.json, "bench_engine", ratios, raw)
+
+
+def _measure(
+    setting: engine.Setting, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, float], float]:
+    """Raw figures, ratios, and the rate of products in GFLOP/s."""
+    part, model = arguments.part, setting.model
+    base = setting.backend.base_model(model)
+    raw: dict[str, Any] = {}
+    work: dict[str, float] = {}
+    if part in ("one", "all"):
+        raw |= engine.one_run(setting)
+        work |= engine.one_work(setting)
+    if part in ("many", "all"):
+        for tenants, lengths in MANY[
+            "small" if model in SMALL and base.device == "cpu" else "large"
+        ]:
+            raw |= engine.many_runs(setting, tenants, lengths)
+            work |= engine.many_work(setting, tenants, lengths)
+    rate = engine_products.gigaflops(base, setting.clock)
+    ratios = engine.ratios(raw) | engine.utilisation(raw, work, rate)
+    found: dict[str, list[float]]
+    if part in ("segments", "all"):
+        raw |= (found := engine_segments.measure(base))
+        ratios |= engine_segments.ratios(found)
+    if part in ("memory", "all"):
+        found = engine_memory.measure(
+            model, arguments.dtype, arguments.dropout, arguments.rounds, arguments.threads
+        )
+        raw |= found
+        ratios |= engine_memory.ratios(found)
+    if part == "profile":
+        raw |= (found := engine_profile.measure(setting))
+        ratios |= engine_profile.ratios(found)
+    if part == "threads":
+        raw |= (found := engine_threads.measure(setting))
+        ratios |= engine_threads.ratios(found)
+    return raw, ratios, rate
 
 
 def _backend(

@@ -51,16 +51,16 @@ def one_run(setting: Setting) -> dict[str, list[float]]:
     peft_step = plain_loop(setting.plain(), setting.dropout, 1)
     setting.backend.open_run("one", setting.run_settings(), None)
     setting.backend.open_run("exact", setting.run_settings(deterministic=True), None)
-    for name, rows in _one_rows(setting).items():
+    for name, rows in one_rows(setting).items():
         steps = {
-            f"one/{name}/engine": lambda rows=rows: _in_turn(setting.backend, ["one"], [rows]),
-            f"one/{name}/deterministic": lambda rows=rows: _in_turn(
+            f"one/{name}/engine": lambda rows=rows: in_turn(setting.backend, ["one"], [rows]),
+            f"one/{name}/deterministic": lambda rows=rows: in_turn(
                 setting.backend, ["exact"], [rows]
             ),
             f"one/{name}/plain": lambda rows=rows: peft_step([rows]),
             f"one/{name}/products": _products(setting, [rows]),
         }
-        _take_turns(steps, setting, cells)
+        take_turns(steps, setting, cells)
     for run in ("one", "exact"):
         setting.backend.close_run(run)
     return cells
@@ -75,18 +75,18 @@ def many_runs(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, l
     for name in (*names, "all"):
         setting.backend.open_run(name, setting.run_settings(), None)
     for length in lengths:
-        rows = _tenants_rows(setting, tenants, length)
+        rows = tenants_rows(setting, tenants, length)
         whole = make_rows([length] * tenants, 0.0, setting.vocabulary)
         cell = f"{tenants}x{length}"
         steps = {
-            f"{cell}/together": lambda rows=rows: _together(setting.backend, names, rows),
-            f"{cell}/in_turn": lambda rows=rows: _in_turn(setting.backend, names, rows),
+            f"{cell}/together": lambda rows=rows: together(setting.backend, names, rows),
+            f"{cell}/in_turn": lambda rows=rows: in_turn(setting.backend, names, rows),
             f"{cell}/swapping": lambda rows=rows: peft_step(rows),
             f"{cell}/products": _products(setting, rows),
             f"{cell}/products of one": _products(setting, rows[:1]),
-            f"{cell}/one run's": lambda whole=whole: _in_turn(setting.backend, ["all"], [whole]),
+            f"{cell}/one run's": lambda whole=whole: in_turn(setting.backend, ["all"], [whole]),
         }
-        _take_turns(steps, setting, cells)
+        take_turns(steps, setting, cells)
     for name in (*names, "all"):
         setting.backend.close_run(name)
     return cells
@@ -98,31 +98,31 @@ def ratios(cells: dict[str, list[float]]) -> dict[str, float]:
     for name, seconds in cells.items():
         cell, _, who = name.rpartition("/")
         if who == "plain":
-            found[f"{cell} engine/plain"] = _quotient(seconds, cells[f"{cell}/engine"])
+            found[f"{cell} engine/plain"] = quotient(seconds, cells[f"{cell}/engine"])
         elif who == "deterministic":
-            found[f"{cell} time of a deterministic step"] = _quotient(
+            found[f"{cell} time of a deterministic step"] = quotient(
                 seconds, cells[f"{cell}/engine"]
             )
         elif who in ("in_turn", "swapping"):
-            found[f"{cell} together/{who}"] = _quotient(seconds, cells[f"{cell}/together"])
+            found[f"{cell} together/{who}"] = quotient(seconds, cells[f"{cell}/together"])
         elif who == "products":
             # As if the engine did nothing but these.
             slower = cells.get(f"{cell}/plain") or cells[f"{cell}/in_turn"]
-            found[f"{cell} bound by frozen products alone"] = _quotient(slower, seconds)
+            found[f"{cell} bound by frozen products alone"] = quotient(slower, seconds)
         elif who == "products of one":
             # Of an engine in which all else is free, in turn as well.
             tenants = int(cell.partition("x")[0])
-            found[f"{cell} together/in_turn of frozen products alone"] = tenants * _quotient(
+            found[f"{cell} together/in_turn of frozen products alone"] = tenants * quotient(
                 seconds, cells[f"{cell}/products"]
             )
         elif who == "one run's":
-            found[f"{cell} bound if the other adapters cost nothing"] = _quotient(
+            found[f"{cell} bound if the other adapters cost nothing"] = quotient(
                 cells[f"{cell}/in_turn"], seconds
             )
     return found
 
 
-def _quotient(slower: list[float], faster: list[float]) -> float:
+def quotient(slower: list[float], faster: list[float]) -> float:
     return median(one / other for one, other in zip(slower, faster, strict=True))
 
 
@@ -146,25 +146,25 @@ def utilisation(
 
 def one_work(setting: Setting) -> dict[str, float]:
     """Operations of a step of each cell of `one_run`."""
-    return {f"one/{name}": _flops(setting, [rows]) for name, rows in _one_rows(setting).items()}
+    return {f"one/{name}": _flops(setting, [rows]) for name, rows in one_rows(setting).items()}
 
 
 def many_work(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, float]:
     """The same of `many_runs`."""
     return {
-        f"{tenants}x{length}": _flops(setting, _tenants_rows(setting, tenants, length))
+        f"{tenants}x{length}": _flops(setting, tenants_rows(setting, tenants, length))
         for length in lengths
     }
 
 
-def _one_rows(setting: Setting) -> dict[str, Rows]:
+def one_rows(setting: Setting) -> dict[str, Rows]:
     return {
         "mixed": make_rows(MIXED, 0.6, setting.vocabulary),
         "equal": make_rows([128] * 8, 0.0, setting.vocabulary),
     }
 
 
-def _tenants_rows(setting: Setting, tenants: int, length: int) -> list[Rows]:
+def tenants_rows(setting: Setting, tenants: int, length: int) -> list[Rows]:
     return [make_rows([length], 0.0, setting.vocabulary, seed) for seed in range(tenants)]
 
 
@@ -185,7 +185,7 @@ def _sizes(rows: list[Rows]) -> tuple[int, int]:
     return sum(len(own.ours.batch.input_tokens) for own in rows), scored
 
 
-def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[float]]) -> None:
+def take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[float]]) -> None:
     for step in steps.values():
         for _ in range(warm_ups()):
             step()
@@ -196,13 +196,13 @@ def _take_turns(steps: dict[str, Step], setting: Setting, cells: dict[str, list[
             cells.setdefault(name, []).append(setting.clock() - begin)
 
 
-def _in_turn(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
+def in_turn(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
     for name, own in zip(names, rows, strict=True):
         backend.forward_backward(name, 1, own.ours)
         backend.optim_step(name, StepRequest())
 
 
-def _together(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
+def together(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
     entries = [(name, 1, own.ours) for name, own in zip(names, rows, strict=True)]
     passed = backend.forward_backward_group(entries)
     applied = backend.optim_step_group([(name, StepRequest()) for name in names])

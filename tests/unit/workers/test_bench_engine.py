@@ -7,8 +7,15 @@ import json
 import bench_engine
 import pytest
 import torch
-from benchmarks import engine, engine_memory, engine_products, random_models
+from benchmarks import (
+    engine,
+    engine_memory,
+    engine_products,
+    engine_threads,
+    random_models,
+)
 
+from workers.engine import dividing, strands
 from workers.operations import LossOutcome, StepOutcome
 
 
@@ -43,6 +50,53 @@ def test_a_gpus_table_on_a_cpu_with_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert "random-tiny on cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_where_the_time_goes(tmp_path):
+    path = tmp_path / "record.json"
+    options = ["--model", "random-tiny", "--part", "profile", "--rounds", "1", "--json", str(path)]
+    bench_engine.main(options)
+    ratios = json.loads(path.read_text())["ratios"]
+    for cell in ("mixed", "equal", "8x16"):
+        assert 0.2 < ratios.pop(f"profile/{cell} operations/step") < 2
+        shares = {name: share for name, share in ratios.items() if f"/{cell}/" in name}
+        assert sum(shares.values()) == pytest.approx(1)
+        for room in ("lora.py/products", "products.py/products", "norms.py/the rest"):
+            assert shares[f"profile/{cell}/{room}"] > 0
+
+
+@pytest.mark.slow
+def test_each_way_to_use_threads_is_the_way_that_it_is_called(tmp_path, monkeypatch):
+    seen: dict[str, set[tuple[int, int, int]]] = {}
+
+    def look(steps, _setting, _found) -> None:
+        for name in steps:
+            way = engine_threads._WAYS[name.rpartition("/")[2]]
+            with way(), dividing.dividing(2**16):
+                inside = torch.get_num_threads()
+                product = dividing.product(99, 999_999, torch.get_num_threads)
+            with way():
+                parts = strands._worthy(1024)
+            seen.setdefault(name.rpartition("/")[2], set()).add((inside, product, parts))
+
+    monkeypatch.setattr(engine_threads, "take_turns", look)
+    bench_engine.main(["--model", "random-tiny", "--part", "threads", "--threads", "2"])
+    assert seen == {
+        "as it is": {(1, 2, 2)},
+        "without strands": {(1, 2, 1)},
+        "all threads for everything": {(2, 2, 1)},
+        "one thread": {(1, 1, 1)},
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [["threads"], ["profile", "--threads", "2"]], ids=lambda options: options[0]
+)
+def test_parts_say_which_threads_they_are_for(options, capsys):
+    with pytest.raises(SystemExit):
+        bench_engine.main(["--model", "random-tiny", "--part", *options])
+    assert "--threads" in capsys.readouterr().err
+
+
 def test_the_model_for_gpus_has_about_a_billion_parameters():
     module = random_models.build("random-1b", "meta", torch.bfloat16)
     assert sum(p.numel() for p in module.parameters()) == pytest.approx(1.24e9, rel=0.01)
@@ -72,7 +126,7 @@ def test_every_side_is_warmed_and_timed_in_turn():
         return float(next(ticks))
 
     cells: dict[str, list[float]] = {}
-    engine._take_turns(steps, setting(clock), cells)
+    engine.take_turns(steps, setting(clock), cells)
     assert calls[:2] == ["ours", "theirs"]
     ours, theirs = ["clock", "ours", "clock"], ["clock", "theirs", "clock"]
     assert calls[2:] == [*ours, *theirs, *theirs, *ours, *ours, *theirs]
@@ -95,7 +149,7 @@ def test_bounds_are_quotients_of_the_rounds():
 
 def test_both_sides_train_on_the_same_rows_in_the_same_type():
     own = setting(engine.wall_clock)
-    rows = engine._one_rows(own)["mixed"]
+    rows = engine.one_rows(own)["mixed"]
     own.backend.open_run("one", own.run_settings(), None)
     outcome = own.backend.forward_backward("one", 1, rows.ours)
     assert isinstance(outcome, LossOutcome)
@@ -118,9 +172,9 @@ def test_a_step_together_is_a_step_of_each():
     names = ["a", "b"]
     for name in names:
         own.backend.open_run(name, own.run_settings(), None)
-    rows = engine._tenants_rows(own, 2, 9)
-    engine._together(own.backend, names, rows)
-    engine._in_turn(own.backend, names, rows)
+    rows = engine.tenants_rows(own, 2, 9)
+    engine.together(own.backend, names, rows)
+    engine.in_turn(own.backend, names, rows)
     from workers.operations import StepRequest
 
     for name, batch in zip(names, rows, strict=True):
