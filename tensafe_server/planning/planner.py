@@ -11,7 +11,7 @@ group that another one has opened. One that meanwhile could not be served keeps 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensafe_server.planning.fairness import Contest, FairShares
@@ -69,13 +69,23 @@ def plan(
     if not deadlines:
         return Plan(assignments, after)
     held = {each.key for each in assignments if each.worker_id in deadlines}
-    held |= {queue.key for queue in queues if queue.avoids and queue.worker_id is None}
+    held |= {queue.key for queue in queues if _would_go_back(queue, workers, deadlines.keys())}
     assignments, after, _ = _assign(
         [queue for queue in queues if queue.key not in held],
         [worker for worker in workers if worker.id not in deadlines],
         shares,
     )
     return Plan(assignments, after, min(deadlines.values()))
+
+
+def _would_go_back(
+    queue: QueueView, workers: Sequence[WorkerView], waiting: Collection[str]
+) -> bool:
+    """Whether a run would come to a worker that it avoids because all others wait for company."""
+    if not queue.avoids or queue.worker_id is not None:
+        return False
+    others = [w.id for w in workers if queue.model in w.models and w.id not in queue.avoids]
+    return bool(others) and all(worker_id in waiting for worker_id in others)
 
 
 def _assign(

@@ -205,6 +205,27 @@ def test_nor_does_it_while_the_others_wait_for_company():
     assert {each.worker_id for each in later.assignments} == {"well"}
 
 
+def test_and_waits_for_nobody_elses_company():
+    models = frozenset(MODELS)
+    sick, well = WorkerView("sick", models, 4, 0), WorkerView("well", models, 4, 7)
+    waiting = WorkerView("waiting", models, 1, 9, 100.0, idle=True, company=models)
+    small = QueueView("other", "a", "small", [Work(1, Kind.GRADIENT)], worker_id="waiting")
+    run = QueueView("run", "b", "small", works(1), avoids=frozenset({"sick"}))
+
+    def where(*workers: WorkerView) -> dict[str, str]:
+        decided = plan([run, small], [*workers, waiting], FairShares(), 0.0, 1.0)
+        assert decided.wake_at_s == 1.0
+        return {each.key: each.worker_id for each in decided.assignments}
+
+    assert where(sick, well) == {"run": "well"}
+    assert where(sick, replace(well, credits=0)) == {}, "it would be the next one's"
+    assert where(sick, replace(well, models=frozenset({"large"}))) == {}
+    only_large = replace(waiting, models=frozenset({"large"}), company=frozenset({"large"}))
+    large = replace(small, model="large")
+    decided = plan([run, large], [sick, only_large], FairShares(), 0.0, 1.0)
+    assert [(each.key, each.worker_id) for each in decided.assignments] == [("run", "sick")]
+
+
 @settings(deadline=None)
 @given(fleets(), st.data())
 def test_a_suspect_comes_alone_and_holds_nothing_up(
