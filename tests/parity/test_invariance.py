@@ -237,6 +237,25 @@ def test_an_update_that_overflows_is_not_applied(base, case, steps_before):
         assert run.window.step == steps_before + 1
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_is_as_large_as_it_is_when_it_is_clipped(base, clip):
+    """Of 1e25, whose squares no float32 holds."""
+    backend = TorchBackend([base])
+    backend.open_run("run", settings(), None)
+    backend.forward_backward("run", 1, request_of(rows_of(4, [9, 17])))
+    run = backend._runs["run"]
+    run.accumulator *= 1e25
+    before = run.adapter.weights.detach().clone()
+    request = StepRequest(grad_clip_norm=clip)
+    if clip is None:
+        with pytest.raises(TenSafeFault, match="grad_clip_norm"):
+            backend.optim_step("run", request)
+    else:
+        assert backend.optim_step("run", request).grad_norm > 1e20
+    assert torch.equal(run.adapter.weights, before) == (clip is None)
+    assert torch.isfinite(run.adapter.weights).all()
+
+
 def step_alone(optimizer: optimizers.RunOptimizer, gradient: torch.Tensor) -> list[bool]:
     norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
     return optimizers.step([optimizers.Update(optimizer, gradient, norm, 1e-2, 0.0)])

@@ -6,19 +6,15 @@ be taken back, nor looked at afterwards.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from workers.operations import OptimizerSettings
 
 _MARGIN = 2**10
-"""For rounding, and for differences of two numbers, which are up to twice as large."""
-_LEAST_NORM = 1e-15
-"""Below it float32's squares may be 0."""
+"""For rounding, and for differences of two numbers, which are up to twice as large: far more than
+it takes, where numbers of a training are far from either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +63,18 @@ def after(
 def _adam(
     before: Bounds, own: OptimizerSettings, gradient: float, rate: float, decay: float
 ) -> tuple[Bounds, list[float]]:
-    beta1, beta2, eps = own.adam()
+    beta1, _, eps = own.adam()
     decoupled = own.name == "adamw"
     slope = gradient if decoupled else gradient + decay * before.weights
     # Means, of which each number is below the largest that went into them.
     first, second = max(before.first, slope), max(before.second, slope * slope)
-    # Of the first step, which corrects most for moments that begin at zero.
+    # Of the first step, which corrects most for moments that begin at zero. ε alone bounds what it
+    # is added to: where a second moment is 0, nothing else does.
     pace = rate / (1 - beta1)
-    spread = math.sqrt(second) / math.sqrt(1 - beta2)
     moved = pace * (first / eps)
     # |1 − rate·decay|
     kept = before.weights * max(1.0, rate * decay) if decoupled else before.weights
-    on_the_way = [slope, pace, pace * first, first / eps, spread, rate * decay]
+    on_the_way = [pace, first / eps, decay, rate * decay]
     return Bounds(kept + moved, first, second), on_the_way
 
 
@@ -87,15 +83,4 @@ def _sgd(
 ) -> tuple[Bounds, list[float]]:
     slope = gradient + decay * before.weights
     first = (own.momentum or 0.0) * before.first + slope
-    return Bounds(before.weights + rate * first, first), [slope, rate, decay]
-
-
-def norms(vectors: Sequence[Tensor]) -> list[float]:
-    """L2, in one transfer from the device unless one is infinite for its squares alone, or 0."""
-    found: list[float] = torch.stack(torch._foreach_norm(list(vectors))).tolist()
-    return [
-        norm
-        if math.isfinite(norm) and norm > _LEAST_NORM
-        else float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-        for norm, vector in zip(found, vectors, strict=True)
-    ]
+    return Bounds(before.weights + rate * first, first), [rate, decay]

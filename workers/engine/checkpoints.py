@@ -22,9 +22,10 @@ from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.adapters import Adapter
+from workers.engine.optimizers import moment_names
 from workers.engine.peft_folders import is_peft_folder, peft_state
 from workers.engine.run import Run
-from workers.operations import LoadOutcome, LoraSettings, SaveOutcome
+from workers.operations import LoadOutcome, LoraSettings, OptimizerSettings, SaveOutcome
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -176,8 +177,15 @@ def lora_settings(state: dict[str, Any]) -> LoraSettings:
 
 
 def read_weights(adapter: Adapter, directory: Path) -> Tensor:
-    """float32 [P], laid out like the adapter's weights."""
-    return adapter.vector(load_file(directory / ADAPTER_FILE))
+    """float32 [P], laid out like the adapter's weights; all finite."""
+    weights = adapter.vector(load_file(directory / ADAPTER_FILE))
+    if not torch.isfinite(weights).all():
+        raise TenSafeFault(
+            "ARTIFACT_MISMATCH",
+            "the artifact's weights hold NaN or infinite numbers; load an earlier one",
+            field="artifact_id",
+        )
+    return weights
 
 
 def _load_rest(run: Run, directory: Path, state: dict[str, Any]) -> None:
@@ -188,6 +196,7 @@ def _load_rest(run: Run, directory: Path, state: dict[str, Any]) -> None:
             f"{_WEIGHTS_ALONE}"
         )
     moments = _split_moments(run.adapter, load_file(directory / OPTIMIZER_FILE))
+    _check_moments(moments, run.settings.optimizer)
     path = directory / ACCUMULATOR_FILE
     accumulator = run.adapter.vector(load_file(path)) if path.is_file() else None
     if run.private is not None:
@@ -226,14 +235,16 @@ def _split_moments(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Te
             grouped.setdefault(moment, {})[key] = tensor
         else:
             moments[moment] = tensor
-    found = moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
-    _check_moments(found)
-    return found
+    return moments | {moment: adapter.vector(parts) for moment, parts in grouped.items()}
 
 
-def _check_moments(moments: dict[str, Tensor]) -> None:
+def _check_moments(moments: dict[str, Tensor], settings: OptimizerSettings) -> None:
     """Updates rely on it, and look at nothing afterwards."""
+    if moments and set(moments) != set(names := moment_names(settings)):
+        raise _mismatch(f"its optimizer has {sorted(moments)} instead of {names}{_WEIGHTS_ALONE}")
     for name, value in moments.items():
+        if name == "step" and (value.ndim or value.dtype != torch.float32):
+            raise _mismatch(f"its step is no float32 number{_WEIGHTS_ALONE}")
         if not torch.isfinite(value).all():
             raise _mismatch(f"its {name} holds NaN or infinite numbers{_WEIGHTS_ALONE}")
         if name in ("exp_avg_sq", "step") and (value < 0).any():

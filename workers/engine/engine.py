@@ -27,7 +27,7 @@ from workers.engine.optimizers import RunOptimizer
 from workers.engine.privacy.noise import NoiseThread
 from workers.engine.privacy.runs import PrivateRun, check_private
 from workers.engine.processor import processor
-from workers.engine.program import program
+from workers.engine.program import PROGRAM
 from workers.engine.residency import Residency
 from workers.engine.run import Run
 from workers.engine.sampling.sampler import TorchSampler
@@ -122,7 +122,7 @@ class TorchBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         facts = {
             "backend": "torch",
-            "engine": program(),
+            "engine": PROGRAM,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

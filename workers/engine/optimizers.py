@@ -11,7 +11,8 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine.bounds import Bounds, after, norms
+from workers.engine.bounds import Bounds, after
+from workers.engine.magnitudes import l2_norms
 from workers.operations import OptimizerSettings
 
 Moments = dict[str, Tensor]
@@ -37,7 +38,7 @@ class RunOptimizer:
         self.weights = weights
         self._state: Moments = {}
         self._bounds: Bounds | None = None
-        self._bounds_of = 0
+        self._bounds_version = 0
 
     def state(self) -> Moments:
         """Moments [P] and counters [] by torch's names; empty before the first update."""
@@ -49,19 +50,15 @@ class RunOptimizer:
         self._state = {name: value.to(device, copy=True) for name, value in state.items()}
         self._bounds = None
 
-    def bounds(self, *, anew: bool = False) -> Bounds:
-        """Of its numbers; they are looked at if anybody else has changed them, or if asked to."""
-        if anew or self._bounds is None or self._bounds_of != self.weights._version:
-            names = "exp_avg", "momentum_buffer", "exp_avg_sq"
-            vectors = [self._state[name] for name in names if name in self._state]
-            self._bounds = Bounds(*norms([self.weights.detach(), *vectors]))
-            self._bounds_of = self.weights._version
-        return self._bounds
+    @property
+    def bounds(self) -> Bounds | None:
+        """Of its numbers; None if anybody else than `step` has changed them."""
+        return self._bounds if self._bounds_version == self.weights._version else None
 
-    def stepped(self, moments: Moments, bounds: Bounds) -> None:
-        """An update was applied to the weights and to these, after which the bounds hold."""
+    def holds(self, bounds: Bounds, moments: Moments) -> None:
+        """These are its moments, and none of its numbers is larger."""
         self._state = moments
-        self._bounds, self._bounds_of = bounds, self.weights._version
+        self._bounds, self._bounds_version = bounds, self.weights._version
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,83 +77,120 @@ class Update:
     weight_decay: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An update with all the memory that it takes, and the bounds that hold after it."""
+
+    update: Update
+    moments: Moments
+    bounds: Bounds
+
+    @property
+    def options(self) -> Hashable:
+        """Equal for those that one call of a fused kernel can make."""
+        update, own = self.update, self.update.optimizer.settings
+        options = own.name, own.beta1, own.beta2, own.eps, own.momentum
+        return *options, update.learning_rate, update.weight_decay
+
+
 @torch.no_grad()
 def step(updates: Sequence[Update]) -> list[bool]:
-    """Applies each update of which no number can become NaN or infinite; equal options step as one.
+    """Applies each update of which no number can become NaN or infinite; equal options step as one,
+    to the bits of torch's fused kernels.
 
     Returns:
         Which were applied; the others' weights and state are untouched, as are all after an
         exception for want of memory.
     """
-    reached = [_reached(update) for update in updates]
-    # All the memory that it takes; kernels write in place.
-    moments = [
-        {} if bounds is None else _moments(update.optimizer)
+    reached = _reached(updates)
+    ready = [
+        _Ready(update, _moments(update.optimizer), bounds)
         for update, bounds in zip(updates, reached, strict=True)
+        if bounds is not None
     ]
-    for members in _alike(updates, [bounds is not None for bounds in reached]):
-        name = updates[members[0]].optimizer.settings.name
-        _STEPS[name]([updates[at] for at in members], [moments[at] for at in members])
-    for update, own, bounds in zip(updates, moments, reached, strict=True):
-        if bounds is not None:
-            update.optimizer.stepped(own, bounds)
+    groups: dict[Hashable, list[_Ready]] = {}
+    for each in ready:
+        groups.setdefault(each.options, []).append(each)
+    for members in groups.values():
+        _STEPS[members[0].update.optimizer.settings.name](members)
+        for each in members:
+            each.update.optimizer.holds(each.bounds, each.moments)
     return [bounds is not None for bounds in reached]
 
 
-def _reached(update: Update) -> Bounds | None:
-    """None if it may be too large. Bounds widen with each update, so that one may be too large by
-    them that is not by the numbers as they are."""
-    optimizer = update.optimizer
-    for anew in (False, True):
-        found = after(
-            optimizer.bounds(anew=anew),
-            optimizer.settings,
-            optimizer.weights.dtype,
-            gradient=update.norm,
-            rate=update.learning_rate,
-            decay=update.weight_decay,
+def _reached(updates: Sequence[Update]) -> list[Bounds | None]:
+    """What holds after each; None if it may be too large."""
+    _look_at([update.optimizer for update in updates if update.optimizer.bounds is None])
+    found = [_after(update) for update in updates]
+    # Bounds widen with each update: by the numbers as they are it may not be too large.
+    wide = [index for index, bounds in enumerate(found) if bounds is None]
+    _look_at([updates[index].optimizer for index in wide])
+    for index in wide:
+        found[index] = _after(updates[index])
+    return found
+
+
+def _look_at(optimizers: Sequence[RunOptimizer]) -> None:
+    """Finds their bounds, in one transfer from the device."""
+    vectors = {
+        (index, name): value
+        for index, optimizer in enumerate(optimizers)
+        for name, value in (("weights", optimizer.weights.detach()), *optimizer.state().items())
+        if value.ndim
+    }
+    sizes = dict(zip(vectors, l2_norms([*vectors.values()]), strict=True)) if vectors else {}
+    for index, optimizer in enumerate(optimizers):
+        first = "momentum_buffer" if optimizer.settings.name == "sgd" else "exp_avg"
+        bounds = Bounds(
+            weights=sizes[index, "weights"],
+            first=sizes.get((index, first), 0.0),
+            second=sizes.get((index, "exp_avg_sq"), 0.0),
         )
-        if found is not None:
-            return found
-    return None
+        optimizer.holds(bounds, optimizer.state())
+
+
+def _after(update: Update) -> Bounds | None:
+    optimizer = update.optimizer
+    if optimizer.bounds is None:
+        raise RuntimeError("an optimizer's bounds are not known")
+    return after(
+        optimizer.bounds,
+        optimizer.settings,
+        optimizer.weights.dtype,
+        gradient=update.norm,
+        rate=update.learning_rate,
+        decay=update.weight_decay,
+    )
 
 
 def _moments(optimizer: RunOptimizer) -> Moments:
     """As they are; before the first update zero."""
-    weights, own = optimizer.weights, optimizer.settings
     found = optimizer.state()
-    if found:
-        return found
-    if own.name == "sgd":
-        names = ["momentum_buffer"] if own.momentum else []
-    else:
-        found["step"] = torch.zeros((), device=weights.device)
-        names = ["exp_avg", "exp_avg_sq"]
-    return found | {name: torch.zeros_like(weights, requires_grad=False) for name in names}
+    if not found:
+        weights = optimizer.weights
+        for name in moment_names(optimizer.settings):
+            like = torch.zeros((), device=weights.device) if name == "step" else weights
+            found[name] = torch.zeros_like(like, requires_grad=False)
+    return found
 
 
-def _alike(updates: Sequence[Update], fit: Sequence[bool]) -> list[list[int]]:
-    """Those that fit, by what one call of a fused kernel can make."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, update in enumerate(updates):
-        own = update.optimizer.settings
-        options = (own.name, own.beta1, own.beta2, own.eps, own.momentum)
-        if fit[index]:
-            key = (*options, update.learning_rate, update.weight_decay)
-            groups.setdefault(key, []).append(index)
-    return list(groups.values())
+def moment_names(settings: OptimizerSettings) -> list[str]:
+    """What an optimizer keeps from its first update on."""
+    if settings.name == "sgd":
+        return ["momentum_buffer"] if settings.momentum else []
+    return ["step", "exp_avg", "exp_avg_sq"]
 
 
-def _step_adam(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
-    own = updates[0].optimizer.settings
+def _step_adam(ready: Sequence[_Ready]) -> None:
+    updates, own = [each.update for each in ready], ready[0].update.optimizer.settings
     beta1, beta2, eps = own.adam()
     adam(
         [update.optimizer.weights for update in updates],
         [update.gradient for update in updates],
-        [each["exp_avg"] for each in moments],
-        [each["exp_avg_sq"] for each in moments],
+        [each.moments["exp_avg"] for each in ready],
+        [each.moments["exp_avg_sq"] for each in ready],
         [],
-        [each["step"] for each in moments],
+        [each.moments["step"] for each in ready],
         fused=True,
         amsgrad=False,
         beta1=beta1,
@@ -169,11 +203,12 @@ def _step_adam(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
     )
 
 
-def _step_sgd(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
+def _step_sgd(ready: Sequence[_Ready]) -> None:
+    updates = [each.update for each in ready]
     sgd(
         [update.optimizer.weights for update in updates],
         [update.gradient for update in updates],
-        [each.get("momentum_buffer") for each in moments],
+        [each.moments.get("momentum_buffer") for each in ready],
         fused=True,
         weight_decay=updates[0].weight_decay,
         momentum=updates[0].optimizer.settings.momentum or 0.0,
@@ -184,7 +219,7 @@ def _step_sgd(updates: Sequence[Update], moments: Sequence[Moments]) -> None:
     )
 
 
-_STEPS: dict[str, Callable[[Sequence[Update], Sequence[Moments]], None]] = {
+_STEPS: dict[str, Callable[[Sequence[_Ready]], None]] = {
     "adam": _step_adam,
     "adamw": _step_adam,
     "sgd": _step_sgd,

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cache
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-_WORKERS = Path(__file__).resolve().parents[1]
+from tensafe import wire
 
 
-@cache
-def program() -> str:
-    """The installed version, and a digest of the worker's sources as they are."""
-    return f"{metadata.version('tensafe')} {digest(_WORKERS)}"
-
-
-def digest(directory: Path) -> str:
+def digest(directories: Sequence[Path]) -> str:
     """16 hexadecimal digits, of all Python files below and of their places."""
     found = hashlib.sha256()
-    for path in sorted(directory.rglob("*.py")):
-        source = path.read_bytes()
-        found.update(f"{path.relative_to(directory).as_posix()}\0{len(source)}\0".encode())
-        found.update(source)
+    for directory in directories:
+        for path in sorted(path for path in directory.rglob("*.py") if path.is_file()):
+            source = path.read_bytes()
+            found.update(f"{path.relative_to(directory).as_posix()}\0{len(source)}\0".encode())
+            found.update(source)
     return found.hexdigest()[:16]
+
+
+SOURCES = (Path(__file__).resolve().parents[1], Path(wire.__file__).resolve().parent)
+"""What decides about bits: all of a worker, and how batches and losses are read."""
+PROGRAM = f"{metadata.version('tensafe')} {digest(SOURCES)}"
+"""The installed version, and a digest of the sources as they were when this was imported."""

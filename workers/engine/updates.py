@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tensafe.wire.status import TenSafeFault
 from workers.backend import NoisedFault
-from workers.engine.bounds import norms
+from workers.engine.magnitudes import l2_norms
 from workers.engine.memory import memory_faults
 from workers.engine.optimizers import Update, step
 from workers.engine.run import Run
@@ -125,7 +125,7 @@ def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
             each.gradient /= each.window.divisor
         else:
             each.release = each.run.private.privatize(each.gradient, each.run.window.step)
-    found = norms([each.gradient for each in closing])
+    found = l2_norms([each.gradient for each in closing])
     applied = [False] * len(closing)
     members, updates = [], []
     for index, (each, norm) in enumerate(zip(closing, found, strict=True)):
@@ -151,7 +151,8 @@ def _non_finite(norm: float) -> TenSafeFault:
     return TenSafeFault(
         "NON_FINITE_GRADIENT",
         "the update could make the weights or the optimizer's state NaN or infinite; nothing was "
-        "applied and the window is closed; lower the learning rate, or raise eps",
+        "applied and the window is closed; lower the learning rate, set grad_clip_norm, or make a "
+        "run with a larger eps",
     )
 
 
