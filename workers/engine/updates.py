@@ -77,8 +77,8 @@ def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome |
     step_ms = (time.perf_counter() - begin) * 1e3 / max(1, len(closing))
     for each, norm in done:
         metrics = each.metrics(norm, step_ms)
-        step = each.run.window.applied()
-        outcomes[each.index] = StepOutcome(step, True, each.rate, norm, metrics, each.release)
+        number = each.run.window.applied()
+        outcomes[each.index] = StepOutcome(number, True, each.rate, norm, metrics, each.release)
     return [outcomes[index] for index in range(len(entries))]
 
 
