@@ -100,15 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if arguments.part == "profile" and arguments.threads > 1:
         parser.error("--part profile looks into one thread; leave --threads out")
-    if (
-        arguments.part == "profile"
-        and on_gpu
-        and (arguments.cuda_graphs, arguments.compile)
-        != (
-            "off",
-            "off",
-        )
-    ):
+    as_written = arguments.cuda_graphs == arguments.compile == "off"
+    if arguments.part == "profile" and on_gpu and not as_written:
         parser.error("--part profile sees passes as written: add --cuda-graphs off --compile off")
     dtype = pick_dtype(arguments.dtype, device)
     setting = engine.Setting(

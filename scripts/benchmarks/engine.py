@@ -7,7 +7,8 @@ training step, forward to update.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -155,6 +156,17 @@ def many_work(setting: Setting, tenants: int, lengths: list[int]) -> dict[str, f
         f"{tenants}x{length}": _flops(setting, tenants_rows(setting, tenants, length))
         for length in lengths
     }
+
+
+@contextmanager
+def open_runs(setting: Setting, count: int) -> Iterator[list[str]]:
+    """Their names."""
+    names = [f"run-{index}" for index in range(count)]
+    for name in names:
+        setting.backend.open_run(name, setting.run_settings(), None)
+    yield names
+    for name in names:
+        setting.backend.close_run(name)
 
 
 def one_rows(setting: Setting) -> dict[str, Rows]:

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.engine import Setting, Step, in_turn, one_rows, tenants_rows, together, warm_ups
+from benchmarks.engine import (
+    Setting,
+    Step,
+    in_turn,
+    one_rows,
+    open_runs,
+    tenants_rows,
+    together,
+    warm_ups,
+)
 
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul", "linear", "_grouped_mm"}
 _ROOM = re.compile(
@@ -32,23 +41,18 @@ def measure(setting: Setting) -> dict[str, list[float]]:
     through what they ask for without a way back of its own; a kind is products or the rest.
     What Python and torch take between operations is what is missing to the step.
     """
-    backend = setting.backend
-    names = [f"run-{index}" for index in range(_TENANTS)]
-    for name in names:
-        backend.open_run(name, setting.run_settings(), None)
-    rows = tenants_rows(setting, _TENANTS, _TOKENS)
-    cells: dict[str, Step] = {
-        name: lambda own=own: in_turn(backend, names[:1], [own])
-        for name, own in one_rows(setting).items()
-    }
-    cells[f"{_TENANTS}x{_TOKENS}"] = lambda: together(backend, names, rows)
     found: dict[str, list[float]] = {}
-    for cell, step in cells.items():
-        for (room, kind), seconds in _rooms(step).items():
-            found[f"profile/{cell}/{room}/{kind}"] = [seconds]
-        found[f"profile/{cell}/step"] = [_clocked(setting, step) for _ in range(_STEPS)]
-    for name in names:
-        backend.close_run(name)
+    with open_runs(setting, _TENANTS) as names:
+        rows = tenants_rows(setting, _TENANTS, _TOKENS)
+        cells: dict[str, Step] = {
+            name: lambda own=own: in_turn(setting.backend, names[:1], [own])
+            for name, own in one_rows(setting).items()
+        }
+        cells[f"{_TENANTS}x{_TOKENS}"] = lambda: together(setting.backend, names, rows)
+        for cell, step in cells.items():
+            for (room, kind), seconds in _rooms(step).items():
+                found[f"profile/{cell}/{room}/{kind}"] = [seconds]
+            found[f"profile/{cell}/step"] = [_clocked(setting, step) for _ in range(_STEPS)]
     return found
 
 

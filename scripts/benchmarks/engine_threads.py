@@ -14,6 +14,7 @@ from benchmarks.engine import (
     Step,
     in_turn,
     one_rows,
+    open_runs,
     quotient,
     take_turns,
     tenants_rows,
@@ -31,22 +32,18 @@ Way = Callable[[], AbstractContextManager[object]]
 def measure(setting: Setting) -> dict[str, list[float]]:
     """Seconds of a step by `threads/CELL/WAY`."""
     backend = setting.backend
-    names = [f"run-{index}" for index in range(max(tenants for tenants, _ in _MANY))]
-    for name in names:
-        backend.open_run(name, setting.run_settings(), None)
-    cells: dict[str, Step] = {
-        name: lambda own=own: in_turn(backend, names[:1], [own])
-        for name, own in one_rows(setting).items()
-    }
-    for tenants, length in (*((1, length) for length in _ALONE), *_MANY):
-        own = tenants_rows(setting, tenants, length)
-        cells[f"{tenants}x{length}"] = lambda own=own: together(backend, names[: len(own)], own)
     found: dict[str, list[float]] = {}
-    for cell, step in cells.items():
-        ways = {f"threads/{cell}/{name}": _in(way, step) for name, way in _WAYS.items()}
-        take_turns(ways, setting, found)
-    for name in names:
-        backend.close_run(name)
+    with open_runs(setting, max(tenants for tenants, _ in _MANY)) as names:
+        cells: dict[str, Step] = {
+            name: lambda own=own: in_turn(backend, names[:1], [own])
+            for name, own in one_rows(setting).items()
+        }
+        for tenants, length in (*((1, length) for length in _ALONE), *_MANY):
+            own = tenants_rows(setting, tenants, length)
+            cells[f"{tenants}x{length}"] = lambda own=own: together(backend, names[: len(own)], own)
+        for cell, step in cells.items():
+            ways = {f"threads/{cell}/{name}": _in(way, step) for name, way in _WAYS.items()}
+            take_turns(ways, setting, found)
     return found
 
 
