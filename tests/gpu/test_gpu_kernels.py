@@ -90,7 +90,7 @@ def test_rows_of_a_frame_with_some_unused():
     )
     a_SrK, b_SOr = frame.weights["x.q"]
     for row, part in enumerate(parts):
-        a_SrK[row], b_SOr[row] = part.a, part.scaled_b
+        a_SrK[row], b_SOr[row] = part.a, part.b * part.scale
     ends = torch.tensor([*(p.end for p in parts), count, count, padded], dtype=torch.int32)
     sums = frame.gradients["x.q"]
     rows = _Rows(0, padded, a_SrK, b_SOr, 1.0, *sums, ends.to(DEVICE))

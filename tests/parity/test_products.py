@@ -23,7 +23,7 @@ def parts_of(segments, dtype) -> tuple[list[Part], int]:
         a = torch.randn(rank, K, generator=generator).to(dtype)
         b = torch.randn(WIDTH, rank, generator=generator).to(dtype)
         sums = torch.ones_like(a), torch.full_like(b, 2.0)
-        parts.append(Part(begin, begin + length, a, b * 1.5, 1.5, *sums))
+        parts.append(Part(begin, begin + length, a, b, 1.5, *sums))
         begin += length
     return parts, begin + segments[0][0]
 
@@ -34,8 +34,7 @@ def reference(inputs, parts, grad):
     outputs = torch.zeros(len(inputs), WIDTH, dtype=inputs.dtype)
     leaves = []
     for part in parts:
-        a = part.a.clone().requires_grad_()
-        b = (part.scaled_b / part.scale).requires_grad_()
+        a, b = part.a.clone().requires_grad_(), part.b.clone().requires_grad_()
         added = part.scale * (inputs[part.begin : part.end] @ a.t() @ b.t())
         outputs = torch.cat([outputs[: part.begin], added, outputs[part.end :]])
         leaves += [a, b]

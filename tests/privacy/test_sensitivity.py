@@ -14,8 +14,9 @@ from privacy.private_runs import open_private, private, private_request, unit_su
 from workers.engine import computing
 from workers.engine.base_model import BaseModel, freeze
 from workers.engine.engine import TorchBackend
+from workers.engine.magnitudes import squared_norms
 from workers.engine.packing import pack
-from workers.engine.privacy.clipping import clip_factors, squared_norms
+from workers.engine.privacy.clipping import clip_factors
 from workers.operations import LossOutcome, PrivateMetrics, StepOutcome, StepRequest
 
 BAD = VOCABULARY - 1

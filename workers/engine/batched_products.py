@@ -76,15 +76,15 @@ class Grouped:
 
 
 def _stacked(parts: Sequence[Part], rank: int) -> tuple[Tensor, Tensor]:
-    """A [S, rank, K] and B [S, O, rank]."""
+    """A [S, rank, K], and B times its scale [S, O, rank]."""
     first = parts[0]
     if all(len(part.a) == rank for part in parts):
-        return torch.stack([p.a for p in parts]), torch.stack([p.scaled_b for p in parts])
+        return torch.stack([p.a for p in parts]), torch.stack([p.b * p.scale for p in parts])
     a_SrK = first.a.new_zeros(len(parts), rank, first.a.shape[1])
-    b_SOr = first.a.new_zeros(len(parts), first.scaled_b.shape[0], rank)
+    b_SOr = first.a.new_zeros(len(parts), first.b.shape[0], rank)
     for index, part in enumerate(parts):
         a_SrK[index, : len(part.a)] = part.a
-        b_SOr[index, :, : len(part.a)] = part.scaled_b
+        b_SOr[index, :, : len(part.a)] = part.b * part.scale
     return a_SrK, b_SOr
 
 

@@ -12,12 +12,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import BaseModel
 from workers.engine.budget import TokenBudget
 from workers.engine.gathering import Computed, gather
+from workers.engine.magnitudes import certain, l2_norm
 from workers.engine.memory import give_back, is_memory_error, memory_faults
 from workers.engine.passes import Call, Pass, cut
 from workers.engine.scoring import LossFunctionError, PortionLoss
@@ -194,10 +193,10 @@ def _attempt(
         if computed is None:
             return work
         parts += computed
-    # In float64: with large weights the squares of a float32 gradient are infinite, with small
-    # ones 0.
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in gradients]
-    return gather(calls, parts, norms)
+    found = gather(calls, parts, [l2_norm(gradient) for gradient in gradients])
+    for each, gradient in zip(found, gradients, strict=mode.trains):
+        each.grad_norm = certain(each.grad_norm, gradient)
+    return found
 
 
 def _computed(

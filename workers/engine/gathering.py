@@ -22,7 +22,7 @@ _COMBINES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Computed:
     """What came of one call; its gradient waits in its adapter, to be released.
 

@@ -87,8 +87,7 @@ class PassAdapters:
                 part = Part(
                     segment.begin,
                     segment.end,
-                    tensors[module][0],
-                    tensors[module][1] * scale,
+                    *tensors[module],
                     scale,
                     *gradients.get(module, (None, None)),
                 )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -19,16 +18,15 @@ class Part:
 
     Attributes:
         begin, end: its tokens.
-        a: [r, K].
-        scaled_b: [O, r], times alpha / rank, over 1 − p under dropout.
-        scale: that factor.
+        a, b: [r, K] and [O, r].
+        scale: what their product is multiplied by: alpha / rank, over 1 − p under dropout.
         grad_a, grad_b: where gradients are added; None in a pass that trains nothing.
     """
 
     begin: int
     end: int
     a: Tensor
-    scaled_b: Tensor
+    b: Tensor
     scale: float
     grad_a: Tensor | None
     grad_b: Tensor | None
@@ -36,14 +34,14 @@ class Part:
     def add_gradients(
         self, grad_low_t: Tensor, inputs: Tensor, slope_t: Tensor, low: Tensor
     ) -> None:
-        """Adds [r, n]·[n, K] and scale·[O, n]·[n, r]."""
+        """Adds scale·[r, n]·[n, K] and scale·[O, n]·[n, r]."""
         if self.grad_a is None or self.grad_b is None:
             return
         if self.grad_a.dtype == inputs.dtype:
-            self.grad_a.addmm_(grad_low_t, inputs)
+            self.grad_a.addmm_(grad_low_t, inputs, alpha=self.scale)
             self.grad_b.addmm_(slope_t, low, alpha=self.scale)
         else:
-            self.grad_a.add_(grad_low_t @ inputs)
+            self.grad_a.add_(grad_low_t @ inputs, alpha=self.scale)
             self.grad_b.add_(slope_t @ low, alpha=self.scale)
 
 
@@ -79,7 +77,7 @@ class SegmentLoop:
         for part in parts:
             low = inputs[part.begin : part.end] @ part.a.t()
             # With beta = 0 it writes whatever was there.
-            added[part.begin : part.end].addmm_(low, part.scaled_b.t(), beta=int(same))
+            added[part.begin : part.end].addmm_(low, part.b.t(), beta=int(same), alpha=part.scale)
             narrow.append(low)
         if not same:
             # Cast apart: adding another type in place is slower.
@@ -93,10 +91,10 @@ class SegmentLoop:
         for part, low in zip(parts, narrow, strict=True):
             tokens = slice(part.begin, part.end)
             slope = grad[tokens]
-            grad_low = slope @ part.scaled_b
+            grad_low = slope @ part.b
             part.add_gradients(grad_low.t(), inputs[tokens], slope.t(), low)
             if grad_inputs is not None:
-                torch.mm(grad_low, part.a, out=grad_inputs[tokens])
+                grad_inputs[tokens].addmm_(grad_low, part.a, beta=0, alpha=part.scale)
         return grad_inputs
 
 

@@ -60,14 +60,14 @@ class _RowProduct:
     def forward(self, inputs: Tensor, parts: list[Part], outputs: Tensor) -> list[Tensor]:
         rows = _only(parts)
         low_Nr = grouped_mm(inputs, rows.a.transpose(1, 2), offs=rows.ends)
-        outputs += grouped_mm(low_Nr, rows.scaled_b.transpose(1, 2), offs=rows.ends)
+        outputs += grouped_mm(low_Nr, rows.b.transpose(1, 2), offs=rows.ends)
         return [low_Nr]
 
     def backward(
         self, inputs: Tensor, parts: list[Part], narrow: list[Tensor], grad: Tensor, wants: bool
     ) -> Tensor | None:
         rows, (low_Nr,) = _only(parts), narrow
-        grad_low_Nr = grouped_mm(grad, rows.scaled_b, offs=rows.ends)
+        grad_low_Nr = grouped_mm(grad, rows.b, offs=rows.ends)
         if rows.grad_a is not None and rows.grad_b is not None:
             rows.grad_a.add_(grouped_mm(grad_low_Nr.t(), inputs, offs=rows.ends))
             rows.grad_b.add_(grouped_mm(grad.t(), low_Nr, offs=rows.ends))

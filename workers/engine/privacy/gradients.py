@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.adapters import Adapter
-from workers.engine.privacy.clipping import squared_norms
+from workers.engine.magnitudes import squared_norms
 from workers.engine.privacy.row_products import row_products
 from workers.engine.products import Part
 
@@ -46,7 +46,7 @@ class UnitGradients:
 
     def part(self, module: str, whole: Part) -> UnitPart:
         """A segment whose gradients come here."""
-        own = (whole.begin, whole.end, whole.a, whole.scaled_b, whole.scale, None, None)
+        own = (whole.begin, whole.end, whole.a, whole.b, whole.scale, None, None)
         return UnitPart(*own, module, self)
 
     def add(
@@ -133,4 +133,5 @@ class UnitPart(Part):
         self, grad_low_t: Tensor, inputs: Tensor, slope_t: Tensor, low: Tensor
     ) -> None:
         """As `Part`, unit by unit."""
-        self.units.add(self.module, (grad_low_t, inputs), (slope_t, low * self.scale))
+        scale = self.scale
+        self.units.add(self.module, (grad_low_t * scale, inputs), (slope_t, low * scale))

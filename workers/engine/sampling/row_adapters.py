@@ -37,7 +37,7 @@ class _StackProduct:
         if isinstance(stack, _Stack) and stack.foreign is not None:
             # Not multiplied by 0, which would keep another row's infinity.
             low_NR.masked_fill_(stack.foreign, 0)
-        outputs += (low_NR @ stack.scaled_b.t()).to(outputs.dtype)
+        outputs += (low_NR @ stack.b.t()).to(outputs.dtype)
         return []
 
     def backward(
