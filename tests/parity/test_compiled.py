@@ -87,6 +87,20 @@ def test_a_compiled_kernel_serves_every_size_without_compiling_again(adopted, ea
 
 
 @pytest.mark.slow
+def test_what_a_kernel_was_not_made_for_compiles_nothing_within_a_step(adopted):
+    (gate,) = [each for each in KERNELS if each.name == "gate"]
+    wide = torch.randn(300, 64, dtype=torch.float64)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with fused(300, exact=False):
+        found = gate(wide, wide.clone(), "silu")
+    torch.testing.assert_close(found, gate.plain(wide, wide, "silu"))
+    assert not counters["stats"]
+    with pytest.raises(RuntimeError), torch.compiler.set_stance("fail_on_recompile"):
+        gate._fused(wide, wide.clone(), "silu")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3-windows"])
 def test_a_step_with_compiled_kernels_is_the_step_as_written(adopted, name):
     found = []

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from parity.peft_reference import PlainPeft
-from parity.tiny_models import CONTEXT, FAMILIES, Family, Wide
+from parity.tiny_models import CONTEXT, FAMILIES, SCALED_AHEAD, Family, Wide
 from parity.tiny_runs import metric, perturb, request_of, rows_of, settings
+from transformers.models.llama import modeling_llama
 
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
@@ -120,19 +121,63 @@ CAPS = {
     "gemma2-attention": ("Gemma2", "Gemma2", {"final_logit_softcapping": None}, "no softcap"),
     "gemma2-head": ("Gemma2", "Gemma2", {"attn_logit_softcapping": None}, "linear map"),
     "gemma3-head": ("Gemma3", "Gemma3Text", {"final_logit_softcapping": 30.0}, "linear map"),
-    "granite-scale": ("Granite", "Granite", {"logits_scaling": 1.02}, "linear map"),
 }
 
 
 @pytest.mark.parametrize("spread", [0.002, 0.15], ids=["small-logits", "large-logits"])
 @pytest.mark.parametrize(("model", "config", "options", "says"), CAPS.values(), ids=CAPS.keys())
-def test_capped_and_scaled_logits_are_refused(model, config, options, says, spread):
+def test_capped_logits_are_refused(model, config, options, says, spread):
     """A cap is next to nothing as long as the logits are small, as in an untrained model."""
     capped = Family(model, config, options, 0).build(
         num_key_value_heads=2, head_dim=8, initializer_range=spread
     )
     with pytest.raises(UnsupportedModelError, match=says):
         freeze("tiny", capped.float())
+
+
+def test_hidden_states_that_are_scaled_ahead_of_the_head():
+    with Wide():
+        backend, plain = pair(SCALED_AHEAD)
+    check_one_call(backend, plain, LENGTHS, MASKED)
+
+
+def test_a_scale_that_no_configuration_says_is_refused(monkeypatch):
+    module = FAMILIES["llama-gqa"].build()
+    head = module.lm_head
+    own = module.forward
+
+    def scaled(*args, **options):
+        output = own(*args, **options)
+        output.logits = 1.02 * output.logits
+        return output
+
+    monkeypatch.setattr(module, "forward", scaled)
+    with pytest.raises(UnsupportedModelError, match="linear map"):
+        freeze("tiny", module)
+    assert module.get_output_embeddings() is head
+
+
+def test_attention_that_knows_more_than_ours_is_refused(monkeypatch):
+    """Here a sink, told by a name that ours has not heard of, so that it passes it over."""
+
+    def eager(module, query, key, value, mask, scaling, dropout=0.0, sinks=None, **_):
+        key, value = (part.repeat_interleave(2, 1) for part in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        scores = scores if mask is None else scores + mask
+        more = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        shares = torch.cat([scores, more], -1).softmax(-1)[..., :-1]
+        return (shares @ value).transpose(1, 2).contiguous(), shares
+
+    own = modeling_llama.LlamaAttention.forward
+
+    def forward(self, *args, **options):
+        return own(self, *args, sinks=torch.full((4,), 2.0).double(), **options)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+    module = FAMILIES["llama-gqa"].build(attn_implementation="eager")
+    with pytest.raises(UnsupportedModelError, match="laid end to end"):
+        freeze("tiny", module)
 
 
 @pytest.mark.parametrize("layers", [["sliding_attention"] * 2, ["full_attention"] * 2], ids=str)

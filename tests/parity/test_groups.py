@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 from parity.group_members import MEMBERS, SGD, Member, bits, entries, groups, open_all, runs
 from parity.loss_calls import LOSSES
+from parity.scarce_memory import fault_at
 from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
@@ -302,6 +303,30 @@ def test_an_infinite_gradient_leaves_its_neighbour_the_passes_that_it_has_withou
     expected = bits(without, without.forward_backward_group(entries(everyone, [1])), ["1"])
     assert bits(beside, beside_outcomes[1:], ["1"]) != expected
     assert bits(backend, outcomes[1:], ["1"]) == expected
+
+
+@pytest.mark.parametrize("passes", range(26, 32))
+def test_beside_one_that_fails_the_budget_learns_nothing(passes):
+    """After a lack of memory it grows by passes that fit; those of a call that is taken back
+    count for the calls that stay no more than if it had not been there."""
+    lora = {"rank": 4, "target_modules": GATED}
+    everyone = [
+        Member(seed, lora, {}, Reduction.SUM, lengths, 0.9)
+        for seed, lengths in enumerate([(20, 18), (19, 17), (40,)])
+    ]
+    backend, without = (open_all(BASE, everyone, 80) for _ in range(2))
+    for each in (backend, without):
+        with fault_at(BASE.body, {0}, backward=True):
+            each.forward_backward_group(entries(everyone, [0, 1]))
+        for call in range(passes):
+            each.forward_backward_group(entries(everyone, [0], call=call))
+        for run in ("0", "1"):
+            each.drop_window(run)
+    _fill(backend, "2", float("nan"))
+    outcomes = backend.forward_backward_group(entries(everyone))
+    assert isinstance(outcomes.pop(), TenSafeFault)
+    clean = without.forward_backward_group(entries(everyone, [0, 1]))
+    assert bits(backend, outcomes, ["0", "1"]) == bits(without, clean, ["0", "1"])
 
 
 def test_two_that_fail_in_different_ways_do_not_hide_each_other():

@@ -197,6 +197,8 @@ def test_what_was_saved_is_told_apart_from_what_was_made_elsewhere(base, tmp_pat
         ("Qwen3Moe", {"num_experts": 4, "mlp_only_layers": [0]}),
         ("Qwen2Moe", {"num_experts": 4, "shared_expert_intermediate_size": 16}),
         ("Glm4Moe", {"n_routed_experts": 4, "first_k_dense_replace": 1}),
+        # Its tensors are read under other names, without a word of it in the configuration.
+        ("Laguna", {"num_experts": 4, "shared_expert_intermediate_size": 16, "head_dim": 8}),
     ],
 )
 def test_beside_experts_only_what_plain_peft_finds_by_its_name_is_adapted(model, options, tmp_path):

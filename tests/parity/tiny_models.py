@@ -160,7 +160,39 @@ FAMILIES = {
         9,
         LATENT,
     ),
+    # Logits divided by 3, and multiplied by 0.3.
+    "granite-scaled": Family(
+        "Granite",
+        "Granite",
+        {
+            "num_key_value_heads": 2,
+            "logits_scaling": 3.0,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.3,
+        },
+        5,
+    ),
+    "cohere-scaled": Family("Cohere", "Cohere", {"num_key_value_heads": 2, "logit_scale": 0.3}, 0),
 }
+
+
+SCALED_AHEAD = Family(
+    "MiniCPM3",
+    "MiniCPM3",
+    {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "dim_model_base": 8,
+    },
+    9,
+    LATENT,
+)
+"""Its hidden states are divided by 4 ahead of the head."""
 
 
 class Wide(TorchFunctionMode):

@@ -67,6 +67,7 @@ class BaseModel:
         references: other names under which tenants may ask for it.
         tokenizer_files: name → content.
         layer_shapes: what each layer's attention keeps of a token.
+        logit_scale: what hidden states are multiplied by ahead of the head.
     """
 
     name: str
@@ -82,6 +83,7 @@ class BaseModel:
     references: tuple[str, ...] = ()
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
     layer_shapes: tuple[LayerShape, ...] = ()
+    logit_scale: float = 1.0
     token_bytes: float | None = None
 
     def __post_init__(self) -> None:
@@ -159,7 +161,8 @@ class BaseModel:
         *,
         frugal: bool = False,
     ) -> Tensor:
-        """Hidden states [N, D] of tokens that belong together as their layout says.
+        """Hidden states [N, D], as the head takes them, of tokens that belong together as their
+        layout says.
 
         Args:
             frugal: keep only the layers' inputs for the backward pass, and compute them again.
@@ -174,7 +177,7 @@ class BaseModel:
             packing=packing,
         )
         hidden: Tensor = output.last_hidden_state[0]
-        return hidden
+        return hidden if self.logit_scale == 1 else hidden * self.logit_scale
 
 
 def freeze(
@@ -202,7 +205,8 @@ def freeze(
         raise UnsupportedModelError(f"{name}: it has no plain linear output head")
     with refusing(name):
         check_attention(name, module.config.get_text_config())
-        check_head(name, module, body, head)
+        logit_scale = check_head(name, module, body, head)
+        own_attention = module.config._attn_implementation
         module.set_attn_implementation(attention.NAME)
     _turn_linear(module)
     linear_modules = _linear_modules(module, head)
@@ -223,19 +227,20 @@ def freeze(
         end_tokens=_end_tokens(module, tokenizer),
         references=references,
         tokenizer_files=tokenizer_files or {},
+        logit_scale=logit_scale,
     )
     with refusing(name):
-        _check(model)
+        _check(model, own_attention)
         if model.dtype.itemsize < torch.float32.itemsize:
             with widened(body):
-                _check(model)
+                _check(model, own_attention)
     return model
 
 
-def _check(model: BaseModel) -> None:
+def _check(model: BaseModel, own_attention: str) -> None:
     model.layer_shapes, seen = see_layers(model)
     model.context_length = min(model.context_length, seen)
-    check_packing(model)
+    check_packing(model, own_attention)
     check_decoding(model)
 
 

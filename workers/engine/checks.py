@@ -74,27 +74,53 @@ def context_length(config: Any) -> int:
 
 
 @torch.no_grad()
-def check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> None:
-    """Some models cap or scale their logits, which the loss would miss.
+def check_head(name: str, module: Any, body: nn.Module, head: nn.Linear) -> float:
+    """Some models scale their logits, or the hidden states ahead of the head, and some cap them.
 
     A cap does next to nothing to small logits, so the head is made to give large ones.
+
+    Returns:
+        What hidden states are multiplied by ahead of the head.
     """
     ids = torch.arange(4, device=head.weight.device)[None]
-    handle = head.register_forward_hook(lambda _head, _inputs, logits: _magnified(logits))
+    # By the same factor both times: by one of its own each would hide a scale ahead of the head.
+    magnified = _Magnified()
+    handle = head.register_forward_hook(magnified)
     try:
         expected = module(input_ids=ids, use_cache=False).logits.float()
         actual = head(body(input_ids=ids, use_cache=False).last_hidden_state).float()
     finally:
         handle.remove()
-    if not torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * _LARGE_LOGIT):
+    ratio = float((expected * actual).sum() / actual.square().sum())
+    # As exact as the configuration says it, if it is one that it says.
+    scale = min(_scales(module.config.get_text_config()), key=lambda own: abs(own - ratio))
+    close = torch.allclose(expected, scale * actual, rtol=1e-3, atol=1e-3 * _LARGE_LOGIT)
+    if not close or (scale != 1 and head.bias is not None):
         raise UnsupportedModelError(
-            f"{name}: its logits are not a linear map of its hidden states (capped or scaled "
-            "logits are not supported); use a model without, such as Llama, Qwen or Gemma 3"
+            f"{name}: its logits are not a linear map of its hidden states (capped logits are not "
+            "supported); use a model without, such as Llama, Qwen or Gemma 3"
         )
+    return scale
 
 
-def _magnified(logits: Tensor) -> Tensor:
-    return logits * (_LARGE_LOGIT / logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny))
+class _Magnified:
+    """A hook that multiplies logits by what makes its first call's large."""
+
+    def __init__(self) -> None:
+        self._factor: Tensor | None = None
+
+    def __call__(self, head: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+        if self._factor is None:
+            tiny = torch.finfo(logits.dtype).tiny
+            self._factor = _LARGE_LOGIT / logits.abs().max().clamp(min=tiny)
+        return logits * self._factor
+
+
+def _scales(config: Any) -> list[float]:
+    """What logits may be multiplied by. Some families multiply by the same word that others divide
+    by."""
+    values = [getattr(config, word, None) for word in ("logit_scale", "logits_scaling")]
+    return [1.0, *(own for value in values if value for own in (float(value), 1 / value))]
 
 
 def check_attention(name: str, config: Any) -> None:
@@ -108,17 +134,26 @@ def check_attention(name: str, config: Any) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: BaseModel) -> None:
-    """Some models keep to themselves what our attention needs, or mix tokens in other ways."""
+def check_packing(model: BaseModel, own_attention: str) -> None:
+    """Some models keep to themselves what our attention needs, or mix tokens in other ways.
+
+    Args:
+        own_attention: what the model attends with elsewhere.
+    """
     lengths = [min(length, model.context_length) for length in _LENGTHS]
     ids = torch.arange(sum(lengths), device=model.device) % model.vocabulary_size
     positions = torch.cat([torch.arange(length) for length in lengths]).to(model.device)
     packed = model.hidden(ids, positions, pack(lengths, model.device))
-    alone = [
-        model.body(input_ids=part[None], use_cache=False)
-        for part in (ids[: lengths[0]], ids[lengths[0] :])
-    ]
-    expected = torch.cat([output.last_hidden_state[0] for output in alone])
+    ours = model.module.config._attn_implementation
+    model.module.set_attn_implementation(own_attention)
+    try:
+        alone = [
+            model.body(input_ids=part[None], use_cache=False)
+            for part in (ids[: lengths[0]], ids[lengths[0] :])
+        ]
+    finally:
+        model.module.set_attn_implementation(ours)
+    expected = model.logit_scale * torch.cat([output.last_hidden_state[0] for output in alone])
     if _differ(packed, expected):
         raise UnsupportedModelError(f"{model.name}: its documents cannot be laid end to end")
 

@@ -49,6 +49,7 @@ def execute(
         TenSafeFault: OUT_OF_MEMORY, when there is not even room for the gradients.
     """
     mode = _Mode(trains, trains if drops is None else drops, deterministic)
+    before = budget.trial()
     found = _fitting(model, calls, budget, mode)
     if isinstance(found, _Failed):
         outcomes: list[Computed | TenSafeFault] = [found.fault] * len(calls)
@@ -58,7 +59,9 @@ def execute(
         outcomes = [*found]
         broken = _broken(found) if len(calls) > 1 else []
         # A product may have carried one call's NaN into a neighbour's sum; each is owed its own
-        # bits.
+        # bits, and so what the budget learnt with such a call beside them is forgotten.
+        if broken:
+            budget.adopt(before)
         rest = [index for index in range(len(calls)) if index not in broken]
         apart = [rest, *([index] for index in broken)] if broken else []
     for members in apart:
