@@ -39,8 +39,7 @@ from benchmarks import (
 )
 from transformers import AutoModelForCausalLM
 
-from workers.engine.compiling import Compiling
-from workers.engine.compiling import start as start_compiling
+from workers.engine.compiling import Compiling, compile_if_asked
 from workers.engine.engine import TorchBackend
 from workers.engine.loading import load_backend, pick_device, pick_dtype
 from workers.engine.model_sources import resolve
@@ -171,8 +170,8 @@ def _backend(
     model: str, device: str, dtype: torch.dtype, arguments: argparse.Namespace
 ) -> TorchBackend:
     compiling = Compiling(arguments.compile)
-    if compiling is Compiling.AUTO:
-        compiling = Compiling.OFF if device == "cpu" else Compiling.FIRST
+    if compiling is Compiling.AUTO and device != "cpu":
+        compiling = Compiling.FIRST  # or nothing: a table is of one or the other
     if model == SMOLLM2:
         return load_backend(
             [model],
@@ -185,7 +184,7 @@ def _backend(
     torch.set_num_threads(arguments.threads)
     base = random_models.base_model(model, device, dtype)
     backend = TorchBackend([base], captures=arguments.cuda_graphs == "auto")
-    start_compiling(compiling, device, dtype)
+    compile_if_asked(compiling, device, dtype)
     return backend
 
 

@@ -168,6 +168,8 @@ class OperationInfo:
         finished_at: when it ended; None before.
         queue_ms: time between acceptance and the start on a worker.
         compute_ms: time on the worker.
+        fingerprint: what its numbers depend on beside the run, as 16 hexadecimal digits; empty
+            before its end, and if other runs' operations were in its pass.
     """
 
     id: str
@@ -180,6 +182,7 @@ class OperationInfo:
     finished_at: datetime | None
     queue_ms: float
     compute_ms: float
+    fingerprint: str = ""
 
     @classmethod
     def from_proto(cls, message: operations_pb2.Operation) -> OperationInfo:
@@ -196,6 +199,7 @@ class OperationInfo:
             finished_at=to_datetime(message.finished_at) if ended else None,
             queue_ms=message.queue_ms,
             compute_ms=message.compute_ms,
+            fingerprint=message.fingerprint,
         )
 
 

@@ -86,8 +86,8 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
 @click.option(
     "--run-memory-mib",
     type=click.FloatRange(min=0, min_open=True),
-    help="Most memory of runs' adapters and optimizers; beyond it the runs idle longest wait on "
-    "disk.  [default: a third of what is free at the start]",
+    help="Memory of runs' adapters and optimizers beyond which idle ones wait on disk; what is not "
+    "idle may take half as much again.  [default: a third of what is free at the start]",
 )
 @click.option(
     "--sample-memory-mib",
@@ -108,11 +108,12 @@ KEY_VARIABLE = "TENSAFE_WORKER_KEY"
 @click.option(
     "--compile",
     "compiling",
-    type=click.Choice(["auto", "background", "first", "off"]),
+    type=click.Choice(["auto", "first", "off"]),
     default="auto",
     show_default=True,
-    help="torch.compile of the element-wise kernels: beside the work, before the worker registers, "
-    "or never; auto is background on a GPU and off on a CPU. Deterministic runs never use them.",
+    help="torch.compile of the element-wise kernels, before the worker registers: first, or it "
+    "does not start, or never; auto is off on a CPU, and on a GPU goes on without if that does not "
+    "go. Deterministic runs never use them.",
 )
 @click.option(
     "--cuda-graphs",

@@ -68,6 +68,7 @@ def show(ctx: click.Context, operation_id: str, as_json: bool) -> None:
             ("finished", operation.finished_at),
             ("queue ms", operation.queue_ms),
             ("compute ms", operation.compute_ms),
+            ("fingerprint", operation.fingerprint),
             ("error", operation.error),
         ]
     )

@@ -133,7 +133,9 @@ class Reception:
         self._dispatcher.add(link)
         self._liveness.watch(link)
         log.info(
-            "worker %s (%s) serves %s on %s", link.id, link.name, sorted(link.models), link.device
+            "worker %s (%s) serves %s on %s, fingerprint %s: %s",
+            *(link.id, link.name, sorted(link.models), link.device),
+            *(link.digest, link.fingerprint),
         )
         return link
 

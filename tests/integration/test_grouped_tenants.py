@@ -101,13 +101,23 @@ def test_tenants_that_train_at_once_learn_as_if_alone(clients: list[ServiceClien
             np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_deterministic_run_gives_its_own_bits_beside_others(clients: list[ServiceClient]):
+def test_a_deterministic_run_gives_its_own_bits_beside_others(
+    grouping: LocalService, clients: list[ServiceClient]
+):
     own = config(0, deterministic=True)
     alone = losses(0, clients[0].create_training_client(own), pipelined=True)
     runs = [clients[0].create_training_client(own)]
     runs += [client.create_training_client(config(n)) for n, client in enumerate(clients) if n]
     beside, *_ = together(runs, pipelined=True)
     assert beside == alone
+    # Its operations tell under what they have these bits; those that had company tell nothing.
+    told = [
+        {operation.fingerprint for operation in client.operations(run_id=run.run_id)}
+        for client, run in zip(clients, runs, strict=True)
+    ]
+    (own,) = told[0]
+    assert f"fingerprint {own}: " in grouping.log
+    assert any("" in others for others in told[1:])
 
 
 def test_a_run_whose_steps_fail_takes_no_other_with_it(clients: list[ServiceClient]):

@@ -10,7 +10,6 @@ import gc
 import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from threading import Event
 from types import SimpleNamespace
 from weakref import WeakSet, ref
 
@@ -30,9 +29,8 @@ from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, setting
 from privacy.private_runs import open_private, private_request
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import compiling, computing
+from workers.engine import computing
 from workers.engine.base_model import BaseModel, freeze
-from workers.engine.compiling import CompileError
 from workers.engine.dropout import _mixed_places
 from workers.engine.engine import TorchBackend
 from workers.engine.graphs import graphs as sizes
@@ -250,37 +248,6 @@ def test_a_run_that_is_gone_is_in_no_captured_pass():
     backend.close_run("one")
     gc.collect()
     assert adapter() is None
-
-
-def test_nothing_is_captured_while_kernels_are_compiled(monkeypatch):
-    """What is measured then waits for the device, and that breaks off a capture."""
-    begun, done = Event(), Event()
-
-    def compile_kernels(device, dtype):
-        begun.set()
-        assert done.wait(60)
-        raise CompileError("no compiler")
-
-    monkeypatch.setattr(compiling, "compile_kernels", compile_kernels)
-    base = freeze("tiny", tiny_llama())
-    backend = TorchBackend([base], token_budget=1000)
-    backend.open_run("one", settings(), None)
-    graphs = capturing(backend, base)
-
-    def call_all():
-        for _ in range(TIMES):
-            backend.forward("one", request_of(rows_of(1, [20, 9])))
-
-    thread = compiling.start(compiling.Compiling.BACKGROUND, "cpu", torch.float32)
-    try:
-        assert begun.wait(60)
-        call_all()
-        assert not graphs.held
-    finally:
-        done.set()
-        thread.join()
-    call_all()
-    assert graphs.held
 
 
 def test_what_a_captured_pass_reads_of_dropout_stays_where_it_is():

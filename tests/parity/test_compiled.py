@@ -13,7 +13,7 @@ from parity.tiny_runs import perturb, request_of, rows_of, settings, tiny_llama
 
 from workers.engine import compiling, kernels
 from workers.engine.base_model import freeze
-from workers.engine.compiling import CompileError, Compiling, compile_kernels, start
+from workers.engine.compiling import CompileError, Compiling, compile_if_asked, compile_kernels
 from workers.engine.engine import TorchBackend
 from workers.engine.gated import _KnownGate
 from workers.engine.kernels import KERNELS, fused
@@ -158,27 +158,26 @@ def test_without_a_compiler_nothing_is_compiled(plain, monkeypatch):
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
     with pytest.raises(CompileError, match=r"torch\.compile does not work here"):
-        start(Compiling.FIRST, "cpu", torch.float64)
+        compile_if_asked(Compiling.FIRST, "cpu", torch.float64)
     assert not any(each.is_fused for each in KERNELS)
 
 
-def test_in_the_background_the_log_says_why_and_steps_go_on(plain, monkeypatch, caplog):
+def test_on_a_gpu_the_log_says_why_and_the_worker_goes_on(plain, monkeypatch, caplog):
     def lacking(*_args, **_options):
         raise RuntimeError("no C++ compiler\nhere")
 
     monkeypatch.setattr(torch, "compile", lacking)
     with caplog.at_level(logging.WARNING, logger="workers"):
-        thread = start(Compiling.BACKGROUND, "cpu", torch.float32)
-        assert thread is not None
-        thread.join(300)
+        compile_if_asked(Compiling.AUTO, "cuda:0", torch.float32)
     (said,) = [each.getMessage() for each in caplog.records]
     assert "does not work here: no C++ compiler; kernels stay as written" in said
     assert not any(each.is_fused for each in KERNELS)
 
 
-def test_auto_is_off_on_a_cpu():
-    assert start(Compiling.AUTO, "cpu", torch.float32) is None
-    assert start(Compiling.OFF, "cuda:0", torch.float32) is None
+def test_auto_is_off_on_a_cpu(plain, monkeypatch):
+    monkeypatch.setattr(compiling, "compile_kernels", pytest.fail)
+    compile_if_asked(Compiling.AUTO, "cpu", torch.float32)
+    compile_if_asked(Compiling.OFF, "cuda:0", torch.float32)
 
 
 def test_an_activation_is_known_by_its_bits():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from parity import deterministic_run
 from parity.deterministic_run import opened, options, train, train_call, weights
 from parity.group_members import SGD, Member, entries
@@ -19,6 +20,8 @@ from parity.tiny_runs import perturb, settings, tiny_llama
 from tensafe.wire.status import TenSafeFault
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
+from workers.engine.processor import processor
+from workers.engine.program import PROGRAM
 from workers.operations import Reduction, StepOutcome, StepRequest
 
 BASE = freeze("tiny", tiny_llama())
@@ -146,18 +149,21 @@ def test_its_kernels_add_in_one_order_and_others_need_not(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_fingerprint_tells_what_bits_depend_on():
+def test_the_fingerprint_tells_what_bits_depend_on(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = TorchBackend([BASE]).fingerprint()
-    assert {
-        "engine",
-        "torch",
-        "device",
-        "cpu",
-        "cpu_capability",
-        "threads",
-        "dtype",
-    } <= found.keys()
-    assert all(found.values())
+    expected = {
+        "engine": PROGRAM,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": "cpu",
+        "cpu": processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "dtype": "float32",
+    }
+    assert expected.items() <= found.items()
+    assert "ONEDNN_MAX_CPU_ISA=AVX2" in found["told"].split()
 
 
 def test_without_it_another_budget_changes_bits():

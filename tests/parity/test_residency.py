@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from parity.tiny_runs import metric, request_of, rows_of, settings
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import checkpoints
+from workers.engine import checkpoints, residency
 from workers.engine.engine import TorchBackend
 from workers.engine.residency import state_bytes
 from workers.operations import StepRequest
@@ -42,17 +44,45 @@ def test_setting_aside_changes_no_bit(base):
         assert torch.equal(tight._runs[name].adapter.weights, roomy._runs[name].adapter.weights)
 
 
-def test_the_run_idle_longest_goes_first_and_those_at_work_stay(base):
+@pytest.fixture
+def roomy(base) -> TorchBackend:
+    """Three runs, the oldest first, and a clock that stands until a test moves it."""
     backend = TorchBackend([base], run_bytes=2**30)
+    backend._runs._clock = lambda: 0.0
     for name in NAMES:
         backend.open_run(name, settings(), None)
-    backend._runs._limit_bytes = 2 * state_bytes(backend._runs["a"])
-    backend._runs["a"]
-    assert backend._runs.resident == ["c", "a"]
+    return backend
+
+
+def test_the_run_idle_longest_goes_first_and_those_at_work_stay(roomy):
+    roomy._runs._limit_bytes = 2 * state_bytes(roomy._runs["a"])
+    roomy._runs._clock = lambda: residency._IDLE_S
+    roomy._runs["a"]
+    assert roomy._runs.resident == ["c", "a"]
     request = request_of(rows_of(0, [9]))
-    outcomes = backend.forward_backward_group([(name, 1, request) for name in NAMES])
+    outcomes = roomy.forward_backward_group([(name, 1, request) for name in NAMES])
     assert len({metric(outcome, "loss") for outcome in outcomes}) == 1
-    assert set(NAMES) == set(backend._runs.resident)
+    assert set(NAMES) == set(roomy._runs.resident)
+
+
+def test_runs_that_are_not_idle_are_not_swapped(roomy):
+    """Three that take turns where there is room for two: each would come back for every step."""
+    roomy._runs._limit_bytes = 2 * state_bytes(roomy._runs["a"])
+    seconds = itertools.count(1)
+    roomy._runs._clock = lambda: next(seconds)
+    for _ in range(10):
+        for name in NAMES:
+            roomy._runs[name]
+            assert len(roomy._runs.resident) == 3
+    roomy._runs._clock = lambda: 100.0
+    roomy._runs["a"]
+    assert roomy._runs.resident == ["c", "a"]
+
+
+def test_beyond_half_as_much_again_the_one_idle_longest_goes_however_short(roomy):
+    roomy._runs._limit_bytes = state_bytes(roomy._runs["a"])
+    roomy._runs["a"]
+    assert roomy._runs.resident == ["c", "a"]
 
 
 def test_a_full_disk_keeps_runs_in_memory(base, monkeypatch):

@@ -1,13 +1,13 @@
-"""Compiles the kernels with `torch.compile`, off every step's path.
+"""Compiles the kernels with `torch.compile`, before a worker registers.
 
 One compilation of a few seconds serves all sizes. What does not measure faster than as written is
-not adopted.
+not adopted. Never beside passes: while it traces, `torch.compile` has the whole process call
+modules by way of its tracer.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from workers.engine.kernels import KERNELS, Kernel, expect_compiled
+from workers.engine.kernels import KERNELS, Kernel
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +23,13 @@ _ROUNDS = 7
 
 
 class Compiling(StrEnum):
-    """When kernels are compiled: the values of `--compile`."""
+    """Whether kernels are compiled: the values of `--compile`."""
 
     AUTO = "auto"
-    """On a GPU beside the work, on a CPU not: there it gains 2 to 3% for 250 MiB of memory."""
-    BACKGROUND = "background"
-    """Beside the work; where it does not go, kernels stay as written, and the log says so once."""
+    """On a GPU; where it does not go, kernels stay as written, and the log says so. On a CPU not:
+    there it gains 2 to 3% for 250 MiB of memory."""
     FIRST = "first"
-    """Before the worker registers; where it does not go, that is an error."""
+    """Anywhere; where it does not go, that is an error."""
     OFF = "off"
 
 
@@ -38,36 +37,21 @@ class CompileError(Exception):
     """This machine cannot compile."""
 
 
-def start(how: Compiling, device: str, dtype: torch.dtype) -> threading.Thread | None:
-    """Compiles now, on a thread which it returns, or not at all.
+def compile_if_asked(how: Compiling, device: str, dtype: torch.dtype) -> None:
+    """Compiles the kernels, or does not.
 
     Raises:
         CompileError: with `FIRST`, if it does not go.
     """
-    if how is Compiling.FIRST:
-        compile_kernels(device, dtype)
-    elif how is Compiling.BACKGROUND or (how is Compiling.AUTO and device != "cpu"):
-        thread = threading.Thread(
-            target=_beside,
-            args=(device, dtype, torch.get_num_threads()),
-            name="compiling",
-            daemon=True,
-        )
-        expect_compiled(True)
-        thread.start()
-        return thread
-    return None
-
-
-def _beside(device: str, dtype: torch.dtype, threads: int) -> None:
-    # What is compiled is for so many. A new thread may find the number of a pass at hand.
-    torch.set_num_threads(threads)
+    if how is Compiling.OFF or (how is Compiling.AUTO and device == "cpu"):
+        return
+    log.info("compiling kernels before anything is executed; --compile off does not")
     try:
         compile_kernels(device, dtype)
     except CompileError as error:
+        if how is Compiling.FIRST:
+            raise
         log.warning("%s; kernels stay as written. --compile off does not try", error)
-    finally:
-        expect_compiled(False)
 
 
 def compile_kernels(

@@ -26,7 +26,7 @@ from workers.engine.objectives import Objective, resolve
 from workers.engine.optimizers import RunOptimizer
 from workers.engine.privacy.noise import NoiseThread
 from workers.engine.privacy.runs import PrivateRun, check_private
-from workers.engine.processor import processor
+from workers.engine.processor import processor, told
 from workers.engine.program import PROGRAM
 from workers.engine.residency import Residency
 from workers.engine.run import Run
@@ -130,6 +130,7 @@ class TorchBackend(Backend):
             "device": self.device,
             "cpu": processor(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "told": told(),
             "threads": str(self._threads),
             "dtype": ",".join(sorted({card.dtype for card in self._cards})),
         }

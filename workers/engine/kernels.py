@@ -1,7 +1,7 @@
 """Functions of several element-wise operations: as written, or compiled into one sweep over memory.
 
-As written they run anywhere. `compiling` compiles them while the worker serves; what it adopts is
-used inside `fused()` from then on. Products are never among them.
+As written they run anywhere. What `compiling` has compiled and adopted is used inside `fused()`.
+Products are never among them.
 """
 
 from __future__ import annotations
@@ -71,24 +71,12 @@ class _Switch:
 
     Attributes:
         on: whether the pass at hand uses compiled forms.
-        coming: whether another thread is making some.
     """
 
     on: bool = False
-    coming: bool = False
 
 
 _switch = _Switch()
-
-
-def expect_compiled(coming: bool) -> None:
-    """Says whether another thread compiles, to adopt what gains."""
-    _switch.coming = coming
-
-
-def are_settled() -> bool:
-    """Whether kernels stay what they are, and nobody compiles beside the passes."""
-    return not _switch.coming
 
 
 def kernel(

@@ -15,8 +15,7 @@ from workers.engine.base_model import BaseModel, freeze
 from workers.engine.cards import tokenizer_files
 from workers.engine.checks import UnsupportedModelError
 from workers.engine.choosing import choose_product
-from workers.engine.compiling import CompileError, Compiling
-from workers.engine.compiling import start as start_compiling
+from workers.engine.compiling import CompileError, Compiling, compile_if_asked
 from workers.engine.engine import TorchBackend
 from workers.engine.model_sources import ModelLoadError, ModelSource, resolve
 from workers.losses import LossRegistry
@@ -49,7 +48,7 @@ def load_backend(
         dtype: `auto`, `bfloat16` or `float32`.
         threads: torch's CPU threads.
         token_budget, run_bytes, sample_bytes, losses, captures: as `TorchBackend` takes them.
-        compiling: when kernels are compiled.
+        compiling: whether kernels are compiled.
 
     Raises:
         ModelLoadError: a model or the device is not to be had, never a substitute; or kernels
@@ -78,7 +77,7 @@ def load_backend(
         captures=captures,
     )
     try:
-        start_compiling(compiling, place, kind)
+        compile_if_asked(compiling, place, kind)
     except CompileError as error:
         raise ModelLoadError(f"{error}; install what it lacks, or use --compile off") from error
     return backend

@@ -1,4 +1,4 @@
-"""Runs in memory; when they take more than their share, those idle longest wait on disk."""
+"""Runs in memory; when they take more than their share, idle ones wait on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import secrets
 import shutil
 import tempfile
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,12 @@ from workers.operations import RunSettings
 
 log = logging.getLogger(__name__)
 
+_IDLE_S = 10.0
+"""Without an operation. Runs whose steps follow each other would come back at once; if they take
+turns, each with every step."""
+_MOST = 1.5
+"""Times its share that what is not idle may take."""
+
 
 class Residency:
     """The runs of one worker, by id; a run that was set aside comes back when it is asked for.
@@ -24,9 +31,11 @@ class Residency:
     Setting aside and coming back change no bit of a run.
 
     Args:
-        limit_bytes: what runs may take in memory; those at work may exceed it.
+        limit_bytes: what runs may take in memory before idle ones are set aside; beyond half as
+            much again the one idle longest is, however short that is. Those at work may exceed it.
         renew: makes a fresh run of an id and settings.
         fingerprint: for the files' own record.
+        clock: seconds.
     """
 
     def __init__(
@@ -34,8 +43,11 @@ class Residency:
         limit_bytes: int,
         renew: Callable[[str, RunSettings], Run],
         fingerprint: Callable[[], dict[str, str]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limit_bytes = limit_bytes
+        self._clock = clock
+        self._used_s: dict[str, float] = {}
         self._renew = renew
         self._fingerprint = fingerprint
         self._resident: OrderedDict[str, Run] = OrderedDict()
@@ -54,6 +66,7 @@ class Residency:
     def __setitem__(self, run_id: str, run: Run) -> None:
         self._drop(run_id)
         self._resident[run_id] = run
+        self._used_s[run_id] = self._clock()
         self._make_room({run_id})
 
     def take(self, run_ids: Iterable[str]) -> list[Run | Exception]:
@@ -82,12 +95,15 @@ class Residency:
             with memory_faults("run"):
                 self._bring_back(run_id)
         self._resident.move_to_end(run_id)
+        self._used_s[run_id] = self._clock()
         return self._resident[run_id]
 
     def _make_room(self, at_work: set[str]) -> None:
         taken = sum(state_bytes(run) for run in self._resident.values())
+        idle_since_s = self._clock() - _IDLE_S
         for run_id in [each for each in self._resident if each not in at_work]:
-            if taken <= self._limit_bytes:
+            is_idle = self._used_s[run_id] <= idle_since_s
+            if taken <= self._limit_bytes * (1 if is_idle else _MOST):
                 return
             taken -= state_bytes(self._resident[run_id])
             if not self._set_aside(run_id):
@@ -118,6 +134,7 @@ class Residency:
 
     def _drop(self, run_id: str) -> None:
         self._resident.pop(run_id, None)
+        self._used_s.pop(run_id, None)
         if run_id in self._aside:
             shutil.rmtree(self._aside.pop(run_id)[1], ignore_errors=True)
 

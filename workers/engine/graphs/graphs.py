@@ -13,7 +13,6 @@ from workers.engine.base_model import BaseModel
 from workers.engine.graphs.captured import PLAIN_ROWS, CapturedPass, Member, Size
 from workers.engine.graphs.frames import Frame
 from workers.engine.graphs.tapes import CudaTape, Tape
-from workers.engine.kernels import are_settled
 from workers.engine.measuring import free_bytes
 from workers.engine.memory import can_spare, is_memory_error
 from workers.engine.ragged_attention import has_ragged_kernel
@@ -126,10 +125,6 @@ class Graphs:
         if size in self.held:
             self.held.move_to_end(size)
             return self.held[size]
-        if not are_settled():
-            # What is measured there waits for the device, which breaks off a capture; and the pass
-            # would go on with the kernels of before.
-            return None
         self._seen[size] += 1
         if self._seen[size] < self._worth:
             if len(self._seen) > _MOST_COUNTED:

@@ -497,6 +497,7 @@ class Operation(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     COMPUTE_MS_FIELD_NUMBER: _builtins.int
     RESULT_PRUNED_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """`op-…`."""
     run_id: _builtins.str
@@ -516,6 +517,13 @@ class Operation(_message.Message):
     result_pruned: _builtins.bool
     """The big parts of its result (per-token outputs, completions) are past the
     server's retention; metrics are there.
+    """
+    fingerprint: _builtins.str
+    """What its numbers depend on beside the run, as 16 hexadecimal digits: versions,
+    device, processor, instruction set, threads. A deterministic run's operations
+    have the same bits wherever these are the same. Empty before it has ended, if
+    other runs' operations were in its pass, and of a PRIVATE_STEP, where company
+    tells how much was drawn.
     """
     @_builtins.property
     def result(self) -> Global___OperationResult:
@@ -548,10 +556,11 @@ class Operation(_message.Message):
         queue_ms: _builtins.float = ...,
         compute_ms: _builtins.float = ...,
         result_pruned: _builtins.bool = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "id", b"id", "kind", b"kind", "queue_ms", b"queue_ms", "result", b"result", "result_pruned", b"result_pruned", "run_id", b"run_id", "seq", b"seq", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_ms", b"compute_ms", "created_at", b"created_at", "error", b"error", "fingerprint", b"fingerprint", "finished_at", b"finished_at", "id", b"id", "kind", b"kind", "queue_ms", b"queue_ms", "result", b"result", "result_pruned", b"result_pruned", "run_id", b"run_id", "seq", b"seq", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -234,8 +234,8 @@ class RunConfig(_message.Message):
     deterministic: _builtins.bool
     """Whether equal batches give equal bits: losses, gradients and weights that
     depend on the run's own operations, its seed and the worker's fingerprint
-    alone, whoever else shares the worker. Its operations then execute by
-    themselves, never together with another run's. Unset: false.
+    alone, whoever else shares the worker. Its passes then are its own, never
+    together with another run's operations. Unset: false.
     """
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
