@@ -34,17 +34,12 @@ from benchmarks import (
     engine_profile,
     engine_segments,
     engine_threads,
-    random_models,
     record,
 )
-from transformers import AutoModelForCausalLM
+from benchmarks.models import NAMES, SMOLLM2, Choice
 
-from workers.engine.compiling import Compiling, compile_if_asked
-from workers.engine.engine import TorchBackend
-from workers.engine.loading import load_backend, pick_device, pick_dtype
-from workers.engine.model_sources import resolve
+from workers.engine.loading import pick_device
 
-SMOLLM2 = "smollm2-135m"
 SMALL = (SMOLLM2, "random-135m")
 MANY = {"small": [(8, [16, 64, 512])], "large": [(8, [16, 64, 512]), (32, [256])]}
 """Runs, and their tokens each, of a model that a CPU trains and of others."""
@@ -73,14 +68,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="all",
         help="all: the first four",
     )
-    parser.add_argument("--model", choices=["auto", SMOLLM2, *random_models.NAMES], default="auto")
+    parser.add_argument("--model", choices=["auto", *NAMES], default="auto")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="interleaved rounds; default 5; of memory at most 3"
+        "--rounds",
+        type=int,
+        default=5,
+        help="interleaved rounds; default 5; of memory at most 3, of segments always 21, of the "
+        "profile 3",
     )
     parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA; default 0.05")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads; default 1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="of one, many and threads"
+    )
     parser.add_argument("--compile", choices=["auto", "first", "off"], default="auto")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -102,21 +103,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     as_written = arguments.cuda_graphs == arguments.compile == "off"
     if arguments.part == "profile" and on_gpu and not as_written:
         parser.error("--part profile sees passes as written: add --cuda-graphs off --compile off")
-    dtype = pick_dtype(arguments.dtype, device)
+    choice = Choice(
+        model, arguments.dtype, arguments.threads, arguments.compile, arguments.cuda_graphs
+    )
     setting = engine.Setting(
-        backend=_backend(model, device, dtype, arguments),
+        backend=choice.backend(),
         model=model,
-        plain=lambda: _plain(model, device, dtype),
-        vocabulary=49_000 if model == SMOLLM2 else random_models.vocabulary(model),
+        plain=choice.plain,
+        vocabulary=choice.vocabulary,
         dropout=arguments.dropout,
         rounds=arguments.rounds,
         clock=time.process_time if arguments.clock == "cpu" else engine.wall_clock,
     )
-    raw, ratios, rate = _measure(setting, arguments)
+    raw, ratios, rate = _measure(setting, choice, arguments)
     raw["GFLOP/s of products"] = [rate]
     sets = " ".join(record.machine()["instruction_sets"])
     print(
-        f"{model} on {device} ({sets}), {torch.get_num_threads()} threads, {dtype}, "
+        f"{model} on {device} ({sets}), {torch.get_num_threads()} threads, {choice.torch_dtype}, "
         f"products at {rate:.0f} GFLOP/s"
     )
     goals = GOALS | (GPU_GOALS if on_gpu else {})
@@ -129,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(
-    setting: engine.Setting, arguments: argparse.Namespace
+    setting: engine.Setting, choice: Choice, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, float], float]:
     """Raw figures, ratios, and the rate of products in GFLOP/s."""
     part, model = arguments.part, setting.model
@@ -152,9 +155,7 @@ def _measure(
         raw |= (found := engine_segments.measure(base))
         ratios |= engine_segments.ratios(found)
     if part in ("memory", "all"):
-        found = engine_memory.measure(
-            model, arguments.dtype, arguments.dropout, arguments.rounds, arguments.threads
-        )
+        found = engine_memory.measure(choice, arguments.dropout, arguments.rounds)
         raw |= found
         ratios |= engine_memory.ratios(found)
     if part == "profile":
@@ -164,35 +165,6 @@ def _measure(
         raw |= (found := engine_threads.measure(setting))
         ratios |= engine_threads.ratios(found)
     return raw, ratios, rate
-
-
-def _backend(
-    model: str, device: str, dtype: torch.dtype, arguments: argparse.Namespace
-) -> TorchBackend:
-    compiling = Compiling(arguments.compile)
-    if compiling is Compiling.AUTO and device != "cpu":
-        compiling = Compiling.FIRST  # or nothing: a table is of one or the other
-    if model == SMOLLM2:
-        return load_backend(
-            [model],
-            device=device,
-            dtype=arguments.dtype,
-            threads=arguments.threads,
-            compiling=compiling,
-            captures=arguments.cuda_graphs == "auto",
-        )
-    torch.set_num_threads(arguments.threads)
-    base = random_models.base_model(model, device, dtype)
-    backend = TorchBackend([base], captures=arguments.cuda_graphs == "auto")
-    compile_if_asked(compiling, device, dtype)
-    return backend
-
-
-def _plain(model: str, device: str, dtype: torch.dtype) -> Any:
-    if model != SMOLLM2:
-        return random_models.build(model, device, dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(resolve(model).location, dtype=dtype)
-    return loaded.to(device)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from torch import nn
 
 from benchmarks.engine_products import frozen_flops, frozen_products, product_inputs
 from benchmarks.engine_rows import MIXED, Rows, make_rows
-from tensafe.wire.status import TenSafeFault
 from workers.engine.engine import TorchBackend
 from workers.operations import LoraSettings, RunSettings, StepRequest
 
@@ -219,7 +218,7 @@ def together(backend: TorchBackend, names: list[str], rows: list[Rows]) -> None:
     passed = backend.forward_backward_group(entries)
     applied = backend.optim_step_group([(name, StepRequest()) for name in names])
     for outcome in (*passed, *applied):
-        if isinstance(outcome, TenSafeFault):
+        if isinstance(outcome, Exception):
             raise outcome
 
 

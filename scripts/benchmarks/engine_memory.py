@@ -6,12 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workers.allocator import suited
+
+if TYPE_CHECKING:
+    from benchmarks.models import Choice
 
 _HERE = Path(__file__).resolve().parent
 _CELLS = ("mixed", "equal")
@@ -21,9 +25,7 @@ _STEPS = 3
 _MORE_RUNS = 8
 
 
-def measure(
-    model: str, dtype: str, dropout: float, rounds: int, threads: int
-) -> dict[str, list[float]]:
+def measure(choice: Choice, dropout: float, rounds: int) -> dict[str, list[float]]:
     """Bytes by `WHAT/SIDE`: of the whole process, and of the device where that is a GPU. At most
     three rounds, since they differ little.
 
@@ -39,7 +41,7 @@ def measure(
     for _, cell, (name, side, environment) in product(
         range(min(rounds, _MOST_ROUNDS)), _CELLS, sides
     ):
-        arguments = [side, cell, model, dtype, str(dropout), str(threads)]
+        arguments = [side, cell, json.dumps(asdict(choice)), str(dropout)]
         command = [sys.executable, "-m", "benchmarks.engine_memory", *arguments]
         done = subprocess.run(
             command, cwd=_HERE.parent, env=environment, stdout=subprocess.PIPE, check=True
@@ -66,21 +68,11 @@ def ratios(peaks: dict[str, list[float]]) -> dict[str, float]:
     return found
 
 
-def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
-    import torch
-
-    from benchmarks import random_models
-    from workers.engine.engine import TorchBackend
-    from workers.engine.loading import load_backend, pick_device, pick_dtype
+def _engine(choice: Choice, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
     from workers.operations import LoraSettings, RunSettings, StepRequest
 
-    if model in random_models.NAMES:
-        device = pick_device("auto")
-        base = random_models.base_model(model, device, pick_dtype(dtype, device))
-        backend = TorchBackend([base])
-    else:
-        backend = load_backend([model], device="auto", dtype=dtype, threads=torch.get_num_threads())
-    settings = RunSettings(model, lora=LoraSettings(dropout=dropout), seed=1)
+    backend = choice.backend()
+    settings = RunSettings(choice.model, lora=LoraSettings(dropout=dropout), seed=1)
 
     def step(name: str, batch: Any) -> None:
         backend.forward_backward(name, 1, batch.ours)
@@ -99,23 +91,10 @@ def _engine(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dic
     return found
 
 
-def _plain(model: str, dtype: str, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
-
-    from benchmarks import random_models
+def _plain(choice: Choice, dropout: float, rows: dict[str, Any]) -> dict[str, float]:
     from benchmarks.engine import plain_loop
-    from workers.engine.loading import pick_device, pick_dtype
-    from workers.engine.model_sources import resolve
 
-    device = pick_device("auto")
-    base: Any
-    if model in random_models.NAMES:
-        base = random_models.build(model, device, pick_dtype(dtype, device))
-    else:
-        base = AutoModelForCausalLM.from_pretrained(
-            resolve(model).location, dtype=pick_dtype(dtype, device)
-        )
-    step = plain_loop(base.to(device), dropout, 1)
+    step = plain_loop(choice.plain(), dropout, 1)
     return peaks({cell: lambda batch=batch: step([batch]) for cell, batch in rows.items()})
 
 
@@ -190,15 +169,16 @@ def _status(field: str) -> float:
 def _main() -> None:
     import torch
 
-    from benchmarks import random_models
     from benchmarks.engine_rows import MIXED, make_rows
+    from benchmarks.models import Choice
 
-    side, cell, model, dtype, dropout, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    known = random_models.vocabulary(model) if model in random_models.NAMES else 49_000
+    side, cell, choice, dropout = sys.argv[1:]
+    own = Choice(**json.loads(choice))
+    torch.set_num_threads(own.threads)
+    known = own.vocabulary
     rows = {"mixed": make_rows(MIXED, 0.6, known), "equal": make_rows([128] * 8, 0.0, known)}
     measure_side = _engine if side == "engine" else _plain
-    print(json.dumps(measure_side(model, dtype, float(dropout), {cell: rows[cell]})))
+    print(json.dumps(measure_side(own, float(dropout), {cell: rows[cell]})))
 
 
 if __name__ == "__main__":

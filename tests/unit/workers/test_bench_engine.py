@@ -14,6 +14,8 @@ from benchmarks import (
     engine_threads,
     random_models,
 )
+from benchmarks.models import SMOLLM2, Choice
+from peft.tuners.lora import LoraLayer
 
 from workers.engine import dividing, strands
 from workers.operations import LossOutcome, StepOutcome
@@ -150,6 +152,9 @@ def test_bounds_are_quotients_of_the_rounds():
 def test_both_sides_train_on_the_same_rows_in_the_same_type():
     own = setting(engine.wall_clock)
     rows = engine.one_rows(own)["mixed"]
+    lora = own.run_settings().lora
+    assert (lora.rank, lora.alpha) == (engine.RANK, engine.ALPHA)
+    assert set(lora.target_modules) == set(engine.TARGETS)
     own.backend.open_run("one", own.run_settings(), None)
     outcome = own.backend.forward_backward("one", 1, rows.ours)
     assert isinstance(outcome, LossOutcome)
@@ -165,6 +170,43 @@ def test_both_sides_train_on_the_same_rows_in_the_same_type():
     layers = sum(layer.weight.numel() for layer in model.layers.values())
     flops = engine_products.frozen_flops(model, tokens, scored)
     assert engine.one_work(own)["one/mixed"] == flops == 4 * (layers * tokens + 512 * 64 * scored)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_plain_loop_is_a_users(runs):
+    """What no gain may come from: a baseline that does more, or something else."""
+    base = random_models.build("random-tiny", "cpu", torch.bfloat16)
+    assert base.config._attn_implementation == "sdpa"
+    step = engine.plain_loop(base, 0.25, runs)
+    layers = [part for part in base.modules() if isinstance(part, LoraLayer)]
+    assert len(layers) == 2 * len(engine.TARGETS)
+    names = [f"adapter{index}" for index in range(runs)]
+    for layer in layers:
+        assert layer.r == dict.fromkeys(names, engine.RANK)
+        assert layer.lora_alpha == dict.fromkeys(names, engine.ALPHA)
+        assert {part.p for part in layer.lora_dropout.values()} == {0.25}
+        assert layer.training
+    adapters = {key: own for key, own in base.named_parameters() if ".lora_" in key}
+    frozen = [own for key, own in base.named_parameters() if key not in adapters]
+    assert {own.dtype for own in frozen} == {torch.bfloat16}
+    rows = engine.tenants_rows(setting(engine.wall_clock), runs, 9)
+    before = {key: own.detach().clone() for key, own in adapters.items()}
+    step(rows)
+    assert not any(own.requires_grad for own in frozen)
+    for key, own in adapters.items():
+        assert own.grad is None, key
+        assert not torch.equal(own, before[key]), key
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_same_on_both_sides():
+    choice = Choice(SMOLLM2, dtype="bfloat16")
+    plain, own = choice.plain(), choice.backend().base_model(SMOLLM2).module
+    assert plain.config._attn_implementation == "sdpa"
+    theirs = dict(own.named_parameters())
+    for name, weights in plain.named_parameters():
+        assert weights.dtype is torch.bfloat16
+        assert torch.equal(weights, theirs[name])
 
 
 def test_a_step_together_is_a_step_of_each():
