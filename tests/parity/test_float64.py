@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from parity.peft_reference import PlainPeft
-from parity.tiny_models import CONTEXT, FAMILIES, SCALED_AHEAD, Family, Wide
+from parity.tiny_models import CONTEXT, FAMILIES, SCALED_AHEAD, UNCAPPED, Family, Wide
 from parity.tiny_runs import metric, perturb, request_of, rows_of, settings
 from transformers.models.llama import modeling_llama
 
@@ -135,9 +135,13 @@ def test_capped_logits_are_refused(model, config, options, says, spread):
         freeze("tiny", capped.float())
 
 
-def test_hidden_states_that_are_scaled_ahead_of_the_head():
+@pytest.mark.parametrize("other", [SCALED_AHEAD, UNCAPPED], ids=lambda other: other.model)
+def test_families_of_their_own_kind(other):
     with Wide():
-        backend, plain = pair(SCALED_AHEAD)
+        backend, plain = pair(other)
+    assert sum(isinstance(part, RmsNorm) for part in backend._models["tiny"].module.modules()) == (
+        other.norms
+    )
     check_one_call(backend, plain, LENGTHS, MASKED)
 
 

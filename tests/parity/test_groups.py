@@ -15,7 +15,6 @@ from parity.tiny_models import GATED
 from parity.tiny_runs import metric, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import updates
 from workers.engine.base_model import freeze
 from workers.engine.batched_products import Grouped, PaddedBmm
 from workers.engine.engine import TorchBackend
@@ -129,14 +128,10 @@ def test_thirty_two_runs_together_are_each_alone(product, members, token_budget)
     check_against_alone(members, token_budget)
 
 
-@pytest.mark.parametrize("as_one", [False, True])
 @examples(6)
 @given(members=groups(8))
-def test_optimizers_that_step_together_give_the_bits_of_each_alone(as_one, members):
-    with pytest.MonkeyPatch.context() as patch:
-        if as_one:  # as a GPU steps
-            patch.setattr(updates, "_stepping_together", lambda closing: [closing])
-        check_steps_against_alone(members)
+def test_optimizers_that_step_together_give_the_bits_of_each_alone(members):
+    check_steps_against_alone(members)
 
 
 ADAMW = {"name": "adamw", "weight_decay": 0.1}
@@ -155,11 +150,8 @@ ONE_OPTION = {
 
 
 @pytest.mark.parametrize(("options", "change"), ONE_OPTION.values(), ids=ONE_OPTION.keys())
-def test_runs_of_one_shape_that_differ_in_one_option_step_together_as_alone(
-    monkeypatch, options, change
-):
+def test_runs_of_one_shape_that_differ_in_one_option_step_together_as_alone(options, change):
     """Their gradients differ, and nothing but the option else."""
-    monkeypatch.setattr(updates, "_stepping_together", lambda closing: [closing])
     lora = {"rank": 3, "target_modules": GATED}
     check_steps_against_alone(
         [

@@ -21,7 +21,7 @@ from parity.tiny_models import GATED
 from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, settings, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import updates
+from workers.engine import optimizers
 from workers.engine.base_model import freeze
 from workers.engine.budget import TokenBudget
 from workers.engine.engine import TorchBackend
@@ -199,14 +199,9 @@ def test_activations_that_are_made_anew_are_not_held_meanwhile(length):
 
 
 @pytest.mark.parametrize("scarce", [0, 1], ids=["first_update", "second_update"])
-@pytest.mark.parametrize("as_one", [False, True])
-def test_updates_that_find_no_memory_leave_each_run_what_it_was(monkeypatch, as_one, scarce):
-    if as_one:  # as a GPU steps
-        monkeypatch.setattr(updates, "_stepping_together", lambda closing: [closing])
-    optimizers = [{}, {"beta1": 0.5}, SGD]
-    members = [
-        Member(n, {"rank": 2}, own, Reduction.SUM, (3,), 1.0) for n, own in enumerate(optimizers)
-    ]
+def test_updates_that_find_no_memory_leave_each_run_what_it_was(scarce):
+    kinds = [{}, {"beta1": 0.5}, SGD]
+    members = [Member(n, {"rank": 2}, own, Reduction.SUM, (3,), 1.0) for n, own in enumerate(kinds)]
     names = ["0", "1", "2"]
     steps, failed = [(name, StepRequest()) for name in names], 0
     for first in range(300):
@@ -233,6 +228,29 @@ def test_updates_that_find_no_memory_leave_each_run_what_it_was(monkeypatch, as_
             break
     assert first < 299
     assert failed > first > 1
+
+
+def test_a_first_update_whose_moments_find_no_memory_fails_alone(monkeypatch):
+    members = [Member(n, {"rank": 2}, {}, Reduction.SUM, (3,), 1.0) for n in range(3)]
+    backend, without = (open_all(SINGLE, members) for _ in range(2))
+    own = optimizers._moments
+
+    def scarce(optimizer):
+        if optimizer is backend._runs["1"].optimizer:
+            raise MemoryError
+        return own(optimizer)
+
+    monkeypatch.setattr(optimizers, "_moments", scarce)
+    for each in (backend, without):
+        each.forward_backward_group(entries(members))
+    before = _state(backend._runs["1"])
+    outcomes = backend.optim_step_group([(name, StepRequest()) for name in "012"])
+    without.optim_step_group([(name, StepRequest()) for name in "02"])
+    assert isinstance(outcomes[1], TenSafeFault)
+    assert outcomes[1].detail.reason == "OUT_OF_MEMORY"
+    assert _state(backend._runs["1"]) == before
+    for name in "02":
+        assert _state(backend._runs[name]) == _state(without._runs[name])
 
 
 def _state(run: Run) -> dict[str, bytes]:

@@ -193,6 +193,14 @@ SCALED_AHEAD = Family(
     LATENT,
 )
 """Its hidden states are divided by 4 ahead of the head."""
+UNCAPPED = Family(
+    "Gemma2",
+    "Gemma2",
+    _gemma3(["sliding_attention", "full_attention"])
+    | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    9,
+)
+"""Its own attention is the eager one."""
 
 
 class Wide(TorchFunctionMode):
@@ -206,8 +214,11 @@ class Wide(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith("transformers."):
+        frame = sys._getframe(1)
+        # Some of torch's functions are Python, and come here from within.
+        while frame.f_globals.get("__name__", "").startswith("torch.") and frame.f_back:
+            frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("transformers."):
             if func is torch.Tensor.float:
                 func = torch.Tensor.double
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)

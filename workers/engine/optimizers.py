@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 from tensafe.wire.status import TenSafeFault
 from workers.engine.bounds import Bounds, after
 from workers.engine.magnitudes import l2_norms
+from workers.engine.memory import memory_faults
 from workers.operations import OptimizerSettings
 
 Moments = dict[str, Tensor]
@@ -94,20 +95,24 @@ class _Ready:
 
 
 @torch.no_grad()
-def step(updates: Sequence[Update]) -> list[bool]:
+def step(updates: Sequence[Update]) -> list[bool | TenSafeFault]:
     """Applies each update of which no number can become NaN or infinite; equal options step as one,
     to the bits of torch's fused kernels.
 
     Returns:
-        Which were applied; the others' weights and state are untouched, as are all after an
-        exception for want of memory.
+        Which were applied, or OUT_OF_MEMORY in place of one whose first moments there is no room
+        for; the weights and state of those that were not are untouched.
     """
-    reached = _reached(updates)
-    ready = [
-        _Ready(update, _moments(update.optimizer), bounds)
-        for update, bounds in zip(updates, reached, strict=True)
-        if bounds is not None
-    ]
+    outcomes: list[bool | TenSafeFault] = []
+    ready: list[_Ready] = []
+    for update, bounds in zip(updates, _reached(updates), strict=True):
+        try:
+            if bounds is not None:
+                with memory_faults("optim_step"):
+                    ready.append(_Ready(update, _moments(update.optimizer), bounds))
+            outcomes.append(bounds is not None)
+        except TenSafeFault as fault:
+            outcomes.append(fault)
     groups: dict[Hashable, list[_Ready]] = {}
     for each in ready:
         groups.setdefault(each.options, []).append(each)
@@ -115,7 +120,7 @@ def step(updates: Sequence[Update]) -> list[bool]:
         _STEPS[members[0].update.optimizer.settings.name](members)
         for each in members:
             each.update.optimizer.holds(each.bounds, each.moments)
-    return [bounds is not None for bounds in reached]
+    return outcomes
 
 
 def _reached(updates: Sequence[Update]) -> list[Bounds | None]:

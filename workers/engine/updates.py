@@ -23,7 +23,11 @@ from workers.window import ClosedWindow
 
 @dataclass(slots=True)
 class _Closing:
-    """A window on its way to an applied update."""
+    """A window on its way to an applied update.
+
+    Attributes:
+        norm: the gradient's, before it is clipped.
+    """
 
     index: int
     run: Run
@@ -32,17 +36,22 @@ class _Closing:
     rate: float
     decay: float
     clip: float | None
+    norm: float = math.nan
     release: PrivateRelease | None = None
 
-    def metrics(self, norm: float, step_ms: float) -> list[Metric]:
+    def update(self) -> Update:
+        """What the optimizer is to do."""
+        norm = self.norm if self.clip is None else min(self.norm, self.clip)
+        return Update(self.run.optimizer, self.gradient, norm, self.rate, self.decay)
+
+    def metrics(self, step_ms: float) -> list[Metric]:
         """Of the update."""
-        metrics = self.window.metrics(norm, self.rate, step_ms)
+        metrics = self.window.metrics(self.norm, self.rate, step_ms)
         return released_update(self.run.settings.privacy, metrics)
 
 
 def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome | Exception]:
-    """Counts a call of each run; those that close their windows divide, clip and apply, as one
-    where that is faster.
+    """Counts a call of each run; those that close their windows divide, clip and apply, as one.
 
     Returns:
         Each entry's outcome, or why it failed: MAX_STEPS_REACHED, WINDOW_POISONED, EMPTY_WINDOW,
@@ -53,40 +62,26 @@ def optim_step(entries: Sequence[tuple[Run, StepRequest]]) -> list[StepOutcome |
     closing: list[_Closing] = []
     for index, (run, request) in enumerate(entries):
         try:
-            ready = _close(index, run, request)
-            if isinstance(ready, _Closing):
-                closing.append(ready)
+            closed = _close(index, run, request)
+            if isinstance(closed, _Closing):
+                closing.append(closed)
             else:
-                outcomes[index] = ready
+                outcomes[index] = closed
         except TenSafeFault as fault:
             outcomes[index] = fault
-    done: list[tuple[_Closing, float]] = []
-    for group in _stepping_together(closing):
-        try:
-            with memory_faults("optim_step"), torch.no_grad():
-                norms, applied = _apply(group)
-        except Exception as error:  # of this group alone: another may have stepped
-            for each in group:
-                outcomes[each.index] = _told(each, error)
-            continue
-        for each, norm, steps in zip(group, norms, applied, strict=True):
-            if steps:
-                done.append((each, norm))
-            else:
-                outcomes[each.index] = _told(each, _non_finite(norm))
+    ready = _prepared(closing, outcomes)
+    stepped = _stepped(ready)
     step_ms = (time.perf_counter() - begin) * 1e3 / max(1, len(closing))
-    for each, norm in done:
-        metrics = each.metrics(norm, step_ms)
+    for each, found in zip(ready, stepped, strict=True):
+        if isinstance(found, Exception):
+            outcomes[each.index] = _told(each, found)
+            continue
+        metrics = each.metrics(step_ms)
         number = each.run.window.applied()
-        outcomes[each.index] = StepOutcome(number, True, each.rate, norm, metrics, each.release)
+        outcomes[each.index] = StepOutcome(
+            number, True, each.rate, each.norm, metrics, each.release
+        )
     return [outcomes[index] for index in range(len(entries))]
-
-
-def _stepping_together(closing: list[_Closing]) -> list[list[_Closing]]:
-    """All as one on a GPU. A CPU's kernel takes one vector after the other anyway."""
-    if closing and closing[0].gradient.device.type != "cpu":
-        return [closing]
-    return [[each] for each in closing]
 
 
 def _told(each: _Closing, error: Exception) -> Exception:
@@ -118,27 +113,51 @@ def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing
     return _Closing(index, run, closed, gradient, rate, decay, clip)
 
 
-def _apply(closing: Sequence[_Closing]) -> tuple[list[float], list[bool]]:
-    """Norms before clipping, and which updates were applied."""
+@torch.no_grad()
+def _prepared(
+    closing: Sequence[_Closing], outcomes: dict[int, StepOutcome | Exception]
+) -> list[_Closing]:
+    """Those whose gradients are divided or noised, and clipped; of the others, why not."""
+    found: list[_Closing] = []
     for each in closing:
-        if each.run.private is None:
-            each.gradient /= each.window.divisor
-        else:
-            each.release = each.run.private.privatize(each.gradient, each.run.window.step)
-    found = l2_norms([each.gradient for each in closing])
-    applied = [False] * len(closing)
-    members, updates = [], []
-    for index, (each, norm) in enumerate(zip(closing, found, strict=True)):
-        if not math.isfinite(norm):
-            continue
-        if each.clip is not None and norm > each.clip:
-            each.gradient *= each.clip / norm
-        largest = norm if each.clip is None else min(norm, each.clip)
-        members.append(index)
-        updates.append(Update(each.run.optimizer, each.gradient, largest, each.rate, each.decay))
-    for index, done in zip(members, step(updates) if updates else [], strict=True):
-        applied[index] = done
-    return found, applied
+        try:
+            with memory_faults("optim_step"):
+                if each.run.private is None:
+                    each.gradient /= each.window.divisor
+                else:
+                    step = each.run.window.step
+                    each.release = each.run.private.privatize(each.gradient, step)
+            found.append(each)
+        except Exception as error:
+            outcomes[each.index] = _told(each, error)
+    try:
+        with memory_faults("optim_step"):
+            norms = l2_norms([each.gradient for each in found]) if found else []
+            for each, norm in zip(found, norms, strict=True):
+                each.norm = norm
+                if each.clip is not None and each.clip < norm < math.inf:
+                    each.gradient *= each.clip / norm
+    except Exception as error:
+        outcomes.update({each.index: _told(each, error) for each in found})
+        return []
+    return found
+
+
+def _stepped(ready: Sequence[_Closing]) -> list[Exception | None]:
+    """Why an update was not applied, if it was not."""
+    found: list[Exception | None] = [_non_finite(each.norm) for each in ready]
+    finite = [index for index, each in enumerate(ready) if math.isfinite(each.norm)]
+    try:
+        with memory_faults("optim_step"):
+            outcomes = step([ready[index].update() for index in finite])
+    except Exception as error:
+        return [error] * len(ready)
+    for index, outcome in zip(finite, outcomes, strict=True):
+        if isinstance(outcome, Exception):
+            found[index] = outcome
+        elif outcome:
+            found[index] = None
+    return found
 
 
 def _non_finite(norm: float) -> TenSafeFault:
