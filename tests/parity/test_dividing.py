@@ -50,6 +50,20 @@ class Threads(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def test_a_frozen_layer_keeps_nothing_for_its_way_back():
+    """By threads of our choice it is a function of ours, and a gradient by weights is not asked."""
+    model = freeze("tiny", tiny_llama())
+    layer = model.layers["model.layers.0.mlp.up_proj"]
+    inputs = torch.randn(9, layer.in_features, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with model.dividing(9), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda own: own):
+        outputs = layer(inputs)
+    assert not kept
+    assert type(outputs.grad_fn).__name__ == "_FrozenBackward"
+    outputs.sum().backward()
+    torch.testing.assert_close(inputs.grad, layer.weight.sum(0).expand(9, -1))
+
+
 def gradient(model: BaseModel) -> torch.Tensor:
     backend = TorchBackend([model], token_budget=4096)
     backend.open_run("run", settings(lora={"dropout": 0.3, "target_modules": ("q_proj",)}), None)

@@ -184,6 +184,21 @@ def test_attention_that_knows_more_than_ours_is_refused(monkeypatch):
         freeze("tiny", module)
 
 
+def test_a_model_that_keeps_more_of_the_past_than_keys_and_values_is_refused(monkeypatch):
+    """Here the token before, of the same document: packed it is what it is alone."""
+    module = FAMILIES["llama-gqa"].build()
+    layer = module.model.layers[0]
+    own = layer.forward
+
+    def forward(hidden, *args, position_ids, **options):
+        before = hidden.roll(1, 1) * (position_ids > 0)[..., None]
+        return own(hidden + before, *args, position_ids=position_ids, **options)
+
+    monkeypatch.setattr(layer, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match="cannot be added one by one"):
+        freeze("tiny", module)
+
+
 @pytest.mark.parametrize("layers", [["sliding_attention"] * 2, ["full_attention"] * 2], ids=str)
 def test_no_row_is_longer_than_a_window_that_only_the_masks_know(layers):
     """Attention is not told of it in this family, and a pass has no mask."""
