@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.engine.base_model import freeze
 from workers.engine.engine import TorchBackend
 
-NAMES = ["llama-gqa", "qwen2-untied", "qwen3-tied", "gemma", "gemma3-windows"]
+NAMES = ["llama-gqa", "qwen2-untied", "qwen3-tied", "gemma", "gemma3-windows", "granite-scaled"]
 # The lengths of each run's rows, and what the adapters of their pass compute in on a CPU.
 GROUPS = {
     "one-short": ([[40]], torch.float32),

@@ -145,6 +145,14 @@ def test_families_of_their_own_kind(other):
     check_one_call(backend, plain, LENGTHS, MASKED)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["granite-scaled", "cohere-scaled"])
+def test_a_scale_is_as_exact_as_the_configuration_says_it(name, dtype):
+    """In a narrow type too, from whose logits it could not be told."""
+    model = freeze("tiny", FAMILIES[name].build().to(dtype))
+    assert model.logit_scale == {"granite-scaled": 1 / 3, "cohere-scaled": 0.3}[name]
+
+
 def test_a_scale_that_no_configuration_says_is_refused(monkeypatch):
     module = FAMILIES["llama-gqa"].build()
     head = module.lm_head
