@@ -77,6 +77,15 @@ def _gemma3(layers: list[str]) -> dict[str, Any]:
     }
 
 
+_LATENT_SIZES = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
+
 FAMILIES = {
     "llama-gqa": Family("Llama", "Llama", {"num_key_value_heads": 2}, 5),
     "llama-mha-biases-tied": Family(
@@ -148,15 +157,7 @@ FAMILIES = {
     "deepseek-latent": Family(
         "DeepseekV3",
         "DeepseekV3",
-        {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "first_k_dense_replace": 2,
-        },
+        _LATENT_SIZES | {"first_k_dense_replace": 2},
         9,
         LATENT,
     ),
@@ -180,15 +181,7 @@ FAMILIES = {
 SCALED_AHEAD = Family(
     "MiniCPM3",
     "MiniCPM3",
-    {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "dim_model_base": 8,
-    },
+    _LATENT_SIZES | {"dim_model_base": 8},
     9,
     LATENT,
 )
