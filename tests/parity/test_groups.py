@@ -128,6 +128,15 @@ def test_thirty_two_runs_together_are_each_alone(product, members, token_budget)
     check_against_alone(members, token_budget)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("product", PRODUCTS)
+@examples(25)
+@given(members=groups(32, EVERY_LOSS), token_budget=st.sampled_from([90, 500, 100_000]))
+def test_many_groups_of_thirty_two_runs_are_each_alone(product, members, token_budget):
+    BASE.product = PRODUCTS[product]
+    check_against_alone(members, token_budget)
+
+
 @examples(6)
 @given(members=groups(8))
 def test_optimizers_that_step_together_give_the_bits_of_each_alone(members):
@@ -243,8 +252,37 @@ def test_one_that_fails_leaves_the_others_their_bits(
     tmp_path_factory, failure, token_budget, product, members, place, data
 ):
     BASE.product = PRODUCTS[product]
-    fail, reason, victims = FAILURES[failure]
-    victim = data.draw(victims)
+    victim = data.draw(FAILURES[failure][2])
+    check_one_that_fails(tmp_path_factory, failure, token_budget, members, place, victim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("product", PRODUCTS)
+@examples(10)
+@given(
+    members=st.sampled_from([1, 7, 31]).flatmap(lambda count: groups(count, EVERY_LOSS)),
+    place=st.integers(0, 31),
+    token_budget=st.sampled_from([70, 500, 100_000]),
+    data=st.data(),
+)
+def test_one_that_fails_among_many_of_every_loss_leaves_them_their_bits(
+    tmp_path_factory, failure, product, members, place, token_budget, data
+):
+    BASE.product = PRODUCTS[product]
+    victim = data.draw(FAILURES[failure][2])
+    check_one_that_fails(tmp_path_factory, failure, token_budget, members, place, victim)
+
+
+def check_one_that_fails(
+    tmp_path_factory: pytest.TempPathFactory,
+    failure: str,
+    token_budget: int,
+    members: list[Member],
+    place: int,
+    victim: Member,
+) -> None:
+    fail, reason, _ = FAILURES[failure]
     place = min(place, len(members))
     everyone = [*members[:place], victim, *members[place:]]
     others = [str(index) for index in range(len(everyone)) if index != place]
