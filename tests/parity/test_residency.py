@@ -80,7 +80,7 @@ def test_runs_that_are_not_idle_are_not_swapped(roomy):
 
 
 def test_beyond_half_as_much_again_the_one_idle_longest_goes_however_short(roomy):
-    roomy._runs._limit_bytes = state_bytes(roomy._runs["a"])
+    roomy._runs._limit_bytes = 3 * state_bytes(roomy._runs["a"]) // 2
     roomy._runs["a"]
     assert roomy._runs.resident == ["c", "a"]
 
