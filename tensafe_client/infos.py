@@ -169,7 +169,7 @@ class OperationInfo:
         queue_ms: time between acceptance and the start on a worker.
         compute_ms: time on the worker.
         fingerprint: what its numbers depend on beside the run, as 16 hexadecimal digits; empty
-            before its end, and if other runs' operations were in its pass.
+            before its end, if other runs' operations were in its pass, and of a sample.
     """
 
     id: str

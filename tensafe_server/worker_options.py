@@ -17,7 +17,7 @@ _COMPUTING: dict[str, dict[str, Any]] = {
     "--run-memory-mib": {"type": _ABOVE_0},
     "--sample-memory-mib": {"type": _ABOVE_0},
     "--loss": {"multiple": True, "metavar": "NAME[=MODULE:FUNCTION]"},
-    "--compile": {"type": click.Choice(["auto", "background", "first", "off"])},
+    "--compile": {"type": click.Choice(["auto", "first", "off"])},
     "--cuda-graphs": {"type": click.Choice(["auto", "off"])},
 }
 """What the mock backend has no use for."""

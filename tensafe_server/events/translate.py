@@ -51,7 +51,7 @@ def describe(row: OperationRow, message: pb.Operation) -> None:
     message.state = row.state  # type: ignore[assignment]
     message.queue_ms = row.queue_ms or 0.0
     message.compute_ms = row.compute_ms or 0.0
-    if row.kind != pb.OPERATION_KIND_PRIVATE_STEP:
+    if row.kind not in (pb.OPERATION_KIND_PRIVATE_STEP, pb.OPERATION_KIND_SAMPLE):
         message.fingerprint = row.fingerprint or ""
     message.result_pruned = bool(row.result_pruned) and row.state == pb.OPERATION_STATE_SUCCEEDED
     _set_time(message.created_at, row.created_ns)

@@ -153,6 +153,11 @@ def test_a_scale_is_as_exact_as_the_configuration_says_it(name, dtype):
     assert model.logit_scale == {"granite-scaled": 1 / 3, "cohere-scaled": 0.3}[name]
 
 
+def test_hidden_states_that_a_scale_rounds_are_known_in_a_narrow_type():
+    module = SCALED_AHEAD.build(hidden_size=320, dim_model_base=32).bfloat16()
+    assert freeze("tiny", module).logit_scale == 0.1
+
+
 def test_a_scale_that_no_configuration_says_is_refused(monkeypatch):
     module = FAMILIES["llama-gqa"].build()
     head = module.lm_head

@@ -335,6 +335,24 @@ def test_an_infinite_gradient_leaves_its_neighbour_the_passes_that_it_has_withou
     assert bits(backend, outcomes[1:], ["1"]) == expected
 
 
+def test_what_does_not_fit_beside_one_that_fails_is_found_out_once():
+    """The calls that stay are computed as without it; the calls to come know."""
+    lora = {"rank": 4, "target_modules": GATED}
+    everyone = [Member(seed, lora, {}, Reduction.SUM, (40,), 0.9) for seed in range(3)]
+    backend, without = (open_all(BASE, everyone, 1000) for _ in range(2))
+    _fill(backend, "2", float("nan"))
+    seen = []
+    for call in range(3):
+        with fault_at(BASE.body, {0} if call == 0 else set(), backward=True) as passes:
+            outcomes = backend.forward_backward_group(entries(everyone, call=call))
+        seen.append(passes.tokens)
+        if call == 0:
+            clean = without.forward_backward_group(entries(everyone, [0, 1]))
+            assert bits(backend, outcomes[:2], ["0", "1"]) == bits(without, clean, ["0", "1"])
+    assert seen[0][0] == 120  # all three, which did not fit
+    assert max(seen[1]) == max(seen[2]) == 40
+
+
 @pytest.mark.parametrize("passes", range(26, 32))
 def test_beside_one_that_fails_the_budget_learns_nothing(passes):
     """After a lack of memory it grows by passes that fit; those of a call that is taken back

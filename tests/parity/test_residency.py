@@ -68,13 +68,13 @@ def test_the_run_idle_longest_goes_first_and_those_at_work_stay(roomy):
 def test_runs_that_are_not_idle_are_not_swapped(roomy):
     """Three that take turns where there is room for two: each would come back for every step."""
     roomy._runs._limit_bytes = 2 * state_bytes(roomy._runs["a"])
-    seconds = itertools.count(1)
+    seconds = itertools.count(1, 5)
     roomy._runs._clock = lambda: next(seconds)
     for _ in range(10):
         for name in NAMES:
             roomy._runs[name]
             assert len(roomy._runs.resident) == 3
-    roomy._runs._clock = lambda: 100.0
+    roomy._runs._clock = lambda: 1e6
     roomy._runs["a"]
     assert roomy._runs.resident == ["c", "a"]
 

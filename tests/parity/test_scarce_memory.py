@@ -29,7 +29,7 @@ from workers.engine.lora import PassAdapters, Segment
 from workers.engine.packing import pack
 from workers.engine.products import SegmentLoop
 from workers.engine.run import Run
-from workers.operations import LossOutcome, Reduction, StepRequest
+from workers.operations import LossOutcome, Reduction, StepOutcome, StepRequest
 
 EXACT = freeze("tiny", tiny_llama().double())
 """In float64 the order of sums is next to nothing, and anything counted twice stands out."""
@@ -251,6 +251,27 @@ def test_a_first_update_whose_moments_find_no_memory_fails_alone(monkeypatch):
     assert _state(backend._runs["1"]) == before
     for name in "02":
         assert _state(backend._runs[name]) == _state(without._runs[name])
+
+
+def test_a_kernel_that_fails_fails_those_that_it_was_called_for(monkeypatch):
+    members = [
+        Member(n, {"rank": 2}, own, Reduction.SUM, (3,), 1.0) for n, own in enumerate([{}, SGD])
+    ]
+    backend = open_all(SINGLE, members)
+
+    def fail(_ready):
+        raise MemoryError
+
+    monkeypatch.setitem(optimizers._STEPS, "sgd", fail)
+    backend.forward_backward_group(entries(members))
+    before = _state(backend._runs["1"])
+    applied, failed = backend.optim_step_group([(name, StepRequest()) for name in "01"])
+    assert isinstance(applied, StepOutcome)
+    assert backend._runs["0"].window.step == 1
+    assert isinstance(failed, TenSafeFault)
+    assert failed.detail.reason == "OUT_OF_MEMORY"
+    assert _state(backend._runs["1"]) == before
+    assert backend._runs["1"].window.step == 0
 
 
 def _state(run: Run) -> dict[str, bytes]:

@@ -51,6 +51,7 @@ def execute(
     mode = _Mode(trains, trains if drops is None else drops, deterministic)
     before = budget.trial()
     found = _fitting(model, calls, budget, mode)
+    learnt = budget.trial()  # by now
     if isinstance(found, _Failed):
         outcomes: list[Computed | TenSafeFault] = [found.fault] * len(calls)
         rest = [index for index in range(len(calls)) if index != found.call]
@@ -59,7 +60,7 @@ def execute(
         outcomes = [*found]
         broken = _broken(found) if len(calls) > 1 else []
         # A product may have carried one call's NaN into a neighbour's sum; each is owed its own
-        # bits, and so what the budget learnt with such a call beside them is forgotten.
+        # bits, and so the budget that it would have had.
         if broken:
             budget.adopt(before)
         rest = [index for index in range(len(calls)) if index not in broken]
@@ -72,6 +73,8 @@ def execute(
             )
             for index, outcome in zip(members, again, strict=True):
                 outcomes[index] = outcome
+    if learnt.together < before.together:
+        budget.adopt(learnt)  # or each call to come would find out anew what does not fit
     return outcomes
 
 

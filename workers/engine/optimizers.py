@@ -95,31 +95,39 @@ class _Ready:
 
 
 @torch.no_grad()
-def step(updates: Sequence[Update]) -> list[bool | TenSafeFault]:
+def step(updates: Sequence[Update]) -> list[bool | Exception]:
     """Applies each update of which no number can become NaN or infinite; equal options step as one,
     to the bits of torch's fused kernels.
 
     Returns:
-        Which were applied, or OUT_OF_MEMORY in place of one whose first moments there is no room
-        for; the weights and state of those that were not are untouched.
+        Which were applied, or why one could not be, such as OUT_OF_MEMORY for its first moments;
+        the weights and state of those that were not are untouched.
     """
-    outcomes: list[bool | TenSafeFault] = []
-    ready: list[_Ready] = []
-    for update, bounds in zip(updates, _reached(updates), strict=True):
+    outcomes: list[bool | Exception] = [False] * len(updates)
+    groups: dict[Hashable, list[tuple[int, _Ready]]] = {}
+    for index, (update, bounds) in enumerate(zip(updates, _reached(updates), strict=True)):
+        if bounds is None:
+            continue
         try:
-            if bounds is not None:
-                with memory_faults("optim_step"):
-                    ready.append(_Ready(update, _moments(update.optimizer), bounds))
-            outcomes.append(bounds is not None)
+            with memory_faults("optim_step"):
+                ready = _Ready(update, _moments(update.optimizer), bounds)
+            groups.setdefault(ready.options, []).append((index, ready))
         except TenSafeFault as fault:
-            outcomes.append(fault)
-    groups: dict[Hashable, list[_Ready]] = {}
-    for each in ready:
-        groups.setdefault(each.options, []).append(each)
+            outcomes[index] = fault
     for members in groups.values():
-        _STEPS[members[0].update.optimizer.settings.name](members)
-        for each in members:
-            each.update.optimizer.holds(each.bounds, each.moments)
+        name = members[0][1].update.optimizer.settings.name
+        try:
+            with memory_faults("optim_step"):
+                _STEPS[name]([ready for _, ready in members])
+        except Exception as error:  # of this group alone: another may have stepped
+            outcomes = [
+                error if index in dict(members) else outcome
+                for index, outcome in enumerate(outcomes)
+            ]
+            continue
+        for index, ready in members:
+            ready.update.optimizer.holds(ready.bounds, ready.moments)
+            outcomes[index] = True
     return outcomes
 
 

@@ -18,9 +18,9 @@ from workers.operations import RunSettings
 
 log = logging.getLogger(__name__)
 
-_IDLE_S = 10.0
-"""Without an operation. Runs whose steps follow each other would come back at once; if they take
-turns, each with every step."""
+_IDLE_S = 60.0
+"""Without an operation: longer than runs wait for each other that take turns, which would come back
+with every step."""
 _MOST = 1.5
 """Times its share that what is not idle may take."""
 
@@ -48,6 +48,7 @@ class Residency:
         self._limit_bytes = limit_bytes
         self._clock = clock
         self._used_s: dict[str, float] = {}
+        self._last: list[str] = []
         self._renew = renew
         self._fingerprint = fingerprint
         self._resident: OrderedDict[str, Run] = OrderedDict()
@@ -72,6 +73,9 @@ class Residency:
     def take(self, run_ids: Iterable[str]) -> list[Run | Exception]:
         """These runs, all in memory together; in place of one that cannot be there, why."""
         wanted = list(run_ids)
+        # Those of the call before have been at work until now at most.
+        self._used_s.update({each: self._clock() for each in self._last if each in self._resident})
+        self._last = wanted
         runs: list[Run | Exception] = []
         for run_id in wanted:
             try:

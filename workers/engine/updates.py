@@ -109,7 +109,8 @@ def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing
     if gradient is None:
         if run.private is None:
             raise RuntimeError("a window that holds a gradient has no accumulator")
-        gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
+        with memory_faults("optim_step"):
+            gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
     return _Closing(index, run, closed, gradient, rate, decay, clip)
 
 
@@ -151,7 +152,7 @@ def _stepped(ready: Sequence[_Closing]) -> list[Exception | None]:
         with memory_faults("optim_step"):
             outcomes = step([ready[index].update() for index in finite])
     except Exception as error:
-        return [error] * len(ready)
+        outcomes = [error] * len(finite)
     for index, outcome in zip(finite, outcomes, strict=True):
         if isinstance(outcome, Exception):
             found[index] = outcome

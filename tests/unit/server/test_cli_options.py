@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -88,6 +89,19 @@ def test_up_hands_its_workers_options_on(tmp_path: Path, monkeypatch):
         added = after[len(before) :]
         assert {*zip(added[::2], added[1::2], strict=True)} == {*GIVEN.items(), ("--loss", "other")}
         worker.make_context("worker", ["--connect", "127.0.0.1:1", *after])  # it knows them all
+
+
+def test_up_takes_the_values_that_a_worker_takes():
+    ups, workers = (
+        {
+            option.opts[0]: tuple(option.type.choices)
+            for option in command.params
+            if isinstance(option.type, click.Choice)
+        }
+        for command in (up, worker)
+    )
+    for name in ("--compile", "--cuda-graphs"):
+        assert ups[name] == workers[name]
 
 
 def test_up_lacks_no_option_of_a_worker():

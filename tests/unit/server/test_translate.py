@@ -13,5 +13,6 @@ def test_a_fingerprint_is_told_but_where_company_would_tell_what_was_drawn():
     assert bare_operation(row).fingerprint == "0123456789abcdef"
     row.fingerprint = None  # it had company
     assert bare_operation(row).fingerprint == ""
-    drawn = operation(2, kind=ops.OPERATION_KIND_PRIVATE_STEP, fingerprint="0123456789abcdef")
-    assert bare_operation(drawn).fingerprint == ""
+    for kind in (ops.OPERATION_KIND_PRIVATE_STEP, ops.OPERATION_KIND_SAMPLE):
+        row = operation(2, kind=kind, fingerprint="0123456789abcdef")
+        assert bare_operation(row).fingerprint == ""

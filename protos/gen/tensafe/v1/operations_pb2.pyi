@@ -522,8 +522,8 @@ class Operation(_message.Message):
     """What its numbers depend on beside the run, as 16 hexadecimal digits: versions,
     device, processor, instruction set, threads. A deterministic run's operations
     have the same bits wherever these are the same. Empty before it has ended, if
-    other runs' operations were in its pass, and of a PRIVATE_STEP, where company
-    tells how much was drawn.
+    other runs' operations were in its pass, of a SAMPLE, which may be drawn beside
+    others', and of a PRIVATE_STEP, where company tells how much was drawn.
     """
     @_builtins.property
     def result(self) -> Global___OperationResult:
