@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from parity.tiny_models import GATED
 from parity.tiny_runs import lora, metric, perturb, request_of, rows_of, settings, tiny_llama
 
 from tensafe.wire.status import TenSafeFault
-from workers.engine import optimizers
+from workers.backend import NoisedFault
+from workers.engine import optimizers, updates
 from workers.engine.base_model import freeze
 from workers.engine.budget import TokenBudget
 from workers.engine.engine import TorchBackend
@@ -29,7 +31,13 @@ from workers.engine.lora import PassAdapters, Segment
 from workers.engine.packing import pack
 from workers.engine.products import SegmentLoop
 from workers.engine.run import Run
-from workers.operations import LossOutcome, Reduction, StepOutcome, StepRequest
+from workers.operations import (
+    LossOutcome,
+    PrivacySettings,
+    Reduction,
+    StepOutcome,
+    StepRequest,
+)
 
 EXACT = freeze("tiny", tiny_llama().double())
 """In float64 the order of sums is next to nothing, and anything counted twice stands out."""
@@ -251,6 +259,28 @@ def test_a_first_update_whose_moments_find_no_memory_fails_alone(monkeypatch):
     assert _state(backend._runs["1"]) == before
     for name in "02":
         assert _state(backend._runs[name]) == _state(without._runs[name])
+
+
+def test_a_private_step_of_nothing_that_finds_no_memory_fails_alone_and_is_paid(monkeypatch):
+    """It fails before there is noise, but only because nothing was added."""
+    backend = open_all(SINGLE, [Member(0, {"rank": 2}, {}, Reduction.SUM, (3,), 1.0)])
+    private = replace(settings(), privacy=PrivacySettings(0.5, 1.0, 2.0))
+    backend.open_run("private", private, None)
+    backend.forward_backward_group(entries([Member(0, {}, {}, Reduction.SUM, (3,), 1.0)]))
+    weights, own = backend._runs["private"].adapter.weights, torch.zeros_like
+
+    def scarce(like, **options):
+        if like is weights:
+            raise MemoryError
+        return own(like, **options)
+
+    monkeypatch.setattr(updates.torch, "zeros_like", scarce)
+    applied, failed = backend.optim_step_group(
+        [("0", StepRequest()), ("private", StepRequest(charged=True))]
+    )
+    assert isinstance(applied, StepOutcome)
+    assert isinstance(failed, NoisedFault)
+    assert failed.detail.reason == "OUT_OF_MEMORY"
 
 
 def test_a_kernel_that_fails_fails_those_that_it_was_called_for(monkeypatch):

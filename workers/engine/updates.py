@@ -109,8 +109,11 @@ def _close(index: int, run: Run, request: StepRequest) -> StepOutcome | _Closing
     if gradient is None:
         if run.private is None:
             raise RuntimeError("a window that holds a gradient has no accumulator")
-        with memory_faults("optim_step"):
-            gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
+        try:
+            with memory_faults("optim_step"):
+                gradient = torch.zeros_like(run.adapter.weights, requires_grad=False)
+        except TenSafeFault as fault:
+            raise NoisedFault(fault) from None  # that it failed tells that nothing was added
     return _Closing(index, run, closed, gradient, rate, decay, clip)
 
 
