@@ -353,6 +353,18 @@ def test_what_does_not_fit_beside_one_that_fails_is_found_out_once():
     assert max(seen[1]) == max(seen[2]) == 40
 
 
+def test_what_the_calls_that_stay_find_out_is_not_forgotten_again():
+    lora = {"rank": 4, "target_modules": GATED}
+    everyone = [Member(seed, lora, {}, Reduction.SUM, (40,), 0.9) for seed in range(3)]
+    backend = open_all(BASE, everyone, 1000)
+    _fill(backend, "2", float("nan"))
+    # All three together, and the two that stay: after it each by itself.
+    with fault_at(BASE.body, {0, 4}, backward=True) as passes:
+        backend.forward_backward_group(entries(everyone))
+    assert passes.tokens[:6] == [120, 40, 40, 40, 80, 40]
+    assert backend._budgets["tiny"].tokens == 40
+
+
 @pytest.mark.parametrize("passes", range(26, 32))
 def test_beside_one_that_fails_the_budget_learns_nothing(passes):
     """After a lack of memory it grows by passes that fit; those of a call that is taken back

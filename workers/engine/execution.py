@@ -73,7 +73,7 @@ def execute(
             )
             for index, outcome in zip(members, again, strict=True):
                 outcomes[index] = outcome
-    if learnt.together < before.together:
+    if learnt.together < min(before.together, budget.together):
         budget.adopt(learnt)  # or each call to come would find out anew what does not fit
     return outcomes
 

@@ -120,10 +120,8 @@ def step(updates: Sequence[Update]) -> list[bool | Exception]:
             with memory_faults("optim_step"):
                 _STEPS[name]([ready for _, ready in members])
         except Exception as error:  # of this group alone: another may have stepped
-            outcomes = [
-                error if index in dict(members) else outcome
-                for index, outcome in enumerate(outcomes)
-            ]
+            for index, _ in members:
+                outcomes[index] = error
             continue
         for index, ready in members:
             ready.update.optimizer.holds(ready.bounds, ready.moments)
